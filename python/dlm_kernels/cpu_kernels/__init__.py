@@ -1,0 +1,1 @@
+"""CPU kernels: registers the FFI targets of csrc with XLA and calls them."""

@@ -1,0 +1,1 @@
+"""Public operations: signature, checks, choice of implementation, gradient, batching, sharding."""

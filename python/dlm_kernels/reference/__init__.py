@@ -1,0 +1,1 @@
+"""NumPy float64 oracles: the definition of each operation, written for reading."""
