@@ -1,3 +1,28 @@
-"""Kernels for diffusion language models on CPU, GPU and TPU."""
+"""Kernels for diffusion language models on CPU, GPU and TPU.
+
+The operations are those of `__all__`; `masks` builds attention masks, and `explain` tells which kernel a call takes.
+"""
+
+from dlm_kernels import masks
+from dlm_kernels.ops.attention import attention
+from dlm_kernels.ops.explain import explain
+from dlm_kernels.ops.guidance import combine_guidance, mix_guidance
+from dlm_kernels.ops.lm_head import lm_head_scores, masked_cross_entropy
+from dlm_kernels.ops.unmask import TokenScores, UnmaskResult, score_tokens, unmask_step, unmask_topk
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "TokenScores",
+    "UnmaskResult",
+    "attention",
+    "combine_guidance",
+    "explain",
+    "lm_head_scores",
+    "masked_cross_entropy",
+    "masks",
+    "mix_guidance",
+    "score_tokens",
+    "unmask_step",
+    "unmask_topk",
+]

@@ -1,0 +1,164 @@
+"""Key intervals: every attention mask a diffusion language model uses, in one representation.
+
+Full, padded, packed, block-causal, prefix or dual KV cache, sliding window and BD3-LM's training mask have in common that
+the keys which one query sees form at most two runs. A mask here is those runs' ends, and all kernels implement just that.
+All helpers are plain jax.numpy: they work under jit, and their array arguments may be traced.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["start", "stop", "start2", "stop2"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class KeyIntervals:
+    """Query t of row b sees the keys in [start[b, t], stop[b, t]) and in [start2[b, t], stop2[b, t]).
+
+        keys = jnp.arange(key_length)
+        visible = (start[..., None] <= keys) & (keys < stop[..., None])
+        visible |= (start2[..., None] <= keys) & (keys < stop2[..., None])
+
+    int32 [B or 1, T] each; starts are inclusive, stops exclusive. start2 and stop2 come together or not at all. An interval
+    with start >= stop is empty; ends outside the keys are clipped; a key in both intervals counts once.
+    """
+
+    start: jax.Array
+    stop: jax.Array
+    start2: jax.Array | None = None
+    stop2: jax.Array | None = None
+
+    def as_boolean(self, key_length):
+        """The same mask as bool [B or 1, 1, T, key_length], True where the query sees the key."""
+        keys = jnp.arange(key_length)
+        visible = (self.start[..., None] <= keys) & (keys < self.stop[..., None])
+        if self.start2 is not None:
+            visible |= (self.start2[..., None] <= keys) & (keys < self.stop2[..., None])
+        return visible[:, None]
+
+    def __and__(self, other):
+        """The keys that both masks show. Defined where `other` has one interval; more could need more than two runs."""
+        if other.start2 is not None:
+            if self.start2 is not None:
+                raise ValueError("mask & mask: expected a single interval on at least one side, got two on both")
+            return other & self
+        start, stop = jnp.maximum(self.start, other.start), jnp.minimum(self.stop, other.stop)
+        if self.start2 is None:
+            return KeyIntervals(start, stop)
+        return KeyIntervals(start, stop, jnp.maximum(self.start2, other.start), jnp.minimum(self.stop2, other.stop))
+
+
+def bounds(mask, key_length):
+    """`mask` as the kernels want it: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order, empty ones as stop == start."""
+    clip = functools.partial(jnp.clip, min=0, max=key_length)
+    start = clip(mask.start).astype(jnp.int32)
+    stop = jnp.maximum(clip(mask.stop), start).astype(jnp.int32)
+    if mask.start2 is None:
+        return jnp.stack([start, stop], axis=-1)
+    start2 = clip(mask.start2).astype(jnp.int32)
+    stop2 = jnp.maximum(clip(mask.stop2), start2).astype(jnp.int32)
+    empty, empty2 = stop == start, stop2 == start2
+    swap = ~empty2 & (empty | (start2 < start))
+    start, stop, start2, stop2 = (
+        jnp.where(swap, start2, start),
+        jnp.where(swap, stop2, stop),
+        jnp.where(swap, start, start2),
+        jnp.where(swap, stop, stop2),
+    )
+    merge = start2 <= stop
+    stop = jnp.where(merge, jnp.maximum(stop, stop2), stop)
+    start2, stop2 = jnp.where(merge, stop, start2), jnp.where(merge, stop, stop2)
+    return jnp.stack([start, stop, start2, stop2], axis=-1)
+
+
+def padding(lengths, query_length, key_length=None, *, side="right"):
+    """Rows of different lengths in one array: query t of row b sees that row's `lengths[b]` real keys.
+
+    lengths int32 [B]. side "right": the padding is on the right, the real keys are [0, length); "left": [S - length, S).
+    """
+    key_length = query_length if key_length is None else key_length
+    lengths = jnp.asarray(lengths, jnp.int32)[:, None]
+    if side not in ("left", "right"):
+        raise ValueError(f"side: expected 'left' or 'right', got {side!r}")
+    start = jnp.zeros_like(lengths) if side == "right" else key_length - lengths
+    start = jnp.broadcast_to(start, (lengths.shape[0], query_length))
+    return KeyIntervals(start, start + lengths)
+
+
+def packed(segment_ids):
+    """Documents packed into one row: a query sees the keys of its own document.
+
+        visible[b, q, k] = segment_ids[b, q] == segment_ids[b, k] >= 0
+
+    segment_ids int32 [B, L], each document one run of equal ids; a negative id is padding, which sees and shows nothing.
+    """
+    start, stop = _runs(segment_ids)
+    return KeyIntervals(start, jnp.where(segment_ids < 0, start, stop))
+
+
+def block_causal(query_length, block_size, *, key_length=None, offset=0, segment_ids=None):
+    """A query sees its own block, whole, and all blocks before it (SDAR, LLaDA2, Fast-dLLM v2).
+
+        visible[q, k] = (q + offset) // block_size >= k // block_size
+
+    block_size is an int or a traced scalar: 1 is causal, the sequence length is full. offset (an int, a scalar or int32 [B])
+    is the position of the first query, for queries that continue a cache. With segment_ids int32 [B, L] (packed documents,
+    offset 0) blocks are counted from each document's start and stay within it.
+    """
+    position = jnp.arange(query_length, dtype=jnp.int32)[None, :]
+    if segment_ids is not None:
+        first, last = _runs(segment_ids)
+        stop = jnp.minimum(first + ((position - first) // block_size + 1) * block_size, last)
+        return KeyIntervals(first, jnp.where(segment_ids < 0, first, stop))
+    position = position + jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1))
+    stop = (position // block_size + 1) * block_size
+    if key_length is not None:
+        stop = jnp.minimum(stop, key_length)
+    return KeyIntervals(jnp.zeros_like(stop), stop)
+
+
+def block_diffusion(length, block_size):
+    """BD3-LM's training mask over [noisy; clean], 2 * length positions on both sides.
+
+    A noisy query sees its own noisy block and the clean blocks before it; a clean query sees the clean blocks up to and with
+    its own. Source: BD3-LM (Arriola et al. 2025), block_diff_mask.
+    """
+    block = jnp.arange(length, dtype=jnp.int32) // block_size
+    own, after = block * block_size, jnp.minimum((block + 1) * block_size, length)
+    start = jnp.concatenate([own, jnp.full_like(own, length)])
+    stop = jnp.concatenate([after, length + after])
+    start2 = jnp.full_like(start, length)
+    stop2 = jnp.concatenate([length + own, jnp.full_like(own, length)])
+    return KeyIntervals(start[None], stop[None], start2[None], stop2[None])
+
+
+def cache(query_length, stop, *, start=0, block_start=None, block_stop=None):
+    """Queries against a KV cache: the valid keys [start, stop), and with block_* (a dual cache) also [block_start, block_stop).
+
+    Each end is an int, a traced scalar or int32 [B] (rows of different lengths).
+    """
+    ends = [start, stop] if block_start is None else [start, stop, block_start, block_stop]
+    ends = [jnp.reshape(jnp.asarray(end, jnp.int32), (-1, 1)) for end in ends]
+    rows = max(end.shape[0] for end in ends)
+    return KeyIntervals(*(jnp.broadcast_to(end, (rows, query_length)) for end in ends))
+
+
+def sliding_window(query_length, left, right, *, key_length=None, offset=0):
+    """A query at position p = q + offset sees the keys [p - left, p + right + 1): `left` before, itself, `right` after."""
+    key_length = query_length if key_length is None else key_length
+    position = jnp.arange(query_length, dtype=jnp.int32)[None, :] + jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1))
+    return KeyIntervals(jnp.maximum(position - left, 0), jnp.minimum(position + right + 1, key_length))
+
+
+def _runs(segment_ids):
+    """For each position the first (inclusive) and last (exclusive) position of its run of equal ids; int32 [B, L] both."""
+    length = segment_ids.shape[1]
+    position = jnp.arange(length, dtype=jnp.int32)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    edge = jnp.ones((segment_ids.shape[0], 1), bool)
+    starts, stops = jnp.concatenate([edge, changes], 1), jnp.concatenate([changes, edge], 1)
+    start = jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
+    stop = jax.lax.cummin(jnp.where(stops, position + 1, length), axis=1, reverse=True)
+    return start, stop

@@ -1,0 +1,77 @@
+"""Checks that the operations share. Each raises a ValueError that names the argument, what was expected and what came."""
+
+import jax
+import jax.numpy as jnp
+
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def array(name, value):
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise ValueError(f"{name}: expected an array, got {type(value).__name__}")
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def floats(name, value, axes):
+    """A float32, bfloat16 or float16 array with one axis per letter of `axes`."""
+    value = array(name, value)
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected dtype float32, bfloat16 or float16, got {value.dtype}")
+    return ranked(name, value, axes)
+
+
+def ints(name, value, axes):
+    value = array(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}")
+    return ranked(name, value, axes).astype(jnp.int32)
+
+
+def bools(name, value, axes):
+    value = array(name, value)
+    if value.dtype != jnp.bool_:
+        raise ValueError(f"{name}: expected dtype bool, got {value.dtype}")
+    return ranked(name, value, axes)
+
+
+def ranked(name, value, axes):
+    if value.ndim != len(axes):
+        raise ValueError(f"{name}: expected shape [{', '.join(axes)}], got {list(value.shape)}")
+    return value
+
+
+def shaped(name, value, shape, meaning):
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)} ({meaning}), got {list(value.shape)}")
+    return value
+
+
+def one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def per_row(name, value, batch, length=None, dtype=jnp.float32):
+    """A scalar, [B], or where `length` is given [B, L], as [B] or [B, L]; traced or not, so that schedules are data."""
+    value = jnp.asarray(value)
+    if not (jnp.issubdtype(value.dtype, jnp.number)):
+        raise ValueError(f"{name}: expected a number or an array of numbers, got dtype {value.dtype}")
+    value = value.astype(dtype)
+    if length is None:
+        if value.shape not in ((), (batch,)):
+            raise ValueError(f"{name}: expected a scalar or shape [{batch}] (batch), got {list(value.shape)}")
+        return jnp.broadcast_to(value, (batch,))
+    if value.shape not in ((), (batch,), (batch, length)):
+        raise ValueError(
+            f"{name}: expected a scalar, shape [{batch}] (batch) or [{batch}, {length}] (batch, length), got {list(value.shape)}"
+        )
+    if value.ndim == 1:
+        value = value[:, None]
+    return jnp.broadcast_to(value, (batch, length))
+
+
+def soft_cap(value):
+    if value is not None and not value > 0:
+        raise ValueError(f"logits_soft_cap: expected None or a number above 0, got {value!r}")
+    return None if value is None else float(value)

@@ -1,0 +1,274 @@
+"""Chooses a kernel for a call and makes it work under jit, vmap and sharding.
+
+An operation describes its kernel once, as a `Leaf`: the name, and the axes of every operand and result in letters.
+`call` then nests `custom_vmap(custom_partitioning(platform_dependent(kernels)))`. The order matters: custom_partitioning
+has no batching rule of its own, and a gradient (`custom_vjp`, in the operation's file) must be outside of both.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib
+import importlib.util
+
+import jax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+
+PACKAGES = {"cpu": "cpu_kernels", "triton": "triton_kernels", "pallas": "pallas_kernels", "xla": "xla"}
+PLATFORM_KERNELS = {"cpu": "cpu", "cuda": "triton", "tpu": "pallas"}
+REQUIRES = {"triton": ("triton", "jax_triton")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A kernel's contract, the same in every package that implements it.
+
+    `operands` and `results` give each array's axes as letters; the same letter is the same size, or 1 in an operand that
+    broadcasts. A batched axis is folded into `fold`; the axes in `sharded` may be split over devices, the others may not.
+    """
+
+    module: str
+    name: str
+    operands: tuple[tuple[str, str], ...]
+    results: tuple[str, ...]
+    fold: str
+    sharded: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which implementation a call takes on each platform, and why not the others."""
+
+    kernel: str
+    implementations: dict[str, str]
+    refused: dict[str, str]
+
+    def __str__(self):
+        lines = [f"{self.kernel}: " + ", ".join(f"{i} on {p}" for p, i in self.implementations.items())]
+        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+_recorder: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def recording():
+    """Collects the `Choice` of every kernel call made inside."""
+    token = _recorder.set(choices := [])
+    try:
+        yield choices
+    finally:
+        _recorder.reset(token)
+
+
+def call(leaf, implementation, operands, **static):
+    """Runs `leaf` on `operands` (name -> array or None) with the chosen implementation; returns a tuple of arrays."""
+    choice = _choose(leaf, implementation, operands, static)
+    if (choices := _recorder.get()) is not None:
+        choices.append(choice)
+    present = tuple(name for name, array in operands.items() if array is not None)
+    arrays = [operands[name] for name in present]
+    function = _compiled(
+        leaf,
+        implementation,
+        tuple(choice.implementations.items()),
+        present,
+        _axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays]),
+        _groups(leaf, operands),
+        tuple(static.items()),
+    )
+    return function(*arrays)
+
+
+def _choose(leaf, implementation, operands, static):
+    if implementation is not None:
+        if implementation not in PACKAGES:
+            raise ValueError(f"implementation: expected one of {sorted(PACKAGES)} or None, got {implementation!r}")
+        if reason := _refusal(leaf, implementation, operands, static):
+            raise ValueError(f"implementation={implementation!r} cannot run {leaf.name}: {reason}")
+        return Choice(leaf.name, {"default": implementation}, {})
+    implementations, refused = {}, {}
+    for platform, name in PLATFORM_KERNELS.items():
+        if reason := _refusal(leaf, name, operands, static):
+            refused[name] = reason
+        else:
+            implementations[platform] = name
+    return Choice(leaf.name, implementations | {"default": "xla"}, refused)
+
+
+def _refusal(leaf, implementation, operands, static):
+    """The reason this implementation cannot run the call, or None."""
+    if implementation == "xla":
+        return None
+    for requirement in REQUIRES.get(implementation, ()):
+        if not _installed(requirement):
+            return f"the Python package {requirement} is not installed (pip install 'dlm_kernels[gpu]')"
+    if not _installed(f"dlm_kernels.{PACKAGES[implementation]}.{leaf.module}"):
+        return f"{PACKAGES[implementation]} has no {leaf.module}"
+    module = _module(implementation, leaf.module)
+    if not hasattr(module, leaf.name):
+        return f"{PACKAGES[implementation]}.{leaf.module} has no {leaf.name}"
+    return getattr(module, f"supports_{leaf.name}")(**operands, **static)
+
+
+@functools.cache
+def _installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def _module(implementation, module):
+    return importlib.import_module(f"dlm_kernels.{PACKAGES[implementation]}.{module}")
+
+
+def _groups(leaf, operands):
+    """Query heads per kv head, where the leaf has both; 1 elsewhere."""
+    axes = dict(leaf.operands)
+    if "n" not in axes.get("query", "") or "k" not in axes.get("key", ""):
+        return 1
+    return operands["query"].shape[axes["query"].index("n")] // operands["key"].shape[axes["key"].index("k")]
+
+
+def _axis_names(axes, shapes):
+    """The axes' letters, with "1" for an axis of size 1 that broadcasts: it can be neither split nor folded into."""
+    size = {}
+    for letters, shape in zip(axes, shapes, strict=True):
+        for letter, n in zip(letters, shape, strict=True):
+            size[letter] = n if size.get(letter, 1) == 1 else size[letter]
+    return tuple(
+        "".join("1" if n == 1 and size[letter] != 1 else letter for letter, n in zip(letters, shape))
+        for letters, shape in zip(axes, shapes)
+    )
+
+
+@functools.cache
+def _compiled(leaf, implementation, implementations, present, axes, groups, static):
+    """The jitted, batchable, partitionable function of the `present` operands; cached, or each call would compile anew."""
+    kernels = {platform: _kernel(leaf, name, present, static) for platform, name in implementations}
+    default = kernels.pop("default")
+
+    def run(*arrays):
+        return jax.lax.platform_dependent(*arrays, **kernels, default=default) if kernels else default(*arrays)
+
+    partitioned = _partitioned(leaf, run, axes, groups)
+    return jax.jit(_batched(leaf, implementation, partitioned, present, static))
+
+
+def _kernel(leaf, implementation, present, static):
+    function = getattr(_module(implementation, leaf.module), leaf.name)
+    absent = {name: None for name, _ in leaf.operands if name not in present}
+
+    def kernel(*arrays):
+        result = function(**dict(zip(present, arrays)), **absent, **dict(static))
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    return kernel
+
+
+def _batched(leaf, implementation, function, present, static):
+    axes = [dict(leaf.operands)[name] for name in present]
+    batched_function = custom_vmap(function)
+
+    @batched_function.def_vmap
+    def rule(size, batched, *arrays):
+        every_result = tuple(True for _ in leaf.results)
+        foldable = all(leaf.fold in letters for letters in leaf.results)
+        if not foldable or any(b and leaf.fold not in letters for b, letters in zip(batched, axes)):
+            # Each entry has, say, its own LM head or its own weight gradient: one kernel call cannot hold them all.
+            return jax.lax.map(
+                lambda mapped: function(*_merge(batched, mapped, arrays)),
+                [array for array, b in zip(arrays, batched) if b],
+            ), every_result
+        rows = max(
+            x.shape[letters.index(leaf.fold) + b]
+            for x, letters, b in zip(arrays, axes, batched)
+            if leaf.fold in letters
+        )
+        folded = [_fold(x, letters.find(leaf.fold), b, size, rows) for x, letters, b in zip(arrays, axes, batched)]
+        operands = {name: None for name, _ in leaf.operands} | dict(zip(present, folded))
+        results = call(leaf, implementation, operands, **dict(static))
+        return tuple(
+            _unfold(x, letters.index(leaf.fold), size, rows) for x, letters in zip(results, leaf.results)
+        ), every_result
+
+    return batched_function
+
+
+def _merge(batched, mapped, arrays):
+    mapped = iter(mapped)
+    return [next(mapped) if b else array for b, array in zip(batched, arrays)]
+
+
+def _fold(array, axis, batched, size, rows):
+    """Merges the mapped axis (0 if batched) into `axis`, which has `rows` entries or 1 that stands for all."""
+    if axis < 0 or (not batched and array.shape[axis] == 1 and rows > 1):
+        return array
+    if not batched:
+        array = jax.numpy.broadcast_to(array[None], (size, *array.shape))
+    if array.shape[axis + 1] != rows:
+        array = jax.numpy.broadcast_to(array, (*array.shape[: axis + 1], rows, *array.shape[axis + 2 :]))
+    array = jax.numpy.moveaxis(array, 0, axis)
+    return array.reshape(*array.shape[:axis], size * rows, *array.shape[axis + 2 :])
+
+
+def _unfold(array, axis, size, rows):
+    array = array.reshape(*array.shape[:axis], size, rows, *array.shape[axis + 1 :])
+    return jax.numpy.moveaxis(array, axis, 0)
+
+
+def _partitioned(leaf, run, axes, groups):
+    function = custom_partitioning(run)
+    rule, factors = _sharding_rule(leaf, axes, groups)
+    shardable = {*leaf.sharded}
+
+    def partition(mesh, arg_shapes, result_shapes):
+        arguments = tuple(_named(mesh, a.sharding) for a in arg_shapes)
+        results = tuple(_named(mesh, r.sharding) for r in result_shapes)
+        return mesh, run, results, arguments
+
+    def infer(mesh, arg_shapes, result_shapes):
+        """Only GSPMD asks: a result's axis is split as the operands' axis of the same letter is."""
+        spec = {}
+        for names, argument in zip(axes, arg_shapes):
+            for letter, part in zip(names, argument.sharding.spec):
+                if letter in shardable:
+                    spec.setdefault(letter, part)
+        spec["n"] = spec.get("k")
+        return tuple(
+            NamedSharding(mesh, jax.sharding.PartitionSpec(*(spec.get(letter) for letter in result)))
+            for result in leaf.results
+        )
+
+    function.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=rule,
+        need_replication_factors=tuple(f for f in factors if f not in shardable),
+        **({"g": groups} if groups > 1 else {}),
+    )
+    return function
+
+
+def _named(mesh, sharding):
+    return NamedSharding(mesh, sharding.spec)
+
+
+def _sharding_rule(leaf, axes, groups):
+    """Shardy's einsum-like rule; query heads n are kv heads k times g, and each broadcast axis gets a factor of its own."""
+    unique = iter(f"u{i}" for i in range(100))
+    factors = []
+
+    def term(names):
+        parts = []
+        for letter in names:
+            parts.append(
+                {"n": "(k g)" if groups > 1 else "k"}.get(letter) or (next(unique) if letter == "1" else letter)
+            )
+        factors.extend(p for part in parts for p in part.strip("()").split())
+        return " ".join(parts)
+
+    rule = ", ".join(term(names) for names in axes) + " -> " + ", ".join(term(names) for names in leaf.results)
+    return rule, tuple(dict.fromkeys(factors))

@@ -1,0 +1,28 @@
+"""Tells which implementation a call would take, and why not the others."""
+
+import jax
+
+from dlm_kernels.ops import dispatch
+
+
+def explain(function, *args, **kwargs):
+    """Which kernels `function(*args, **kwargs)` would run on each platform; nothing is computed.
+
+        print(explain(dlm_kernels.attention, query, key, value, mask=mask))
+
+    function: an operation of this package, or any function that calls some. Arrays may be jax.ShapeDtypeStruct. Returns a list of
+    `Choice` (kernel, implementations by platform, refused with the reason), one per kernel call, in the order of the calls.
+    Raises what the call itself would raise.
+    """
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def abstract(*traced):
+        traced = iter(traced)
+        merged = [next(traced) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        positional, named = jax.tree.unflatten(tree, merged)
+        return function(*positional, **named)
+
+    with dispatch.recording() as choices:
+        jax.eval_shape(abstract, *arrays)
+    return choices

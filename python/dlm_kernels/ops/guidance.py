@@ -1,0 +1,115 @@
+"""Guidance mixing: the weighted sums of logits (or hidden states) that classifier-free guidance is made of."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels.ops import checks, dispatch
+
+MIX = dispatch.Leaf(
+    "guidance", "mix_guidance", (("conditional", "rv"), ("unconditional", "rv"), ("scale", "r")), ("rv",), "r", "r"
+)
+COMBINE = dispatch.Leaf("guidance", "combine_guidance", (("logits", "crv"), ("weights", "cr")), ("rv",), "r", "r")
+
+
+def mix_guidance(conditional, unconditional, scale, *, implementation=None):
+    """Classifier-free guidance of two streams.
+
+        unconditional + scale * (conditional - unconditional)                   # float32
+
+    Arguments:
+      conditional, unconditional: [B, L, V] (or [B, V], or hidden states: any last axis), one shape, one dtype.
+      scale: a scalar, [B] or [B, L]; traced or not. 1 is the conditional model, 0 the unconditional one, exactly.
+        LLaDA's cfg_scale w is scale w + 1, and so is the w of diffusers' guidance_scale - 1.
+      implementation: "cpu", "triton", "pallas", "xla" or None.
+
+    Returns the mixture in conditional's dtype. -inf (a banned token) in either stream stays -inf, never NaN; a stream whose
+    weight is exactly zero is ignored. Differentiable in all three. Raises ValueError for shapes or dtypes that do not fit.
+    Source: Ho and Salimans 2022, as LLaDA applies it to logits.
+    """
+    conditional = checks.array("conditional", conditional)
+    if conditional.ndim not in (2, 3):
+        raise ValueError(f"conditional: expected shape [B, L, V] or [B, V], got {list(conditional.shape)}")
+    conditional = checks.floats("conditional", conditional, "BLV"[-conditional.ndim :])
+    unconditional = checks.floats("unconditional", unconditional, conditional.shape)
+    checks.shaped("unconditional", unconditional, conditional.shape, "conditional's shape")
+    if conditional.dtype != unconditional.dtype:
+        raise ValueError(f"unconditional: expected conditional's dtype {conditional.dtype}, got {unconditional.dtype}")
+    batch, length = conditional.shape[0], conditional.shape[1] if conditional.ndim == 3 else 1
+    rows = checks.per_row("scale", scale, batch, length).reshape(-1)
+    if conditional.size == 0:
+        return conditional
+    width = conditional.shape[-1]
+    mixed = _mix(implementation, conditional.reshape(-1, width), unconditional.reshape(-1, width), rows)
+    return mixed.reshape(conditional.shape)
+
+
+def combine_guidance(logits, weights, *, implementation=None):
+    """The weighted sum of any number of streams: negative prompts, several attributes at once.
+
+        jnp.einsum("c...v,c...->...v", logits, weights)                         # float32
+
+    Arguments:
+      logits: [C, B, L, V] or [C, B, V], C streams. weights: [C], [C, B] or [C, B, L]; traced or not.
+      implementation: "cpu", "triton", "pallas", "xla" or None.
+
+    Returns [B, L, V] or [B, V] in the dtype of logits. A stream of weight zero is ignored; -inf in any other stays -inf.
+    `mix_guidance(c, u, s)` is weights [s, 1 - s]. Differentiable in both. Raises ValueError for shapes that do not fit.
+    """
+    logits = checks.array("logits", logits)
+    if logits.ndim not in (3, 4):
+        raise ValueError(f"logits: expected shape [C, B, L, V] or [C, B, V], got {list(logits.shape)}")
+    logits = checks.floats("logits", logits, logits.shape)
+    lead = logits.shape[:-1]
+    weights = checks.array("weights", weights).astype(jnp.float32)
+    if weights.ndim < 1 or weights.shape != lead[: weights.ndim]:
+        raise ValueError(f"weights: expected shape [C], [C, B] or [C, B, L] of {list(lead)}, got {list(weights.shape)}")
+    weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(lead) - weights.ndim)), lead)
+    if logits.size == 0:
+        return jnp.zeros(logits.shape[1:], logits.dtype)
+    streams, width = lead[0], logits.shape[-1]
+    mixed = _combine(implementation, logits.reshape(streams, -1, width), weights.reshape(streams, -1))
+    return mixed.reshape(logits.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(implementation, conditional, unconditional, scale):
+    operands = dict(conditional=conditional, unconditional=unconditional, scale=scale)
+    return dispatch.call(MIX, implementation, operands)[0]
+
+
+def _mix_fwd(implementation, conditional, unconditional, scale):
+    return _mix(implementation, conditional, unconditional, scale), (conditional, unconditional, scale)
+
+
+def _mix_bwd(implementation, residuals, cotangent):
+    conditional, unconditional, scale = residuals
+    gradients = _combine_gradients(jnp.stack([conditional, unconditional]), jnp.stack([scale, 1 - scale]), cotangent)
+    return gradients[0][0], gradients[0][1], gradients[1][0] - gradients[1][1]
+
+
+_mix.defvjp(_mix_fwd, _mix_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(implementation, logits, weights):
+    return dispatch.call(COMBINE, implementation, dict(logits=logits, weights=weights))[0]
+
+
+def _combine_fwd(implementation, logits, weights):
+    return _combine(implementation, logits, weights), (logits, weights)
+
+
+def _combine_bwd(implementation, residuals, cotangent):
+    return _combine_gradients(*residuals, cotangent)
+
+
+def _combine_gradients(logits, weights, cotangent):
+    """Of the weighted sum; where some stream is banned (-inf) the result is constant, so the gradients are zero there."""
+    cotangent = jnp.where((jnp.isneginf(logits) & (weights[..., None] != 0)).any(0), 0, cotangent.astype(jnp.float32))
+    finite = jnp.where(jnp.isneginf(logits), 0, logits.astype(jnp.float32))
+    return (cotangent * weights[..., None]).astype(logits.dtype), (cotangent * finite).sum(-1)
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)

@@ -1,0 +1,168 @@
+"""The LM head fused with what follows it: scores of tokens, and the training loss, with no logits in memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels.ops import checks, dispatch, guidance, unmask
+
+SCORES = dispatch.Leaf(
+    "lm_head",
+    "lm_head_scores",
+    (
+        ("hidden", "rd"),
+        ("weight", "vd"),
+        ("temperature", "r"),
+        ("key_data", "rw"),
+        ("counter_row", "r"),
+        ("noise", "rv"),
+        ("active", "r"),
+        ("banned", "m"),
+    ),
+    ("r", "r", "r", "r"),
+    fold="r",
+    sharded="r",
+)
+_LOSS_INPUTS = (("hidden", "rd"), ("weight", "vd"), ("targets", "r"), ("active", "r"))
+LOSS = dispatch.Leaf("lm_head", "masked_cross_entropy_forward", _LOSS_INPUTS, ("r", "r"), fold="r", sharded="r")
+LOSS_BACKWARD = dispatch.Leaf(
+    "lm_head",
+    "masked_cross_entropy_backward",
+    (*_LOSS_INPUTS, ("lse", "r"), ("dloss", "r")),
+    ("rd", "vd"),
+    fold="r",
+    sharded="",
+)
+
+
+def lm_head_scores(
+    hidden,
+    weight,
+    *,
+    unconditional_hidden=None,
+    guidance_scale=None,
+    confidence="probability",
+    temperature=0.0,
+    tempered_confidence=False,
+    key=None,
+    noise=None,
+    active=None,
+    banned_tokens=None,
+    logits_soft_cap=None,
+    logits_dtype=None,
+    implementation=None,
+):
+    """`score_tokens` of the LM head's logits, which never exist in memory.
+
+        hidden = mix_guidance(hidden, unconditional_hidden, guidance_scale)     # with guidance
+        logits = jnp.einsum("bld,vd->blv", hidden, weight)                      # float32 accumulation
+        logits = logits.astype(logits_dtype)                                    # if given
+        return score_tokens(logits, ...)
+
+    Arguments:
+      hidden: [B, L, D]; weight: [V, D], or what `pack_lm_head` made of it; one dtype, float32, bfloat16 or float16.
+      unconditional_hidden, guidance_scale: guidance mixed before the head, once rounded to hidden's dtype. It is exact because the
+        head is linear, and halves the work; a soft cap is not linear, so the two are refused together.
+      logits_dtype: bfloat16 or float16 rounds the logits, as a model that materialises them would; for parity.
+      The others, and the result: as in `score_tokens`.
+
+    Raises ValueError for arguments that do not fit each other. Not differentiable; `masked_cross_entropy` is for training.
+    """
+    hidden = checks.floats("hidden", hidden, "BLD")
+    b, length, d = hidden.shape
+    weight = checks.floats("weight", weight, "VD")
+    v = weight.shape[0]
+    _check_weight(hidden, weight)
+    if (unconditional_hidden is None) != (guidance_scale is None):
+        raise ValueError("unconditional_hidden, guidance_scale: expected both or neither")
+    if unconditional_hidden is not None:
+        if logits_soft_cap is not None:
+            raise ValueError(
+                "logits_soft_cap: guidance in hidden space is exact for a linear head only; mix logits instead"
+            )
+        hidden = guidance.mix_guidance(hidden, unconditional_hidden, guidance_scale, implementation=implementation)
+    if logits_dtype is not None and jnp.dtype(logits_dtype) not in (jnp.dtype(x) for x in checks.FLOATS):
+        raise ValueError(f"logits_dtype: expected float32, bfloat16, float16 or None, got {logits_dtype}")
+    operands = unmask.sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
+    operands |= dict(hidden=hidden.reshape(-1, d), weight=weight)
+    if hidden.size == 0:
+        return unmask.empty_scores(b, length)
+    results = dispatch.call(
+        SCORES,
+        implementation,
+        {name: operands[name] for name, _ in SCORES.operands},
+        confidence="probability" if confidence == "random" else confidence,
+        tempered_confidence=bool(tempered_confidence),
+        logits_soft_cap=checks.soft_cap(logits_soft_cap),
+        logits_dtype=None if logits_dtype is None else jnp.dtype(logits_dtype),
+    )
+    return unmask.token_scores(results, b, length, confidence, key, active)
+
+
+def _check_weight(hidden, weight):
+    v, d = weight.shape
+    if v == 0 or d != hidden.shape[-1]:
+        raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}] with V of at least 1, got {[v, d]}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
+
+
+def masked_cross_entropy(
+    hidden, weight, targets, weights, *, reduction="sum", logits_soft_cap=None, implementation=None
+):
+    """The training loss of a masked diffusion model: cross-entropy of the LM head where weights are not zero.
+
+        logits = jnp.einsum("bld,vd->blv", hidden, weight)                      # never in memory
+        loss = logsumexp(logits, -1) - take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return jnp.sum(weights * loss)
+
+    Arguments:
+      hidden: [B, L, D]; weight: [V, D]; one dtype, float32, bfloat16 or float16.
+      targets: int [B, L] in [0, V). weights: float [B, L], zero where a position has no loss (LLaDA: 1 / t where masked);
+        rows of weight zero are not computed, and their targets may be anything.
+      reduction: "sum", or "none" for weights * loss of every position.
+      logits_soft_cap, implementation: as in `score_tokens`.
+
+    Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero).
+    A target outside [0, V) gives NaN. Raises ValueError for shapes or dtypes that do not fit.
+    Source: LLaDA and MDLM's loss; fused as Cut Cross-Entropy (Wijmans et al. 2024) does.
+    """
+    hidden = checks.floats("hidden", hidden, "BLD")
+    weight = checks.floats("weight", weight, "VD")
+    _check_weight(hidden, weight)
+    b, length, d = hidden.shape
+    targets = checks.shaped("targets", checks.ints("targets", targets, "BL"), (b, length), "batch, length of hidden")
+    weights = checks.shaped("weights", checks.array("weights", weights), (b, length), "batch, length of hidden")
+    weights = weights.astype(jnp.float32)
+    checks.one_of("reduction", reduction, ("sum", "none"))
+    if hidden.size == 0:
+        loss = jnp.zeros((b, length), jnp.float32)
+    else:
+        static = (checks.soft_cap(logits_soft_cap), implementation)
+        active = (weights != 0).reshape(-1)
+        loss = _loss(static, hidden.reshape(-1, d), weight, targets.reshape(-1), active).reshape(b, length)
+    return jnp.sum(weights * loss) if reduction == "sum" else weights * loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(static, hidden, weight, targets, active):
+    return _loss_fwd(static, hidden, weight, targets, active)[0]
+
+
+def _loss_fwd(static, hidden, weight, targets, active):
+    soft_cap, implementation = static
+    operands = dict(hidden=hidden, weight=weight, targets=targets, active=active)
+    loss, lse = dispatch.call(LOSS, implementation, operands, logits_soft_cap=soft_cap)
+    return loss, (operands, lse)
+
+
+def _loss_bwd(static, residuals, dloss):
+    soft_cap, implementation = static
+    operands, lse = residuals
+    operands = operands | dict(lse=lse, dloss=dloss)
+    dhidden, dweight = dispatch.call(LOSS_BACKWARD, implementation, operands, logits_soft_cap=soft_cap)
+    return dhidden, dweight, None, None
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd)

@@ -1,0 +1,315 @@
+"""Scoring tokens and unmasking the most confident: the inner step of a diffusion sampler."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels.ops import checks, dispatch
+
+SCORE = dispatch.Leaf(
+    "unmask",
+    "score_tokens",
+    (
+        ("logits", "rv"),
+        ("unconditional", "rv"),
+        ("guidance_scale", "r"),
+        ("temperature", "r"),
+        ("key_data", "rw"),
+        ("counter_row", "r"),
+        ("noise", "rv"),
+        ("active", "r"),
+        ("banned", "m"),
+    ),
+    ("r", "r", "r", "r"),
+    fold="r",
+    sharded="r",
+)
+TOPK = dispatch.Leaf(
+    "unmask",
+    "unmask_topk",
+    (
+        *((name, "bl") for name in ("tokens", "proposal", "confidence", "entropy", "eligible", "editable")),
+        *((name, "b") for name in ("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold")),
+    ),
+    ("bl", "bl", "b"),
+    fold="b",
+    sharded="b",
+)
+CONFIDENCES = ("probability", "margin", "neg_entropy", "random")
+
+
+class TokenScores(NamedTuple):
+    """What one pass over the vocabulary says of each position; each [B, L]."""
+
+    token: jax.Array  # int32, the greedy or sampled token; -1 where not active
+    confidence: jax.Array  # float32; -inf where not active
+    entropy: jax.Array  # float32, nats; +inf where not active
+    logsumexp: jax.Array  # float32; -inf where not active
+
+
+class UnmaskResult(NamedTuple):
+    tokens: jax.Array  # int32 [B, L]
+    unmasked: jax.Array  # bool [B, L], the positions that were masked and now are not
+    count: jax.Array  # int32 [B], how many
+
+
+def score_tokens(
+    logits,
+    *,
+    unconditional=None,
+    guidance_scale=None,
+    confidence="probability",
+    temperature=0.0,
+    tempered_confidence=False,
+    key=None,
+    noise=None,
+    active=None,
+    banned_tokens=None,
+    logits_soft_cap=None,
+    implementation=None,
+):
+    """The token of every position and how sure the model is of it, in one pass over the vocabulary.
+
+        logits = unconditional + guidance_scale * (logits - unconditional)      # with guidance; all in float32
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)           # with a cap
+        logits[..., banned_tokens] = -inf
+        token = argmax(logits)                                                  # or, at a temperature above 0:
+        token = argmax(logits / temperature + jax.random.gumbel(key, logits.shape))
+        p = softmax(logits)                                                     # of logits / temperature if tempered_confidence
+        confidence = p[token]                                                   # "probability"
+        confidence = top_k(p, 2)[0] - top_k(p, 2)[1]                            # "margin"
+        confidence = sum(p * log(p))                                            # "neg_entropy"
+        confidence = jax.random.uniform(...)                                    # "random"
+
+    Arguments:
+      logits: [B, L, V]; float32, bfloat16 or float16. unconditional: the same, mixed in with guidance_scale (scalar, [B] or [B, L];
+        see `mix_guidance`); both or neither.
+      confidence: LLaDA's low_confidence and Dream's maskgit_plus are "probability", Dream's topk_margin is "margin".
+      temperature: scalar, [B] or [B, L], traced or not; 0 is greedy. Above 0 it needs `key` or `noise`.
+      tempered_confidence: take p from logits / temperature, as Dream and DiffusionGemma do; LLaDA does not.
+      key: a JAX threefry key, or one per batch row [B], and then a row's samples do not depend on its batch.
+      noise: float [B, L, V], a Gumbel draw to use instead of the key's (parity with other systems).
+      active: bool [B, L]; rows where it is False are not read.
+      banned_tokens: int [M], ids never to be chosen; ids outside the vocabulary are ignored.
+      implementation: "cpu", "triton", "pallas", "xla" or None.
+
+    Returns TokenScores of [B, L] arrays. entropy and logsumexp are those of p's logits. Ties go to the lowest id. NaN or +inf in a
+    row, or a row that is all -inf, gives confidence and entropy NaN for that row alone. Not differentiable.
+    Raises ValueError for arguments that do not fit each other. Source: LLaDA generate.py, Dream generation_utils.py.
+    """
+    logits = checks.floats("logits", logits, "BLV")
+    b, length, v = logits.shape
+    if v == 0:
+        raise ValueError("logits: expected a vocabulary of at least 1, got shape " + str(list(logits.shape)))
+    if (unconditional is None) != (guidance_scale is None):
+        raise ValueError("unconditional, guidance_scale: expected both or neither")
+    operands = sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
+    operands |= dict(logits=logits.reshape(-1, v), unconditional=None, guidance_scale=None)
+    if unconditional is not None:
+        unconditional = checks.floats("unconditional", unconditional, "BLV")
+        checks.shaped("unconditional", unconditional, logits.shape, "the shape of logits")
+        if unconditional.dtype != logits.dtype:
+            raise ValueError(f"unconditional: expected dtype {logits.dtype} of logits, got {unconditional.dtype}")
+        operands["unconditional"] = unconditional.reshape(-1, v)
+        operands["guidance_scale"] = checks.per_row("guidance_scale", guidance_scale, b, length).reshape(-1)
+    if logits.size == 0:
+        return empty_scores(b, length)
+    results = dispatch.call(
+        SCORE,
+        implementation,
+        {name: operands[name] for name, _ in SCORE.operands},
+        confidence="probability" if confidence == "random" else confidence,
+        tempered_confidence=bool(tempered_confidence),
+        logits_soft_cap=checks.soft_cap(logits_soft_cap),
+    )
+    return token_scores(results, b, length, confidence, key, active)
+
+
+def sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v):
+    """Checks what `score_tokens` and `lm_head_scores` share, and lays it out by rows (R = B * L) as kernels take it."""
+    checks.one_of("confidence", confidence, CONFIDENCES)
+    operands = dict.fromkeys(("temperature", "key_data", "counter_row", "noise", "active", "banned"))
+    if active is not None:
+        active = checks.bools("active", active, "BL")
+        operands["active"] = checks.shaped("active", active, (b, length), "batch, length").reshape(-1)
+    if banned_tokens is not None:
+        operands["banned"] = checks.ints("banned_tokens", banned_tokens, "M")
+    if confidence == "random" and key is None:
+        raise ValueError("key: expected a key for confidence='random', got None")
+    if isinstance(temperature, (int, float)) and temperature == 0:
+        return operands
+    operands["temperature"] = checks.per_row("temperature", temperature, b, length).reshape(-1)
+    if noise is not None:
+        noise = checks.shaped("noise", checks.floats("noise", noise, "BLV"), (b, length, v), "the shape of the logits")
+        operands["noise"] = noise.astype(jnp.float32).reshape(-1, v)
+    elif key is not None:
+        operands["key_data"], operands["counter_row"] = _counters(key, b, length)
+    else:
+        raise ValueError(f"key, noise: expected one of them for temperature {temperature}, got neither")
+    return operands
+
+
+def _counters(key, b, length):
+    """Each row's key, and the row of that key's draw which is its own: uint32 [R, 2] and int32 [R]."""
+    data = _key_data(key)
+    if data.shape == (2,):
+        return jnp.broadcast_to(data, (b * length, 2)), jnp.arange(b * length, dtype=jnp.int32)
+    checks.shaped("key", data, (b, 2), "key data of a single key, or of one per batch row")
+    return jnp.repeat(data, length, axis=0), jnp.tile(jnp.arange(length, dtype=jnp.int32), b)
+
+
+def _key_data(key):
+    key = checks.array("key", key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.shape[-1:] != (2,):
+            raise ValueError(f"key: expected a JAX threefry key, got {key.dtype} of shape {list(key.shape)}")
+        return key
+    if "fry" not in str(jax.random.key_impl(key)):
+        raise ValueError(
+            f"key: expected a threefry key, the only generator the kernels compute, got {jax.random.key_impl(key)}"
+        )
+    return jax.random.key_data(key)
+
+
+def token_scores(results, b, length, confidence, key, active):
+    token, sure, entropy, logsumexp = (x.reshape(b, length) for x in results)
+    if confidence == "random":
+        data = _key_data(key)
+        # A stream of its own: the rank must not depend on the noise that chose the token.
+        draw = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(k), 1), (length,)))
+        if data.ndim == 1:
+            sure = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(data), 1), (b, length))
+        else:
+            sure = draw(data)
+        sure = sure if active is None else jnp.where(active, sure, -jnp.inf)
+    return TokenScores(token, sure, entropy, logsumexp)
+
+
+def empty_scores(b, length):
+    zeros = jnp.zeros((b, length), jnp.float32)
+    return TokenScores(zeros.astype(jnp.int32), zeros, zeros, zeros)
+
+
+def unmask_topk(
+    tokens,
+    scores,
+    *,
+    mask_id,
+    num_unmask=None,
+    threshold=None,
+    factor=None,
+    entropy_budget=None,
+    candidates=None,
+    edit_threshold=None,
+    implementation=None,
+):
+    """Commits the proposals of the most confident masked positions.
+
+        eligible = (tokens == mask_id) & candidates
+        order = sorted(eligible positions, key=lambda i: (-confidence[i], i))   # by entropy[i] with entropy_budget
+        n = num_unmask                                                          # or
+        n = max(1, sum(confidence[eligible] > threshold))                       # or
+        n = leading ranks r = 1, 2, ... with confidence[order[r - 1]] >= 1 - factor / (r + 1), at least 1            # or
+        n = leading ranks with sum(entropy[order[: r - 1]]) <= entropy_budget, at least 1
+        tokens[order[:n]] = scores.token[order[:n]]
+
+    Arguments:
+      tokens: int [B, L]. scores: TokenScores of [B, L] (`score_tokens`, `lm_head_scores`, or a model's own).
+      mask_id: the mask token, an int or a traced scalar.
+      num_unmask, threshold, factor, entropy_budget: each a scalar or [B], traced or not; at least one. Given several, the
+        greatest n holds, so num_unmask with threshold is LLaDA2's "all above the threshold, and at least k".
+        entropy_budget changes the order, and so does not go with threshold or factor.
+      candidates: bool [B, L], or a block (start, stop), each an int, a traced scalar or [B], stop exclusive.
+      edit_threshold: scalar or [B]; candidates that hold another token than the mask take the proposal where confidence is
+        above it (they count neither in `unmasked` nor in `count`).
+
+    Returns UnmaskResult(tokens, unmasked, count). Ties go to the lower position; NaN confidence ranks last. A row with nothing
+    eligible is returned as it is. Raises ValueError for arguments that do not fit.
+    Source: LLaDA get_num_transfer_tokens, Fast-dLLM (threshold, factor), DiffusionGemma (entropy budget), LLaDA2.1 (edits).
+    """
+    tokens = checks.ints("tokens", tokens, "BL")
+    b, length = tokens.shape
+    for name, array in scores._asdict().items():
+        checks.shaped(f"scores.{name}", array, tokens.shape, "the shape of tokens")
+    rules = dict(num_unmask=num_unmask, threshold=threshold, factor=factor, entropy_budget=entropy_budget)
+    if all(rule is None for rule in rules.values()):
+        raise ValueError(f"expected at least one of {', '.join(rules)}, got none")
+    if entropy_budget is not None and (threshold is not None or factor is not None):
+        raise ValueError("entropy_budget: goes by entropy, so expected no threshold and no factor beside it")
+    dtypes = dict(num_unmask=jnp.int32)
+    rules = {
+        name: None if rule is None else checks.per_row(name, rule, b, dtype=dtypes.get(name, jnp.float32))
+        for name, rule in (rules | dict(edit_threshold=edit_threshold)).items()
+    }
+    allowed = _candidates(candidates, b, length)
+    masked = tokens == mask_id
+    if 0 in (b, length):
+        return UnmaskResult(tokens, masked, jnp.zeros((b,), jnp.int32))
+    operands = dict(
+        tokens=tokens,
+        proposal=scores.token.astype(jnp.int32),
+        confidence=scores.confidence.astype(jnp.float32),
+        entropy=None if entropy_budget is None else scores.entropy.astype(jnp.float32),
+        eligible=masked & allowed,
+        editable=None if edit_threshold is None else ~masked & allowed,
+    )
+    return UnmaskResult(*dispatch.call(TOPK, implementation, operands | rules))
+
+
+def _candidates(candidates, b, length):
+    if candidates is None:
+        return jnp.ones((b, length), bool)
+    if isinstance(candidates, tuple):
+        if len(candidates) != 2:
+            raise ValueError(f"candidates: expected bool [B, L] or (start, stop), got a tuple of {len(candidates)}")
+        start, stop = (checks.per_row("candidates", end, b, dtype=jnp.int32)[:, None] for end in candidates)
+        position = jnp.arange(length)
+        return (start <= position) & (position < stop)
+    return checks.shaped("candidates", checks.bools("candidates", candidates, "BL"), (b, length), "batch, length")
+
+
+def unmask_step(
+    logits,
+    tokens,
+    *,
+    mask_id,
+    num_unmask=None,
+    threshold=None,
+    factor=None,
+    entropy_budget=None,
+    candidates=None,
+    edit_threshold=None,
+    implementation=None,
+    **scoring,
+):
+    """One sampler step on logits: score every position that may change, commit the most confident.
+
+        scores = score_tokens(logits, active=(tokens == mask_id) & candidates, **scoring)
+        return unmask_topk(tokens, scores, mask_id=mask_id, num_unmask=num_unmask, ...)
+
+    Takes the arguments of both; see `score_tokens` (unconditional, guidance_scale, confidence, temperature, ...) and
+    `unmask_topk` (the rules). `active` is the candidates that are masked, or with edit_threshold all candidates. Returns
+    UnmaskResult. Drop-in for the inner step of LLaDA's generate.py and its kin.
+    """
+    tokens = checks.ints("tokens", tokens, "BL")
+    logits = checks.floats("logits", logits, "BLV")
+    checks.shaped("tokens", tokens, logits.shape[:2], "batch and length of logits")
+    active = _candidates(candidates, *tokens.shape)
+    if edit_threshold is None:
+        active &= tokens == mask_id
+    if "active" in scoring:
+        raise ValueError("active: unmask_step derives it from tokens and candidates; narrow `candidates` instead")
+    scores = score_tokens(logits, active=active, implementation=implementation, **scoring)
+    return unmask_topk(
+        tokens,
+        scores,
+        mask_id=mask_id,
+        num_unmask=num_unmask,
+        threshold=threshold,
+        factor=factor,
+        entropy_budget=entropy_budget,
+        candidates=candidates,
+        edit_threshold=edit_threshold,
+        implementation=implementation,
+    )
