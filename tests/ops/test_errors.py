@@ -1,0 +1,144 @@
+"""Bad input raises a ValueError that names the argument, what was expected and what came."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import dlm_kernels as dlm
+
+q = jnp.zeros((2, 3, 4, 8))
+kv = jnp.zeros((2, 5, 2, 8))
+logits = jnp.zeros((2, 3, 7))
+tokens = jnp.zeros((2, 3), jnp.int32)
+scores = dlm.TokenScores(tokens, *(jnp.zeros((2, 3)),) * 3)
+hidden, weight = jnp.zeros((2, 3, 8)), jnp.zeros((7, 8))
+whole = jnp.ones((2, 3), bool)
+
+CASES = {
+    "query is a list": (lambda: dlm.attention([1.0], kv, kv), r"query: expected an array, got list"),
+    "query of integers": (lambda: dlm.attention(q.astype(int), kv, kv), r"query: expected dtype float32, .* got int"),
+    "query of rank 3": (lambda: dlm.attention(q[0], kv, kv), r"query: expected shape \[B, T, N, H\], got \[3, 4, 8\]"),
+    "key of another batch": (lambda: dlm.attention(q, kv[:1], kv), r"key: expected shape \[2, 5, 2, 8\]"),
+    "value of another length": (
+        lambda: dlm.attention(q, kv, kv[:, :4]),
+        r"value: expected shape \[2, 5, 2, 8\].*got \[2, 4, 2, 8\]",
+    ),
+    "mixed dtypes": (
+        lambda: dlm.attention(q, kv.astype(jnp.bfloat16), kv),
+        r"key, value: expected query's dtype float32",
+    ),
+    "heads that do not divide": (
+        lambda: dlm.attention(q[:, :, :3], kv, kv),
+        r"key: expected a number of heads that divides",
+    ),
+    "head size over 512": (
+        lambda: dlm.attention(*(jnp.zeros((1, 1, 1, 513)),) * 3),
+        r"query: expected a head size from 1 to 512, got 513",
+    ),
+    "soft cap of zero": (
+        lambda: dlm.attention(q, kv, kv, logits_soft_cap=0),
+        r"logits_soft_cap: expected None or a number above 0",
+    ),
+    "mask of floats": (
+        lambda: dlm.attention(q, kv, kv, mask=jnp.ones((3, 5))),
+        r"mask: expected .*boolean array, got dtype float32",
+    ),
+    "mask that does not broadcast": (
+        lambda: dlm.attention(q, kv, kv, mask=jnp.ones((3, 4), bool)),
+        r"mask: expected a shape that broadcasts to \[2, 4, 3, 5\]",
+    ),
+    "intervals of another batch": (
+        lambda: dlm.attention(q, kv, kv, mask=dlm.masks.padding(jnp.array([1, 2, 3]), 3, 5)),
+        r"mask.start: expected shape \[2 or 1, 3\]",
+    ),
+    "half an interval": (
+        lambda: dlm.attention(q, kv, kv, mask=dlm.masks.KeyIntervals(tokens, tokens, tokens)),
+        r"mask.stop2: expected an array, got NoneType",
+    ),
+    "unknown implementation": (
+        lambda: dlm.attention(q, kv, kv, implementation="cuda"),
+        r"implementation: expected one of .*'cuda'",
+    ),
+    "streams of two shapes": (
+        lambda: dlm.mix_guidance(logits, logits[:1], 1.0),
+        r"unconditional: expected shape \[2, 3, 7\]",
+    ),
+    "scale of a wrong length": (
+        lambda: dlm.mix_guidance(logits, logits, jnp.ones(3)),
+        r"scale: expected a scalar, shape \[2\]",
+    ),
+    "weights of a wrong shape": (
+        lambda: dlm.combine_guidance(logits[None], jnp.ones((2,))),
+        r"weights: expected shape \[C\]",
+    ),
+    "no vocabulary": (lambda: dlm.score_tokens(logits[..., :0]), r"logits: expected a vocabulary of at least 1"),
+    "guidance without a scale": (lambda: dlm.score_tokens(logits, unconditional=logits), r"expected both or neither"),
+    "unknown confidence": (
+        lambda: dlm.score_tokens(logits, confidence="sure"),
+        r"confidence: expected one of 'probability'",
+    ),
+    "temperature without a key": (
+        lambda: dlm.score_tokens(logits, temperature=1.0),
+        r"key, noise: expected one of them",
+    ),
+    "a key of another generator": (
+        lambda: dlm.score_tokens(logits, temperature=1.0, key=jax.random.key(0, impl="rbg")),
+        r"key: expected a threefry key",
+    ),
+    "too many keys": (
+        lambda: dlm.score_tokens(logits, temperature=1.0, key=jax.random.split(jax.random.key(0), 3)),
+        r"key: expected shape \[2, 2\]",
+    ),
+    "noise of another shape": (
+        lambda: dlm.score_tokens(logits, temperature=1.0, noise=logits[:, :2]),
+        r"noise: expected shape \[2, 3, 7\]",
+    ),
+    "active of integers": (lambda: dlm.score_tokens(logits, active=tokens), r"active: expected dtype bool, got int32"),
+    "no rule": (lambda: dlm.unmask_topk(tokens, scores, mask_id=0), r"expected at least one of num_unmask, threshold"),
+    "two orders": (
+        lambda: dlm.unmask_topk(tokens, scores, mask_id=0, threshold=0.9, entropy_budget=0.1),
+        r"entropy_budget: goes by entropy",
+    ),
+    "scores of another shape": (
+        lambda: dlm.unmask_topk(tokens[:, :2], scores, mask_id=0, num_unmask=1),
+        r"scores.token: expected shape \[2, 2\]",
+    ),
+    "a block of three": (
+        lambda: dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=1, candidates=(0, 1, 2)),
+        r"candidates: expected bool \[B, L\] or \(start, stop\)",
+    ),
+    "active given twice": (
+        lambda: dlm.unmask_step(logits, tokens, mask_id=0, num_unmask=1, active=whole),
+        r"active: unmask_step derives it",
+    ),
+    "head of another width": (lambda: dlm.lm_head_scores(hidden, weight[:, :5]), r"weight: expected shape \[V, 8\]"),
+    "head of another dtype": (
+        lambda: dlm.lm_head_scores(hidden, weight.astype(jnp.float16)),
+        r"weight: expected hidden's dtype",
+    ),
+    "guided soft cap": (
+        lambda: dlm.lm_head_scores(
+            hidden, weight, unconditional_hidden=hidden, guidance_scale=2.0, logits_soft_cap=30.0
+        ),
+        r"logits_soft_cap: guidance in hidden space",
+    ),
+    "integer logits": (
+        lambda: dlm.lm_head_scores(hidden, weight, logits_dtype=jnp.int8),
+        r"logits_dtype: expected float32",
+    ),
+    "targets of another shape": (
+        lambda: dlm.masked_cross_entropy(hidden, weight, tokens[:1], jnp.ones((2, 3))),
+        r"targets: expected shape \[2, 3\]",
+    ),
+    "unknown reduction": (
+        lambda: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 3)), reduction="mean"),
+        r"reduction: expected one of 'sum', 'none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message_names_the_argument(case):
+    call, message = CASES[case]
+    with pytest.raises(ValueError, match=message):
+        call()
