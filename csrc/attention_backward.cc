@@ -1,0 +1,130 @@
+// Attention backward: per batch row and kv head, each key tile meets all tiles of query rows that see it. The weights are
+// recomputed from lse, each of the five products is done once, and every sum has one fixed order.
+#include <cmath>
+
+#include "attention.h"
+
+namespace dlm::DLM_ISA {
+namespace {
+
+constexpr int64_t kRows = 96;
+constexpr int64_t kKeys = 128;
+
+template <typename T>
+struct Backward {
+  const AttentionArgs& args;
+  const int64_t groups = args.n / args.k;
+  const int64_t rows = args.t * groups;
+  const int64_t width = round_up(args.h, kPanel);
+
+  void run(const Parallel& parallel) {
+    parallel(args.b * args.k, [&](int64_t index) { head(index / args.k, index % args.k); });
+  }
+
+  void head(int64_t batch, int64_t head) {
+    Scratch& scratch = thread_scratch();
+    scratch.reset(4 * ((rows + 4 * kRows + 5 * kKeys) * width + 3 * kRows * kKeys + 2 * kRows) + sizeof(RowTile) + 4096);
+    float* dquery = scratch.take<float>(rows * width);        // [rows, width], to be scaled
+    float* query = scratch.take<float>(kRows * width);        // [rows, width], scaled
+    float* dout = scratch.take<float>(kRows * width);         // [rows, width]
+    float* query_panels = scratch.take<float>(kRows * width); // [width / kPanel][rows][kPanel]
+    float* dout_panels = scratch.take<float>(kRows * width);  // likewise
+    float* key_columns = scratch.take<float>(kKeys * width);  // [kKeys / kPanel][H][kPanel], as value_columns
+    float* value_columns = scratch.take<float>(kKeys * width);
+    float* key_panels = scratch.take<float>(kKeys * width);   // [width / kPanel][keys][kPanel]
+    float* dkey = scratch.take<float>(kKeys * width);         // [keys, width]
+    float* dvalue = scratch.take<float>(kKeys * width);       // [keys, width]
+    float* weights = scratch.take<float>(kRows * kKeys);      // [rows, kKeys], as the two below
+    float* slopes = scratch.take<float>(kRows * kKeys);       // of the soft cap
+    float* dlogits = scratch.take<float>(kRows * kKeys);
+    float* lse = scratch.take<float>(kRows);
+    float* delta = scratch.take<float>(kRows);
+    RowTile& tile = *scratch.take<RowTile>(1);
+
+    std::fill(dquery, dquery + rows * width, 0.0f);
+    const int64_t key_row = args.k * args.h;
+    for (int64_t key = 0; key < args.s; key += kKeys) {
+      const int64_t n = std::min(kKeys, args.s - key), padded = round_up(n, kPanel);
+      const int64_t offset = ((batch * args.s + key) * args.k + head) * args.h;
+      std::fill(dkey, dkey + n * width, 0.0f);
+      std::fill(dvalue, dvalue + n * width, 0.0f);
+      for (int64_t first = 0; first < rows; first += kRows) {
+        const int64_t count = std::min(kRows, rows - first);
+        tile.init(args, batch, first, count);
+        if (!tile.look(key, n)) continue;
+        // Keys seen by other row tiles only are zeros here: they may hold what no row of this one may see.
+        pack_transposed(static_cast<const T*>(args.key) + offset, key_row, n, args.h, tile.keep(), key_columns);
+        pack_transposed(static_cast<const T*>(args.value) + offset, key_row, n, args.h, tile.keep(), value_columns);
+        pack(static_cast<const T*>(args.key) + offset, key_row, n, args.h, tile.keep(), key_panels);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t at = query_offset(args, batch, head, first + i);
+          widen(static_cast<const T*>(args.query) + at, args.h, args.scale, query + i * width);
+          widen(static_cast<const T*>(args.dout) + at, args.h, 1.0f, dout + i * width);
+          const int64_t lse_at = lse_offset(args, batch, head, first + i);
+          lse[i] = args.lse[lse_at];
+          delta[i] = dot(static_cast<const T*>(args.out) + at, dout + i * width) - args.dlse[lse_at];
+        }
+        pack(query, width, count, width, nullptr, query_panels);
+        pack(dout, width, count, width, nullptr, dout_panels);
+        multiply(query, width, 1, count, key_columns, args.h, padded, weights, kKeys, false);
+        multiply(dout, width, 1, count, value_columns, args.h, padded, dlogits, kKeys, false);
+        for (int64_t i = 0; i < count; ++i) {
+          float *row = weights + i * kKeys, *slope = slopes + i * kKeys;
+          if (args.soft_cap != 0) cap_with_slope(row, slope, padded);
+          tile.hide(i, row, padded);
+          // A row that sees nothing has lse -inf; its logits are all -inf, so any finite number gives weights of zero.
+          const float base = lse[i] == -kInfinity ? 0.0f : lse[i];
+          for (int64_t j = 0; j < padded; j += kLanes) {
+            const F p = exp(load(row + j) - base);
+            F d = p * (load(dlogits + i * kKeys + j) - delta[i]);
+            if (args.soft_cap != 0) d = d * load(slope + j);
+            store(row + j, p);
+            store(dlogits + i * kKeys + j, d);
+          }
+        }
+        multiply(weights, 1, kKeys, n, dout_panels, count, width, dvalue, width, true);
+        multiply(dlogits, 1, kKeys, n, query_panels, count, width, dkey, width, true);
+        multiply(dlogits, kKeys, 1, count, key_panels, n, width, dquery + first * width, width, true);
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        narrow(dkey + j * width, 1.0f, static_cast<T*>(args.dkey) + offset + j * key_row);
+        narrow(dvalue + j * width, 1.0f, static_cast<T*>(args.dvalue) + offset + j * key_row);
+      }
+    }
+    for (int64_t m = 0; m < rows; ++m)
+      narrow(dquery + m * width, args.scale, static_cast<T*>(args.dquery) + query_offset(args, batch, head, m));
+  }
+
+  float dot(const T* out, const float* dout) const {
+    F total = F{};
+    for (int64_t j = 0; j < args.h; j += kLanes) {
+      const F x = args.h - j >= kLanes ? load(out + j) : load_first(out + j, args.h - j, 0.0f);
+      total += x * load(dout + j);
+    }
+    return sum(total);
+  }
+
+  void cap_with_slope(float* row, float* slope, int64_t n) const {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const F bent = tanh(load(row + j) / args.soft_cap);
+      store(row + j, args.soft_cap * bent);
+      store(slope + j, 1.0f - bent * bent);
+    }
+  }
+
+  void narrow(const float* in, float factor, T* out) const {
+    for (int64_t j = 0; j < args.h; ++j) from_float(in[j] * factor, out[j]);
+  }
+};
+
+}  // namespace
+
+void attention_backward(const AttentionArgs& args, const Parallel& parallel) {
+  switch (args.dtype) {
+    case DType::kFloat32: return Backward<float>{args}.run(parallel);
+    case DType::kBFloat16: return Backward<BFloat16>{args}.run(parallel);
+    case DType::kFloat16: return Backward<Float16>{args}.run(parallel);
+  }
+}
+
+}  // namespace dlm::DLM_ISA

@@ -1,0 +1,60 @@
+// Chooses the table of kernels once, by what the processor says of itself.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace dlm {
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool available;
+};
+
+const Kernels& choose() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const Candidate candidates[] = {{&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, true}};
+#else
+  const Candidate candidates[] = {{&kernels_portable, true}};
+#endif
+  const char* wanted = std::getenv("DLM_KERNELS_ISA");
+  std::string known;
+  for (const Candidate& candidate : candidates) {
+    const std::string isa = candidate.kernels->isa;
+    if (wanted == nullptr || *wanted == '\0') {
+      if (candidate.available) return *candidate.kernels;
+    } else if (isa == wanted) {
+      if (!candidate.available) throw std::invalid_argument("DLM_KERNELS_ISA: this processor has no " + isa);
+      return *candidate.kernels;
+    }
+    known += (known.empty() ? "" : ", ") + isa;
+  }
+  throw std::invalid_argument("DLM_KERNELS_ISA: expected one of " + known + ", got " + wanted);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+}  // namespace dlm

@@ -1,0 +1,18 @@
+// The Python module: hands out the FFI handlers, and says which instruction set was chosen.
+#include <pybind11/pybind11.h>
+
+#include "handlers.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_cpu, module) {
+  module.def("isa", [] { return dlm::kernels().isa; });
+  module.def("ffi_version", [] { return py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  module.def("ffi_handlers", [] {
+    py::dict handlers;
+    for (const dlm::Handler& handler : dlm::handlers())
+      handlers[handler.name] = py::capsule(reinterpret_cast<void*>(handler.call), "xla._CUSTOM_CALL_TARGET");
+    return handlers;
+  });
+}

@@ -1,0 +1,21 @@
+// How a kernel spreads its tiles over threads without knowing whose threads they are.
+#pragma once
+
+#include <cstdint>
+
+namespace dlm {
+
+// Calls tile(0) ... tile(tiles - 1), each once, in any order, on any thread; returns when all are done. XLA's thread pool
+// stands behind it in the FFI handlers, the calling thread alone in tests.
+class Parallel {
+ public:
+  virtual ~Parallel() = default;
+  virtual void run(int64_t tiles, void (*tile)(void* context, int64_t index), void* context) const = 0;
+
+  template <typename Tile>
+  void operator()(int64_t tiles, Tile&& tile) const {
+    run(tiles, [](void* context, int64_t index) { (*static_cast<Tile*>(context))(index); }, &tile);
+  }
+};
+
+}  // namespace dlm

@@ -1,0 +1,42 @@
+// Memory that a thread keeps between tiles.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace dlm {
+
+// One per thread; grows, never shrinks. take() hands out consecutive 64-byte aligned pieces of it until the next reset().
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+
+  // Makes room for `bytes` in all, counting 64 spare bytes per piece; earlier pieces are gone.
+  void reset(int64_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    std::free(data_);
+    size_ = (bytes + 63) / 64 * 64;
+    data_ = static_cast<char*>(std::aligned_alloc(64, size_));
+    if (data_ == nullptr) {
+      size_ = 0;
+      throw std::bad_alloc();
+    }
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(data_ + used_);
+    used_ += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+ private:
+  char* data_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
+};
+
+Scratch& thread_scratch();
+
+}  // namespace dlm

@@ -1,0 +1,182 @@
+// Vectors of float and uint32, and the few functions on them that kernels need.
+//
+// GCC's vector extension compiles +, *, comparisons and ?: to the instructions of the target, so that one text serves every
+// instruction set; only what it cannot express is written per target. Each kernel source is compiled once per instruction set
+// with DLM_ISA set to its name, and all of it lies in namespace dlm::DLM_ISA: an inline function compiled for AVX-512 must
+// never be the copy that the linker keeps for a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dlm::DLM_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// may_alias and aligned(4): vectors are loaded from any float or uint32 address.
+typedef float F __attribute__((vector_size(kLanes * 4)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
+typedef float FLoad __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t ILoad __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t H16 __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t H16Load __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+constexpr float kInfinity = __builtin_inff();
+
+inline F splat(float x) { return F{} + x; }
+inline F as_float(U x) { return (F)x; }
+inline U as_bits(F x) { return (U)x; }
+inline F select(I mask, F a, F b) { return (F)(((I)a & mask) | ((I)b & ~mask)); }
+
+// x86's max and min return the second operand where either is NaN; so does this text, on every target.
+inline F max(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+inline F min(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return select(a < b, a, b);
+#endif
+}
+
+inline F load(const float* p) { return *(const FLoad*)p; }
+inline void store(float* p, F x) { *(FLoad*)p = x; }
+
+inline F load(const BFloat16* p) {
+  const H16 bits = *(const H16Load*)p;
+  return as_float(__builtin_convertvector(bits, U) << 16);
+}
+
+inline F load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  F out;
+  for (int i = 0; i < kLanes; ++i) out[i] = to_float(p[i]);
+  return out;
+#endif
+}
+
+// The first n lanes from p (0 <= n <= kLanes), the others `fill`; reads nothing past p[n - 1].
+template <typename T>
+inline F load_first(const T* p, int64_t n, float fill) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+  return load(lanes);
+}
+
+inline bool any(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t set = 0;
+  for (int i = 0; i < kLanes; ++i) set |= mask[i];
+  return set != 0;
+#endif
+}
+
+inline float sum(F x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  // Halving keeps one order for every width, and rounds less than a running sum.
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+
+inline float max_lane(F x) {
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// e^x to 1.5 ulp for x <= 88.7; 0 below -103.97 and for -inf; NaN for NaN. Larger x is for the caller to exclude.
+inline F exp(F x) {
+  const F clamped = max(splat(-104.0f), x);  // NaN is the second operand, so it stays
+  const F shifter = splat(12582912.0f);      // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const F shifted = clamped * 1.44269504f + shifter;
+  const F n = shifted - shifter;
+  F r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n in two factors: below -126 one factor alone would have no exponent.
+  const I half = ((I)as_bits(shifted) - 0x4B400000) >> 1;
+  const I rest = ((I)as_bits(shifted) - 0x4B400000) - half;
+  const F scaled = p * (F)((half + 127) << 23) * (F)((rest + 127) << 23);
+  return select(x < -103.97f, splat(0.0f), scaled);
+}
+
+// ln x to 1 ulp for normal x > 0; the vocabulary's uniforms are all normal.
+inline F log(F x) {
+  I exponent = ((I)as_bits(x) >> 23) - 126;
+  F m = as_float((as_bits(x) & 0x007FFFFFu) | 0x3F000000u);  // [0.5, 1)
+  const I small = m < 0.707106781186547524f;
+  exponent += small;
+  m = m + select(small, m, splat(0.0f)) - 1.0f;
+  const F e = __builtin_convertvector(exponent, F);
+  const F z = m * m;
+  F p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  F y = p * m * z;
+  y = y + e * -2.12194440e-4f - 0.5f * z;
+  return m + y + e * 0.693359375f;
+}
+
+inline F tanh(F x) {
+  // Odd, from e^-2|x|: no overflow, and 1 for every large |x|. The difference 1 - e loses digits near 0, where x is the answer.
+  const F magnitude = as_float(as_bits(x) & 0x7FFFFFFFu);
+  const F e = exp(-2.0f * magnitude);
+  const F z = x * x;
+  F small = splat(-5.70498872745e-3f);
+  small = small * z + 2.06390887954e-2f;
+  small = small * z - 5.37397155531e-2f;
+  small = small * z + 1.33314422036e-1f;
+  small = small * z - 3.33332819422e-1f;
+  small = small * z * x + x;
+  const F large = as_float(as_bits((1.0f - e) / (1.0f + e)) | (as_bits(x) & 0x80000000u));
+  return select(magnitude < 0.625f, small, large);
+}
+
+}  // namespace
+}  // namespace dlm::DLM_ISA

@@ -1,0 +1,38 @@
+// The table of this instruction set's kernels.
+#include "kernels.h"
+
+#define DLM_JOIN_(a, b) a##b
+#define DLM_JOIN(a, b) DLM_JOIN_(a, b)
+#define DLM_TEXT_(a) #a
+#define DLM_TEXT(a) DLM_TEXT_(a)
+
+namespace dlm {
+namespace DLM_ISA {
+
+void attention_forward(const AttentionArgs&, const Parallel&);
+void attention_backward(const AttentionArgs&, const Parallel&);
+void score_tokens(const ScoreArgs&, const Parallel&);
+void unmask_topk(const UnmaskArgs&, const Parallel&);
+void mix_guidance(const MixArgs&, const Parallel&);
+void combine_guidance(const MixArgs&, const Parallel&);
+void lm_head_scores(const HeadArgs&, const Parallel&);
+void masked_cross_entropy_forward(const CrossEntropyArgs&, const Parallel&);
+void masked_cross_entropy_backward(const CrossEntropyArgs&, const Parallel&);
+
+}  // namespace DLM_ISA
+
+extern const Kernels DLM_JOIN(kernels_, DLM_ISA);
+const Kernels DLM_JOIN(kernels_, DLM_ISA) = {
+    DLM_TEXT(DLM_ISA),
+    DLM_ISA::attention_forward,
+    DLM_ISA::attention_backward,
+    DLM_ISA::score_tokens,
+    DLM_ISA::unmask_topk,
+    DLM_ISA::mix_guidance,
+    DLM_ISA::combine_guidance,
+    DLM_ISA::lm_head_scores,
+    DLM_ISA::masked_cross_entropy_forward,
+    DLM_ISA::masked_cross_entropy_backward,
+};
+
+}  // namespace dlm
