@@ -1,0 +1,39 @@
+"""python -m bench [--quick] [--only NAME] | report FILE | readme | compare A B"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench import report, suite
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the main cases only, in 2 minutes instead of 15")
+    parser.add_argument(
+        "--only", metavar="NAME", help="cases whose operation or name contains NAME; others keep their rows"
+    )
+    parser.add_argument("--minutes", type=float, help="time to aim for")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<device>.json, -quick.json with --quick")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("report", help="table and plots of a results file").add_argument("file", type=Path)
+    commands.add_parser("readme", help="rewrite the results in README.md from bench/results/*.json")
+    compare = commands.add_parser("compare", help="what became slower or faster beyond noise; exit status 1 if slower")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "report":
+        print(report.write(chosen.file))
+    elif chosen.command == "readme":
+        report.rewrite_readme()
+    elif chosen.command == "compare":
+        text, slower = report.compare(report.load(chosen.before), report.load(chosen.after))
+        print(text)
+        return int(slower)
+    else:
+        return suite.run(chosen.quick, chosen.only, chosen.minutes or (2 if chosen.quick else 15), chosen.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

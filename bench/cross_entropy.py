@@ -1,0 +1,78 @@
+"""The masked-diffusion training loss behind the LM head, forward and with gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dlm_kernels
+from bench import harness, peers
+from bench.harness import Case, Contender
+
+
+def case(name, rows, d, v, dtype, masked=0.5, backward=False, **options):
+    """hidden [1, R, D], weight [V, D]; the share `masked` of the rows has a loss."""
+
+    def inputs(rng):
+        weights = np.where(rng.permutation(rows) < masked * rows, 1 / masked, 0).astype(np.float32)
+        return (
+            jnp.asarray(rng.standard_normal((1, rows, d), "float32"), dtype),
+            jnp.asarray(rng.standard_normal((v, d), "float32") * (3 / d**0.5), dtype),
+            jnp.asarray(rng.integers(0, v, (1, rows)), jnp.int32),
+            jnp.asarray(weights)[None],
+        )
+
+    def loss(hidden, weight, targets, weights, implementation):
+        return dlm_kernels.masked_cross_entropy(hidden, weight, targets, weights, implementation=implementation)
+
+    contenders = harness.ours(loss)
+    contenders["torch"] = peers.torch_peer(peers.no_grad(_torch_loss))
+    if backward:
+        contenders = {
+            each: Contender(jax.jit(jax.value_and_grad(contender.function, argnums=(0, 1))))
+            for each, contender in harness.ours(loss).items()
+        }
+        contenders["torch"] = peers.torch_peer(_torch_gradient)
+    active = int(masked * rows)
+    size = jnp.dtype(dtype).itemsize
+    return Case(
+        "cross_entropy",
+        f"{name}, {rows} x {d} x {v}, {masked:.0%} masked, {dtype}{', backward' if backward else ''}",
+        inputs,
+        contenders,
+        read=size * d * (v + active),
+        written=size * d * (v + rows) * backward,
+        # Backward computes the logits again and has two products of its own.
+        flops=2 * active * d * v * (4 if backward else 1),
+        dtype=dtype,
+        tolerance=1e-4 if dtype == "float32" else 2e-2,
+        **options,
+    )
+
+
+def _torch_loss(hidden, weight, targets, weights):
+    """Only the rows that have a loss go through the head, as a careful training loop has it."""
+    import torch
+
+    rows = weights[0] != 0
+    logits = (hidden[0, rows] @ weight.T).float()
+    loss = torch.nn.functional.cross_entropy(logits, targets[0, rows].long(), reduction="none")
+    return (weights[0, rows] * loss).sum()
+
+
+def _torch_gradient(hidden, weight, targets, weights):
+    hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
+    loss = _torch_loss(hidden, weight, targets, weights)
+    loss.backward()
+    return loss, (hidden.grad, weight.grad)
+
+
+def cases(quick=False):
+    every = [
+        case("MDLM", 512, 768, 50258, "float32", quick=True),
+        case("MDLM", 512, 768, 50258, "float32", backward=True),
+        case("LLaDA-8B slice", 128, 4096, 32768, "float32", backward=True),
+    ]
+    return [each for each in every if each.quick or not quick]
+
+
+test_cross_entropy = harness.microbenchmark(cases())

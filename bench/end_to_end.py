@@ -1,0 +1,5 @@
+"""Whole models."""
+
+
+def cases(quick=False):
+    return []

@@ -1,0 +1,61 @@
+"""Guidance: two streams of logits, or of hidden states, mixed into one."""
+
+import functools
+
+import jax.numpy as jnp
+
+import dlm_kernels
+from bench import harness, peers
+from bench.harness import Case
+
+SCALE = 2.5
+
+
+def case(name, rows, width, dtype, **options):
+    def inputs(rng):
+        return tuple(jnp.asarray(rng.standard_normal((1, rows, width), "float32"), dtype) for _ in range(2))
+
+    def mix(conditional, unconditional, implementation):
+        return dlm_kernels.mix_guidance(conditional, unconditional, SCALE, implementation=implementation)
+
+    def eager(conditional, unconditional):
+        return unconditional + SCALE * (conditional - unconditional)
+
+    size = rows * width * jnp.dtype(dtype).itemsize
+    return Case(
+        "guidance",
+        f"{name}, {rows} x {width}, {dtype}",
+        inputs,
+        harness.ours(mix)
+        | {
+            "torch": peers.torch_peer(peers.no_grad(eager)),
+            "torch.compile": peers.torch_peer(eager, compiled=True),
+        },
+        read=2 * size,
+        written=size,
+        dtype=dtype,
+        oracle=functools.partial(_oracle),
+        tolerance=1e-6 if dtype == "float32" else 1e-2,
+        **options,
+    )
+
+
+def _oracle(conditional, unconditional):
+    import numpy as np
+
+    from dlm_kernels.reference import guidance as reference
+
+    c, u = (np.asarray(x[0], np.float64) for x in (conditional, unconditional))
+    return reference.mix_guidance(c, u, np.full(c.shape[:1], SCALE))[None]
+
+
+def cases(quick=False):
+    every = [
+        case("LLaDA-8B logits", 128, 126464, "float32", quick=True),
+        case("LLaDA-8B logits", 128, 126464, "bfloat16"),
+        case("LLaDA-8B hidden", 128, 4096, "bfloat16"),
+    ]
+    return [each for each in every if each.quick or not quick]
+
+
+test_guidance = harness.microbenchmark(cases())

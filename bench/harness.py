@@ -1,0 +1,194 @@
+"""Contenders of one case take turns in one process, on the same inputs, after their outputs were checked."""
+
+import dataclasses
+import functools
+import math
+import time
+import zlib
+from collections.abc import Callable
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from bench import machine
+
+OURS = "dlm_kernels"
+# A call slower than this is timed once, by its first call: a peer that takes a minute needs no median to be slow.
+SLOW_SECONDS = 8.0
+# Between contenders: a thread pool that has just finished still spins for a while, and would slow the next one.
+REST_SECONDS = 0.003
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """`function` of what `prepare` makes of the case's inputs; `prepare` is not timed, so it is for layout and packing only."""
+
+    function: Callable
+    prepare: Callable = lambda *inputs: inputs
+    missing: str | None = None  # the reason it cannot run here
+    compiles: bool = False  # for half a minute at its first call, so not in a quick run
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One named shape. The first contender is ours; `read`, `written` and `flops` are the least that any of them must do."""
+
+    operation: str
+    name: str
+    inputs: Callable  # of a numpy Generator; a tuple of jax arrays
+    contenders: dict[str, Contender]
+    read: int  # bytes
+    written: int = 0  # bytes
+    flops: int = 0
+    dtype: str = "float32"  # of the products: chooses the matrix rate
+    oracle: Callable | None = None  # of the inputs; else the first contender that runs is what the others must equal
+    tolerance: float = 1e-4  # on `error`
+    sweep: tuple[str, int] | None = None  # the axis that this case is a point of, and where
+    quick: bool = False
+
+
+def error(output, expected):
+    """The greatest difference of any array: relative Frobenius for floats, the share of unequal elements for integers."""
+    worst = 0.0
+    for got, want in zip(jax.tree.leaves(output), jax.tree.leaves(expected), strict=True):
+        got, want = as_numpy(got), as_numpy(want)
+        if got.shape != want.shape:
+            return math.inf
+        if np.issubdtype(want.dtype, np.floating) or want.dtype == ml_dtypes.bfloat16:
+            got, want = got.astype(np.float64), want.astype(np.float64)
+            # Infinities (a query that sees nothing) must be in the same places; their difference would be NaN.
+            if not np.array_equal(np.isinf(got), np.isinf(want)):
+                return math.inf
+            got, want = np.where(np.isinf(got), 0, got), np.where(np.isinf(want), 0, want)
+            gap = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+        else:
+            gap = np.mean(got != want)
+        worst = math.inf if math.isnan(gap) else max(worst, float(gap))
+    return worst
+
+
+def as_numpy(array):
+    if type(array).__module__.startswith("torch"):
+        array = array.detach().cpu()
+        array = array.float() if array.dtype.is_floating_point else array
+    return np.asarray(array)
+
+
+def wait(output):
+    """Until the device has finished."""
+    for leaf in jax.tree.leaves(output):
+        if isinstance(leaf, jax.Array):
+            leaf.block_until_ready()
+        elif type(leaf).__module__.startswith("torch") and leaf.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
+    return output
+
+
+def input_sets(case, cache_bytes):
+    """Enough copies of the inputs, each with its own random data, that a set has left the caches when it comes round again."""
+    rng = np.random.default_rng(zlib.crc32(f"{case.operation} {case.name}".encode()))
+    first = case.inputs(rng)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
+    copies = min(8, max(1, math.ceil(4 * cache_bytes / max(size, 1))))
+    return [first, *(case.inputs(rng) for _ in range(copies - 1))]
+
+
+def measure(case, seconds, quick=False):
+    """The row of `case`: times per call of each contender over `seconds` of rounds, or the reason that there are none."""
+    sets = input_sets(case, machine.cache_bytes())
+    try:
+        expected = None if case.oracle is None else case.oracle(*sets[0])
+    except ImportError:
+        expected = None
+    results, ready = {}, {}
+    for name, contender in case.contenders.items():
+        if reason := contender.missing or (quick and contender.compiles and "left out of a quick run"):
+            results[name] = dict(missing=reason)
+            continue
+        try:
+            prepared = [contender.prepare(*inputs) for inputs in sets]
+            start = time.perf_counter()
+            output = wait(contender.function(*prepared[0]))
+            first = time.perf_counter() - start
+        except Exception as failure:  # a peer may fail in any way; its row says how
+            results[name] = dict(missing=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}")
+            continue
+        expected = output if expected is None else expected
+        if (gap := error(output, expected)) > case.tolerance:
+            results[name] = dict(missing=f"wrong: differs by {gap:.2g}, more than {case.tolerance:.2g}")
+            continue
+        del output
+        slow = first > SLOW_SECONDS and not contender.compiles
+        results[name] = dict(first_call=first, error=gap, times=[first] * slow)
+        if not slow:
+            ready[name] = functools.partial(_call, contender.function, prepared)
+            results[name]["peak_bytes"] = machine.peak_bytes(functools.partial(ready[name], 0))
+    for name, times in _rounds(ready, seconds).items():
+        results[name]["times"] = times
+    return dict(
+        operation=case.operation,
+        case=case.name,
+        read=case.read,
+        written=case.written,
+        flops=case.flops,
+        dtype=case.dtype,
+        sweep=case.sweep,
+        contenders=results,
+    )
+
+
+def _call(function, sets, i):
+    return wait(function(*sets[i % len(sets)]))
+
+
+def _rounds(ready, seconds):
+    """Each contender's seconds per call in every round; all of them run in every round, so times of a round compare."""
+    calls = {}
+    for name, call in ready.items():
+        start = time.perf_counter()
+        call(1)
+        # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide.
+        calls[name] = max(1, math.ceil(0.01 / (time.perf_counter() - start)))
+    times = {name: [] for name in ready}
+    began, turn = time.perf_counter(), 2
+    while ready and (len(next(iter(times.values()))) < 3 or time.perf_counter() - began < seconds):
+        for name, call in ready.items():
+            time.sleep(REST_SECONDS)
+            start = time.perf_counter()
+            for i in range(calls[name]):
+                call(turn + i)
+            times[name].append((time.perf_counter() - start) / calls[name])
+        turn += max(calls.values())
+        if len(next(iter(times.values()))) >= 200:
+            break
+    return times
+
+
+def ours(function, **static):
+    """Our kernel for this platform, and plain jax.numpy, as the first two contenders."""
+    return {
+        OURS: Contender(jax.jit(functools.partial(function, implementation=machine.implementation(), **static))),
+        "jnp": Contender(jax.jit(functools.partial(function, implementation="xla", **static))),
+    }
+
+
+def microbenchmark(cases):
+    """A pytest-benchmark test of every (case, contender): `test_attention = harness.microbenchmark(cases)`."""
+    import pytest
+
+    pairs = [(case, name) for case in cases for name in case.contenders]
+
+    @pytest.mark.parametrize("case, name", pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
+    def test(benchmark, case, name):
+        contender = case.contenders[name]
+        if contender.missing:
+            pytest.skip(contender.missing)
+        benchmark.group = f"{case.operation}: {case.name}"
+        sets = [contender.prepare(*inputs) for inputs in input_sets(case, machine.cache_bytes())]
+        turn = iter(range(1 << 62))
+        benchmark(lambda: _call(contender.function, sets, next(turn)))
+
+    return test

@@ -1,0 +1,96 @@
+"""The LM head with the statistics of its logits: a matrix product whose result nobody needs to keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dlm_kernels
+from bench import harness, peers
+from bench.harness import Case, Contender
+
+SCALE = 2.5
+
+
+def case(name, rows, d, v, dtype, guided=False, **options):
+    """hidden [1, R, D], weight [V, D]."""
+
+    def inputs(rng):
+        hidden = (jnp.asarray(rng.standard_normal((1, rows, d), "float32"), dtype) for _ in range(1 + guided))
+        # Logits of a standard deviation near 3.
+        return (*hidden, jnp.asarray(rng.standard_normal((v, d), "float32") * (3 / d**0.5), dtype))
+
+    def scores(*arrays, implementation):
+        guidance = dict(unconditional_hidden=arrays[1], guidance_scale=SCALE) if guided else {}
+        return tuple(dlm_kernels.lm_head_scores(arrays[0], arrays[-1], implementation=implementation, **guidance))
+
+    contenders = harness.ours(scores)
+    if hasattr(dlm_kernels, "pack_lm_head"):
+        contenders[harness.OURS] = _packed(contenders[harness.OURS])
+    contenders["torch"] = peers.torch_peer(peers.no_grad(_torch_head))
+    if dtype != "float32":
+        # Where bfloat16 products are emulated, a user of torch would keep the weight in float32.
+        contenders["torch in float32"] = peers.torch_peer(
+            peers.no_grad(_torch_head), lambda *arrays: tuple(x.float() for x in arrays)
+        )
+    size = jnp.dtype(dtype).itemsize
+    return Case(
+        "lm_head",
+        f"{name}, {rows} x {d} x {v}, {dtype}{', guided' if guided else ''}",
+        inputs,
+        contenders,
+        read=size * d * (v + rows * (1 + guided)),
+        flops=2 * rows * d * v,
+        dtype=dtype,
+        oracle=_oracle,
+        # Of the confidences, which are exponentials of logits; guidance in the logits' dtype rounds more than in hidden space.
+        tolerance=1e-3 if dtype == "float32" else 0.1,
+        **options,
+    )
+
+
+def _packed(contender):
+    def prepare(*arrays):
+        return (*arrays[:-1], jax.block_until_ready(dlm_kernels.pack_lm_head(arrays[-1])))
+
+    return Contender(contender.function, prepare)
+
+
+def _torch_head(*arrays):
+    """Guidance, where there is some, on logits: both products, as samplers have it."""
+    logits = arrays[0] @ arrays[-1].T
+    if len(arrays) == 3:
+        unconditional = arrays[1] @ arrays[-1].T
+        logits = unconditional + SCALE * (logits - unconditional)
+    return peers.statistics(logits)
+
+
+def _oracle(*arrays):
+    """Token, confidence, entropy, log-sum-exp in float64; the weight, which is large, in parts."""
+    hidden = np.asarray(arrays[0][0], np.float64)
+    if len(arrays) == 3:
+        unconditional = np.asarray(arrays[1][0], np.float64)
+        hidden = unconditional + SCALE * (hidden - unconditional)
+    parts = np.array_split(np.asarray(arrays[-1]), 32)
+    logits = np.concatenate([hidden @ part.astype(np.float64).T for part in parts], axis=-1)
+    top = logits.max(-1)
+    p = np.exp(logits - top[:, None])
+    total = p.sum(-1)
+    lse = top + np.log(total)
+    p /= total[:, None]
+    entropy = lse - (p * logits).sum(-1)
+    return tuple(x[None] for x in (logits.argmax(-1).astype(np.int32), p.max(-1), entropy, lse))
+
+
+def cases(quick=False):
+    every = [
+        case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16"),
+        case("LLaDA-8B slice", 128, 4096, 32768, "float32", quick=True),
+        case("LLaDA-8B slice", 128, 4096, 32768, "float32", guided=True),
+        case("LLaDA-8B", 32, 4096, 126464, "float32"),
+        case("SDAR-4B", 4, 2560, 151936, "float32"),
+        case("MDLM", 256, 768, 50258, "float32"),
+    ]
+    return [each for each in every if each.quick or not quick]
+
+
+test_lm_head = harness.microbenchmark(cases())

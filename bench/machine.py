@@ -1,0 +1,176 @@
+"""What the machine is, what it can do at best, and how much memory a call takes."""
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PACKAGES = ("dlm_kernels", "jax", "jaxlib", "numpy", "torch", "triton", "jax_triton", "tokamax")
+# Of glibc's mallopt.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@functools.cache
+def platform_name():
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
+def implementation():
+    """Our implementation for this platform."""
+    return {"cuda": "triton", "tpu": "pallas"}.get(platform_name(), "cpu")
+
+
+def device_name():
+    """A file name for the device: its model, and on a CPU the threads and the widest vectors."""
+    if platform_name() != "cpu":
+        words = jax.devices()[0].device_kind
+    else:
+        flags = set(_cpuinfo("flags").split())
+        isa = next((name for name in ("avx512_bf16", "avx512f", "avx2") if name in flags), platform.machine())
+        words = f"{_cpuinfo('model name') or platform.machine()} {os.cpu_count()} threads {isa}"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def describe():
+    """For the head of a results file."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return dict(
+        device=device_name(),
+        kind=_cpuinfo("model name") if platform_name() == "cpu" else jax.devices()[0].device_kind,
+        devices=len(jax.devices()),
+        threads=os.cpu_count(),
+        cache_bytes=cache_bytes(),
+        versions=versions,
+    )
+
+
+def commit():
+    """The commit measured, with -dirty where the tree holds changes to code."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    name = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip() or "unknown"
+    changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md"])
+    return name + ("-dirty" if changed.stdout.strip() else "")
+
+
+def _cpuinfo(field):
+    path = Path("/proc/cpuinfo")
+    found = re.search(rf"^{field}\s*: (.*)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+@functools.cache
+def cache_bytes():
+    """Of the last cache level: L3 on a CPU, L2 on a GPU."""
+    if platform_name() == "cuda":
+        return 64 << 20
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip()).groups()
+        sizes.append(int(number) << {"": 0, "K": 10, "M": 20}[unit])
+    return max(sizes) or 32 << 20
+
+
+def rates(seconds=0.3):
+    """The best seen of bytes/s read and copied, and of floating-point operations/s in a product, by dtype.
+
+    Of whatever libraries are there: a ceiling is what the machine can do, whoever gets it out.
+    """
+    on_cpu = platform_name() == "cpu"
+    length = (4 * cache_bytes() if on_cpu else 1 << 31) // 4
+    n = 1024 if on_cpu else 8192
+    array = jnp.ones((length,), jnp.float32)
+    read, copy = [jax.jit(jnp.sum)], [jax.jit(lambda x: x + 1)]
+    products = {"float32": [(_jnp_product, n, jnp.float32)], "bfloat16": [(_jnp_product, n, jnp.bfloat16)]}
+    result = {}
+    try:
+        import torch
+    except ImportError:
+        pass
+    else:
+        tensor = torch.from_dlpack(array)
+        read.append(lambda _: tensor.sum())
+        target = torch.empty_like(tensor)
+        copy.append(lambda _: target.copy_(tensor))
+        for dtype in products:
+            products[dtype].append((_torch_product, n, getattr(torch, dtype)))
+    if on_cpu:
+        halves = np.array_split(np.ones(length, np.float32), os.cpu_count())
+        targets = [np.empty_like(half) for half in halves]
+        pool = ThreadPoolExecutor(len(halves))
+        read.append(lambda _: list(pool.map(lambda half: half.max(), halves)))
+        read.append(lambda _: list(pool.map(lambda half: half @ half, halves)))
+        copy.append(lambda _: list(pool.map(np.copyto, targets, halves)))
+    size = 4 * length
+    result["read"] = max(size / _fastest(lambda f=f: f(array), seconds) for f in read)
+    result["copy"] = max(2 * size / _fastest(lambda f=f: f(array), seconds) for f in copy)
+    for dtype, makers in products.items():
+        result[dtype] = max(2 * n**3 / _fastest(make(n, kind), seconds) for make, n, kind in makers)
+    # Where bfloat16 has no instructions of its own, the physical limit is to convert it and multiply in float32.
+    result["bfloat16"] = max(result["bfloat16"], result["float32"])
+    return result
+
+
+def _jnp_product(n, dtype):
+    a, product = jnp.ones((n, n), dtype), jax.jit(jnp.dot)
+    return lambda: product(a, a)
+
+
+def _torch_product(n, dtype):
+    import torch
+
+    a = torch.ones((n, n), dtype=dtype, device="cuda" if platform_name() == "cuda" else "cpu")
+    return lambda: a @ a
+
+
+def _fastest(function, seconds):
+    from bench.harness import wait
+
+    wait(function())
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        wait(function())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def peak_bytes(call):
+    """The most memory that `call` held at one time beyond what was held before, its result included; None where unknown.
+
+    Linux keeps the peak of the resident size and lets a process reset it. Meanwhile malloc takes every array from the system anew,
+    or one that fits into what earlier calls have freed would seem to take nothing; afterwards it is as in any long-lived process.
+    """
+    if platform_name() != "cpu" or not Path("/proc/self/clear_refs").exists():
+        return None
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 64 << 10)
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    result = call()
+    peak = _status("VmHWM")
+    del result
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    return max(0, peak - before)
+
+
+def _status(field):
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found.group(1)) << 10

@@ -1,0 +1,114 @@
+"""Roofline, ratio bars and sweeps of a results file, as SVG."""
+
+import math
+import statistics
+
+from bench import report
+from bench.harness import OURS
+
+
+def draw(result, folder):
+    """Writes folder/*.svg and returns their names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same numbers must give the same file: no random ids, no date.
+    matplotlib.rcParams.update({"svg.hashsalt": "dlm_kernels", "font.size": 8, "svg.fonttype": "none"})
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for name, figure in (
+        ("roofline", _roofline(plt, result["rows"])),
+        ("ratios", _ratios(plt, result["rows"])),
+        ("sweeps", _sweeps(plt, result["rows"])),
+    ):
+        if figure is not None:
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+            plt.close(figure)
+            names.append(name)
+    return names
+
+
+def _measured(rows):
+    return [row for row in rows if row["contenders"][OURS].get("times")]
+
+
+def _roofline(plt, rows):
+    """Our rate against operations per byte, under the machine's two ceilings."""
+    rows = [row for row in _measured(rows) if row["flops"]]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(6, 4))
+    intensities = [row["flops"] / (row["read"] + row["written"]) for row in rows]
+    spread = [min(intensities) / 2, max(intensities) * 2]
+    for dtype in sorted({row["dtype"] for row in rows}):
+        rates = next(row["rates"] for row in rows if row["dtype"] == dtype)
+        points = sorted([*spread, rates[dtype] / rates["read"]])
+        axes.plot(points, [min(rates[dtype], x * rates["read"]) / 1e9 for x in points], label=f"{dtype} ceiling")
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        at = [i for i, row in enumerate(rows) if row["operation"] == operation]
+        speeds = [rows[i]["flops"] / statistics.median(rows[i]["contenders"][OURS]["times"]) / 1e9 for i in at]
+        axes.plot([intensities[i] for i in at], speeds, "o", label=operation)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s", title="Roofline")
+    axes.legend()
+    return figure
+
+
+def _ratios(plt, rows):
+    """Each peer's time over ours; right of the line we are faster."""
+    bars = [
+        (f"{row['operation']}: {row['case']}", name, statistics.median(values))
+        for row in _measured(rows)
+        for name in report.peers_of(row)
+        if (values := report.ratios(row, name))
+    ]
+    if not bars:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 0.16 * len(bars) + 1))
+    peers = list(dict.fromkeys(name for _, name, _ in bars))
+    # Twelve shades, so that no two of the peers look alike.
+    colours = [plt.get_cmap("Paired")(i % 12) for i in range(len(peers))]
+    for i, (_, name, value) in enumerate(bars):
+        axes.barh(-i, math.log10(value), color=colours[peers.index(name)])
+        axes.annotate(f"{value:.2f}", (math.log10(value), -i), fontsize=5, va="center")
+    labels = [label if i == 0 or label != bars[i - 1][0] else "" for i, (label, _, _) in enumerate(bars)]
+    axes.set_yticks([-i for i in range(len(bars))], labels, fontsize=5)
+    ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if t <= 2 * max(value for _, _, value in bars)]
+    axes.set_xticks([math.log10(t) for t in ticks], [f"{t:g}x" for t in ticks])
+    axes.axvline(0, color="black", linewidth=0.5)
+    axes.set(title="peer's time / ours")
+    axes.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours], peers, fontsize=6)
+    return figure
+
+
+def _sweeps(plt, rows):
+    """Time against an axis, with the exponent of the fitted power."""
+    rows = [row for row in rows if row["sweep"]]
+    axes_names = list(dict.fromkeys((row["operation"], row["sweep"][0]) for row in rows))
+    if not axes_names:
+        return None
+    figure, panels = plt.subplots(1, len(axes_names), figsize=(4 * len(axes_names), 3.2), squeeze=False)
+    for panel, (operation, axis) in zip(panels[0], axes_names):
+        group = [row for row in rows if (row["operation"], row["sweep"][0]) == (operation, axis)]
+        for name in dict.fromkeys(name for row in group for name in row["contenders"]):
+            points = sorted(
+                (row["sweep"][1], statistics.median(times))
+                for row in group
+                if (times := row["contenders"].get(name, {}).get("times"))
+            )
+            if points:
+                x, y = zip(*points)
+                panel.plot(x, [1e3 * t for t in y], "o-", label=f"{name}{_exponent(x, y)}", markersize=3)
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms", title=operation)
+        panel.legend(fontsize=6)
+    figure.tight_layout()
+    return figure
+
+
+def _exponent(x, y):
+    """~ x^p by least squares of the logarithms, where there are two points."""
+    if len(x) < 2:
+        return ""
+    slope, _ = statistics.linear_regression([math.log(a) for a in x], [math.log(b) for b in y])
+    return f" ~ x^{slope:.2f}"

@@ -1,0 +1,109 @@
+"""A sampler's inner step on logits: score every masked position, commit the most confident."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dlm_kernels
+from bench import harness, peers
+from bench.harness import Case
+
+MASK = 0
+VOCABULARY = {"MDLM": 50258, "LLaDA-8B": 126464, "SDAR-4B": 151936, "LLaDA2-mini": 157184, "DiffusionGemma": 262144}
+
+
+def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, threshold=None, masked=1.0, **options):
+    """logits [1, R, V]; `masked` is the share of rows that still are."""
+    rule = dict(num_unmask=max(1, rows // 4)) if threshold is None else dict(threshold=threshold)
+    guidance = dict(guidance_scale=2.5) if guided else {}
+    key = jax.random.key(7) if temperature else None
+
+    def inputs(rng):
+        streams = [logits(rng, rows, v)]
+        if guided:
+            # Nearly what the model says with the prompt: streams that disagree would saturate every confidence at 1.
+            streams.append(streams[0] + 0.3 * rng.standard_normal((rows, v), "float32"))
+        streams = tuple(jnp.asarray(stream, dtype)[None] for stream in streams)
+        tokens = np.where(rng.permutation(rows) < masked * rows, MASK, 1)
+        return (*streams, jnp.asarray(tokens, jnp.int32)[None])
+
+    def step(*arrays, implementation):
+        stream = dict(unconditional=arrays[1]) if guided else {}
+        return dlm_kernels.unmask_step(
+            arrays[0],
+            arrays[-1],
+            mask_id=MASK,
+            temperature=temperature,
+            key=key,
+            implementation=implementation,
+            **stream,
+            **guidance,
+            **rule,
+        ).tokens
+
+    if threshold is not None:
+        published = {"Fast-dLLM": functools.partial(peers.fast_dllm_step, mask_id=MASK, threshold=threshold)}
+    else:
+        one, two = peers.llada_step, functools.partial(peers.llada_guided_step, scale=2.5)
+        llada = functools.partial(two if guided else one, mask_id=MASK, temperature=temperature, **rule)
+        published = {
+            "LLaDA float64": functools.partial(llada, precision="float64"),
+            "LLaDA float32": functools.partial(llada, precision="float32"),
+        }
+    contenders = {each: peers.torch_peer(peers.no_grad(function)) for each, function in published.items()}
+    if threshold is None:
+        contenders["torch.compile"] = peers.torch_peer(published["LLaDA float32"], compiled=True)
+    extra = ", guided" * guided + f", temperature {temperature:g}" * bool(temperature) + ", half masked" * (masked < 1)
+    return Case(
+        "unmask",
+        f"{name}, {rows} x {v}, {dtype}{extra}{', threshold' if threshold is not None else ''}",
+        inputs,
+        harness.ours(step) | contenders,
+        read=int((1 + guided) * masked * rows * v) * jnp.dtype(dtype).itemsize,
+        dtype=dtype,
+        oracle=functools.partial(_oracle, rule, guided) if not temperature else None,
+        # Shares of tokens: two confidences nearer than rounding may change places; draws of other generators are other tokens.
+        tolerance=1.0 if temperature else 0.02,
+        **options,
+    )
+
+
+def logits(rng, rows, v):
+    """As wide as a trained model's, with one token standing out by as much as its position is easy."""
+    array = 2 * rng.standard_normal((rows, v), "float32")
+    array[np.arange(rows), rng.integers(1, v, rows)] += rng.uniform(8, 20, rows).astype("float32")
+    return array
+
+
+def _oracle(rule, guided, *arrays):
+    from dlm_kernels.reference import guidance, unmask
+
+    tokens = np.asarray(arrays[-1])
+    stream = np.asarray(arrays[0][0], np.float64)
+    if guided:
+        stream = guidance.mix_guidance(stream, np.asarray(arrays[1][0], np.float64), np.full(len(stream), 2.5))
+    options = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None)
+    scores = unmask.score_tokens(stream, None, None, None, None, None, None, tokens[0] == MASK, None, **options)
+    rules = dict.fromkeys(("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold"))
+    rules |= {name: np.array([number]) for name, number in rule.items()}
+    token, sure = (x[None] for x in scores[:2])
+    return unmask.unmask_topk(tokens, token, sure, None, tokens == MASK, None, **rules)[0].astype(np.int32)
+
+
+def cases(quick=False):
+    every = [
+        case("LLaDA-8B", 128, 126464, quick=True),
+        case("LLaDA-8B", 128, 126464, guided=True, quick=True),
+        case("LLaDA-8B", 128, 126464, temperature=1.0, quick=True),
+        case("LLaDA-8B", 128, 126464, masked=0.5),
+        case("LLaDA-8B", 128, 126464, threshold=0.9),
+        case("LLaDA-8B", 128, 126464, "bfloat16"),
+        *(case(name, 32, v, sweep=("vocabulary, 32 rows", v)) for name, v in VOCABULARY.items()),
+        *(case("LLaDA-8B", rows, 126464, sweep=("rows, vocabulary 126464", rows)) for rows in (1, 8, 64, 512)),
+    ]
+    return [each for each in every if each.quick or not quick]
+
+
+test_unmask = harness.microbenchmark(cases())

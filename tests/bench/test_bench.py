@@ -1,0 +1,150 @@
+"""The harness refuses what is wrong, the peers compute what they claim to, and the README says what the files say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlm_kernels
+from bench import harness, machine, peers, report, suite, unmask
+from bench.harness import OURS, Case, Contender
+
+
+def test_readme_is_what_the_results_files_say():
+    text = (machine.ROOT / "README.md").read_text()
+    block = text[text.index(report.BEGIN) : text.index(report.END) + len(report.END)]
+    assert block == report.readme_block(), "run `python -m bench readme`"
+
+
+def test_every_case_has_its_own_name_and_starts_with_ours():
+    cases = [case for module in suite.OPERATIONS for case in module.cases()]
+    assert len({(case.operation, case.name) for case in cases}) == len(cases)
+    for case in cases:
+        assert list(case.contenders)[:2] == [OURS, "jnp"]
+    for module in suite.OPERATIONS:
+        assert {case.name for case in module.cases(quick=True)} <= {case.name for case in module.cases()}
+
+
+def test_error_sees_every_kind_of_difference():
+    x = np.array([1.0, -np.inf, 2.0])
+    assert harness.error((x,), (x,)) == 0
+    assert harness.error((np.array([1.0, 0, 2.0]),), (x,)) == np.inf
+    assert harness.error((np.array([1.0, -np.inf, np.nan]),), (x,)) == np.inf
+    assert harness.error((x[:2],), (x,)) == np.inf
+    assert harness.error((np.array([1, 2, 3, 4]),), (np.array([1, 2, 3, 5]),)) == 0.25
+    assert harness.error((np.array([1.0, 2.0]),), (np.array([1.0, 2.2]),)) == pytest.approx(0.2 / np.hypot(1, 2.2))
+
+
+def test_measure_times_only_what_is_right_and_there():
+    def fails(x):
+        raise RuntimeError("no such instruction\nand more")
+
+    case = Case(
+        "doubling",
+        "1000",
+        lambda rng: (jnp.asarray(rng.standard_normal(1000), jnp.float32),),
+        {
+            OURS: Contender(jax.jit(lambda x: 2 * x)),
+            "jnp": Contender(lambda x: np.asarray(x) * 2),
+            "wrong": Contender(lambda x: x),
+            "absent": Contender(None, missing="not here"),
+            "failing": Contender(fails),
+        },
+        read=4000,
+        oracle=lambda x: 2 * np.asarray(x, np.float64),
+    )
+    row = harness.measure(case, 0.05)
+    ours, jnp_ = (row["contenders"][name]["times"] for name in (OURS, "jnp"))
+    assert len(ours) == len(jnp_) >= 3 and min(ours + jnp_) > 0
+    assert row["contenders"]["absent"] == dict(missing="not here")
+    assert row["contenders"]["failing"] == dict(missing="RuntimeError: no such instruction")
+    assert row["contenders"]["wrong"]["missing"].startswith("wrong: differs by 0.5")
+
+
+def test_peak_bytes_is_what_a_call_holds_at_one_time():
+    def call():
+        a = np.ones(20 << 20, np.uint8)
+        del a
+        return np.ones(30 << 20, np.uint8)
+
+    if machine.peak_bytes(call) is not None:
+        assert 29 << 20 <= machine.peak_bytes(call) <= 33 << 20
+
+
+def result(ours, theirs):
+    contenders = {OURS: dict(times=ours), "peer": dict(times=theirs)}
+    return dict(rows=[dict(operation="attention", case="a", contenders=contenders)])
+
+
+# The second file: slower by 50% with the peer unchanged; the same on a machine half as fast; within the spread; faster.
+@pytest.mark.parametrize(
+    "ours, theirs, slower, word",
+    [
+        ([1.5, 1.52, 1.48], [2.0, 2.0, 2.0], True, "SLOWER by 50.0% (against peer)"),
+        ([2.0, 2.04, 1.96], [4.0, 4.0, 4.0], False, "no change"),
+        ([1.0, 1.2, 0.9], [2.0, 2.0, 2.0], False, "no change"),
+        ([0.5, 0.51, 0.49], [2.0, 2.0, 2.0], False, "faster by 50.0% (against peer)"),
+    ],
+)
+def test_compare_tells_what_changed_beyond_noise(ours, theirs, slower, word):
+    text, found = report.compare(result([1.0, 1.02, 0.98], [2.0, 2.0, 2.0]), result(ours, theirs))
+    assert word in text and found == slower
+
+
+# Rows that no rule makes even, a vocabulary that divides nothing; every third position is unmasked already.
+def sampler_inputs():
+    rng = np.random.default_rng(3)
+    logits = unmask.logits(rng, 23, 517)[None]
+    tokens = np.where(np.arange(23) % 3 == 0, 5, unmask.MASK).astype(np.int32)[None]
+    return logits, tokens
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_llada_step_is_unmask_step(precision):
+    torch = pytest.importorskip("torch")
+    logits, tokens = sampler_inputs()
+    got = peers.llada_step(
+        torch.from_numpy(logits), torch.from_numpy(tokens), mask_id=unmask.MASK, num_unmask=6, precision=precision
+    )
+    want = dlm_kernels.unmask_step(logits, tokens, mask_id=unmask.MASK, num_unmask=6, implementation="xla")
+    np.testing.assert_array_equal(got, want.tokens)
+    assert (np.asarray(got) != tokens).sum() == 6
+
+
+def test_llada_guided_step_is_unmask_step_with_guidance():
+    torch = pytest.importorskip("torch")
+    logits, tokens = sampler_inputs()
+    other = logits + 0.3 * np.random.default_rng(4).standard_normal(logits.shape, "float32")
+    arrays = map(torch.from_numpy, (logits, other, tokens))
+    got = peers.llada_guided_step(*arrays, scale=2.5, mask_id=unmask.MASK, num_unmask=6)
+    guidance = dict(unconditional=other, guidance_scale=2.5)
+    want = dlm_kernels.unmask_step(logits, tokens, mask_id=unmask.MASK, num_unmask=6, implementation="xla", **guidance)
+    np.testing.assert_array_equal(got, want.tokens)
+
+
+# No position, some, and all reach the threshold.
+@pytest.mark.parametrize("threshold, least, most", [(1.0, 1, 1), (0.9, 2, 14), (0.0, 15, 15)])
+def test_fast_dllm_step_is_unmask_step_with_a_threshold(threshold, least, most):
+    torch = pytest.importorskip("torch")
+    logits, tokens = sampler_inputs()
+    got = peers.fast_dllm_step(
+        torch.from_numpy(logits), torch.from_numpy(tokens), mask_id=unmask.MASK, threshold=threshold
+    )
+    want = dlm_kernels.unmask_step(logits, tokens, mask_id=unmask.MASK, threshold=threshold, implementation="xla")
+    np.testing.assert_array_equal(got, want.tokens)
+    assert least <= (np.asarray(got) != tokens).sum() <= most
+
+
+def test_sdpa_and_statistics_are_attention_and_scores():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(5)
+    query, key, value = (rng.standard_normal(s, "float32") for s in ((1, 9, 6, 16), (1, 13, 2, 16), (1, 13, 2, 16)))
+    mask = dlm_kernels.masks.sliding_window(9, 2, 3, key_length=13)
+    got = peers.sdpa(*map(torch.from_numpy, (query, key, value)), mask=torch.from_numpy(np.array(mask.as_boolean(13))))
+    want = dlm_kernels.attention(query, key, value, mask=mask, implementation="xla")
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    logits, _ = sampler_inputs()
+    for got, want in zip(
+        peers.statistics(torch.from_numpy(logits)), dlm_kernels.score_tokens(logits, implementation="xla"), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
