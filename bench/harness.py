@@ -14,8 +14,8 @@ import numpy as np
 from bench import machine
 
 OURS = "dlm_kernels"
-# A call slower than this is timed once, by its first call: a peer that takes a minute needs no median to be slow.
-SLOW_SECONDS = 8.0
+# A call slower than this is timed once: a peer that takes a minute needs no median to be slow.
+SLOW_SECONDS = 4.0
 # Between contenders: a thread pool that has just finished still spins for a while, and would slow the next one.
 REST_SECONDS = 0.003
 
@@ -27,6 +27,7 @@ class Contender:
     function: Callable
     prepare: Callable = lambda *inputs: inputs
     missing: str | None = None  # the reason it cannot run here
+    eager: bool = False  # it compiles nothing, so that its first call is like any other
     compiles: bool = False  # for half a minute at its first call, so not in a quick run
 
 
@@ -44,6 +45,7 @@ class Case:
     dtype: str = "float32"  # of the products: chooses the matrix rate
     oracle: Callable | None = None  # of the inputs; else the first contender that runs is what the others must equal
     tolerance: float = 1e-4  # on `error`
+    tokens: int = 0  # that one call generates, where it generates some
     sweep: tuple[str, int] | None = None  # the axis that this case is a point of, and where
     quick: bool = False
 
@@ -103,7 +105,7 @@ def measure(case, seconds, quick=False):
         expected = None if case.oracle is None else case.oracle(*sets[0])
     except ImportError:
         expected = None
-    results, ready = {}, {}
+    results, ready, calls = {}, {}, {}
     for name, contender in case.contenders.items():
         if reason := contender.missing or (quick and contender.compiles and "left out of a quick run"):
             results[name] = dict(missing=reason)
@@ -121,12 +123,19 @@ def measure(case, seconds, quick=False):
             results[name] = dict(missing=f"wrong: differs by {gap:.2g}, more than {case.tolerance:.2g}")
             continue
         del output
-        slow = first > SLOW_SECONDS and not contender.compiles
-        results[name] = dict(first_call=first, error=gap, times=[first] * slow)
-        if not slow:
-            ready[name] = functools.partial(_call, contender.function, prepared)
-            results[name]["peak_bytes"] = machine.peak_bytes(functools.partial(ready[name], 0))
-    for name, times in _rounds(ready, seconds).items():
+        again = functools.partial(_call, contender.function, prepared)
+        results[name] = dict(first_call=first, error=gap, times=[])
+        # The first call of what compiles says little of the next.
+        once = first if contender.eager or first < SLOW_SECONDS else _seconds(again, 1)
+        if once > SLOW_SECONDS:
+            results[name]["times"] = [once]
+        else:
+            ready[name] = again
+            start = time.perf_counter()
+            results[name]["peak_bytes"] = machine.peak_bytes(functools.partial(again, 1))
+            # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide.
+            calls[name] = max(1, math.ceil(0.01 / (time.perf_counter() - start)))
+    for name, times in _rounds(ready, calls, seconds, 2 if quick else 3).items():
         results[name]["times"] = times
     return dict(
         operation=case.operation,
@@ -136,25 +145,28 @@ def measure(case, seconds, quick=False):
         flops=case.flops,
         dtype=case.dtype,
         sweep=case.sweep,
+        tokens=case.tokens,
         contenders=results,
     )
+
+
+def _seconds(call, turn):
+    start = time.perf_counter()
+    call(turn)
+    return time.perf_counter() - start
 
 
 def _call(function, sets, i):
     return wait(function(*sets[i % len(sets)]))
 
 
-def _rounds(ready, seconds):
+def _rounds(ready, calls, seconds, least):
     """Each contender's seconds per call in every round; all of them run in every round, so times of a round compare."""
-    calls = {}
-    for name, call in ready.items():
-        start = time.perf_counter()
-        call(1)
-        # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide.
-        calls[name] = max(1, math.ceil(0.01 / (time.perf_counter() - start)))
     times = {name: [] for name in ready}
     began, turn = time.perf_counter(), 2
-    while ready and (len(next(iter(times.values()))) < 3 or time.perf_counter() - began < seconds):
+    for done in range(200):
+        if done >= least and time.perf_counter() - began > seconds:
+            break
         for name, call in ready.items():
             time.sleep(REST_SECONDS)
             start = time.perf_counter()
@@ -162,8 +174,6 @@ def _rounds(ready, seconds):
                 call(turn + i)
             times[name].append((time.perf_counter() - start) / calls[name])
         turn += max(calls.values())
-        if len(next(iter(times.values()))) >= 200:
-            break
     return times
 
 

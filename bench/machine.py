@@ -157,6 +157,7 @@ def peak_bytes(call):
     or one that fits into what earlier calls have freed would seem to take nothing; afterwards it is as in any long-lived process.
     """
     if platform_name() != "cpu" or not Path("/proc/self/clear_refs").exists():
+        call()
         return None
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 64 << 10)

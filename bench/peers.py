@@ -27,7 +27,9 @@ def torch_peer(function, prepare=None, compiled=False):
         shared = jax.tree.map(torch.from_dlpack, inputs)
         return shared if prepare is None else prepare(*shared)
 
-    return Contender(torch.compile(function, dynamic=False) if compiled else function, tensors, compiles=compiled)
+    return Contender(
+        torch.compile(function, dynamic=False) if compiled else function, tensors, None, not compiled, compiled
+    )
 
 
 def no_grad(function):

@@ -63,6 +63,7 @@ def table(rows, full=False):
         group = [row for row in rows if row["operation"] == operation]
         names = list(dict.fromkeys(name for row in group for name in peers_of(row)))
         titles = ["case", "time", *(f"{name} / ours" for name in names), "roofline"]
+        titles += ["tokens/s"] * (operation == "end_to_end")
         titles += ["memory, ours / jnp", "first call, ours / jnp"] * full
         lines += ["", f"### {operation}", "", _cells(titles), "|---" * len(titles) + "|"]
         for row in group:
@@ -70,6 +71,9 @@ def table(rows, full=False):
             share = roofline(row, row["rates"])
             cells = [row["case"], _times(ours), *(_ratio(row, name) for name in names)]
             cells += ["–" if share is None else f"{share:.0%}"]
+            if operation == "end_to_end":
+                times = ours.get("times")
+                cells += [f"{row['tokens'] / statistics.median(times):.3g}" if times else "–"]
             if full:
                 cells += [f"{_memory(ours)} / {_memory(jnp)}", f"{_first_call(ours)} / {_first_call(jnp)}"]
             lines.append(_cells(cells))
