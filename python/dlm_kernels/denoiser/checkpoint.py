@@ -1,0 +1,85 @@
+"""Checkpoints: a directory of model.safetensors, config.json and tokenizer.json, and one file of training state."""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from tokenizers import Tokenizer
+
+from dlm_kernels.denoiser import model
+from dlm_kernels.denoiser.config import DenoiserConfig
+
+SHIPPED = pathlib.Path(__file__).parent / "weights"
+
+
+def save(directory, config, params, tokenizer, *, dtype=jnp.bfloat16):
+    """Writes what `load` reads, each file whole or not at all."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.asarray(array.astype(dtype)) for name, array in params.items()}
+    write_atomic(directory / "model.safetensors", safetensors.numpy.save(arrays, {"format": "pt"}))
+    write_atomic(directory / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    write_atomic(directory / "tokenizer.json", tokenizer.to_str().encode())
+
+
+def load(directory=SHIPPED, *, dtype=None):
+    """(config, params, tokenizer) of a checkpoint directory; `dtype` converts the parameters.
+
+    Raises ValueError where there is none, or a parameter is missing, unknown, or of another shape than the config says.
+    """
+    directory = pathlib.Path(directory)
+    if not (directory / "config.json").exists():
+        raise ValueError(f"{directory}: no checkpoint is there")
+    config = DenoiserConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    arrays = safetensors.numpy.load_file(directory / "model.safetensors")
+    shapes = model.parameter_shapes(config)
+    if arrays.keys() != shapes.keys():
+        raise ValueError(f"{directory}: parameters differ from the config's: {sorted(arrays.keys() ^ shapes.keys())}")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{directory}: {name}: expected shape {shape}, got {arrays[name].shape}")
+    params = {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
+    return config, params, Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+def save_state(path, state, progress):
+    """A pytree of arrays and a dict of JSON values, in one file that is replaced in one step."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    write_atomic(path, safetensors.numpy.save(arrays, {"progress": json.dumps(progress)}))
+
+
+def load_state(path, like):
+    """What `save_state` wrote, in the structure of `like`, and the dict. ValueError where the structures differ."""
+    arrays = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        progress = json.loads(file.metadata()["progress"])
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    if arrays.keys() != set(names):
+        raise ValueError(f"{path}: written by another configuration: {sorted(arrays.keys() ^ set(names))}")
+    for name, (_, leaf) in zip(names, leaves):
+        if arrays[name].shape != leaf.shape:
+            raise ValueError(f"{path}: {name}: expected shape {leaf.shape}, got {arrays[name].shape}")
+    return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names]), progress
+
+
+def write_atomic(path, content):
+    """A kill at any moment leaves the old file or the new one, never a part of either."""
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,44 @@
+"""The shape of a denoiser: everything that its parameters' shapes and its forward pass depend on."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+    """A LLaDA-shaped bidirectional Transformer. Frozen, so that it can be a static argument of a jitted function."""
+
+    layers: int = 6
+    d_model: int = 256
+    heads: int = 4
+    kv_heads: int = 2  # divides heads: query head n reads kv head n // (heads // kv_heads)
+    head_size: int = 64
+    ffn: int = 704  # width inside SwiGLU
+    vocab: int = 4096
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    qk_norm: bool = True  # RMSNorm of each query and key head, before RoPE
+    qkv_bias: bool = False
+    tie_embeddings: bool = True
+    pad_id: int = 0
+    eos_id: int = 1
+    mask_id: int = 2
+
+    def __post_init__(self):
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
+        if self.head_size % 2:
+            raise ValueError(f"head_size: expected an even number, for RoPE, got {self.head_size}")
+        for name in ("pad_id", "eos_id", "mask_id"):
+            if not 0 <= getattr(self, name) < self.vocab:
+                raise ValueError(f"{name}: expected an id in [0, {self.vocab}), got {getattr(self, name)}")
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise ValueError(f"config: expected the fields {sorted(known)}, got also {unknown}")
+        return cls(**values)

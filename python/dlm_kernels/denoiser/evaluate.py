@@ -1,0 +1,87 @@
+"""What a denoiser is worth on held-out text: bits per byte, holes filled right, functions that parse."""
+
+import ast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_kernels.denoiser import data, sampler, train
+
+
+def bits_per_byte(model, texts, *, rows=8, length=256, draws=4, seed=1, implementation=None):
+    """The bound on -log2 p of the texts, over their UTF-8 bytes.
+
+        loss(...) is nats per token; nats * tokens / log(2) / bytes
+
+    model: (config, params, tokenizer). Averages `draws` stratified maskings of every row of `length` tokens. Returns a float.
+    """
+    config, params, tokenizer = model
+    stream = data.stream(tokenizer, texts, config.eos_id)
+    count = len(stream) // length // rows * rows
+    if count == 0:
+        raise ValueError(f"texts: expected at least {rows * length} tokens, got {len(stream)}")
+    batches = stream[: count * length].reshape(-1, rows, length)
+    value = jax.jit(lambda tokens, key: train.loss(config, params, tokens, key, implementation=implementation))
+    key = jax.random.key(seed)
+    nats = np.mean(
+        [
+            float(value(batch, jax.random.fold_in(key, draws * i + draw)))
+            for i, batch in enumerate(batches)
+            for draw in range(draws)
+        ]
+    )
+    return float(nats) * len(stream) / np.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def infilling(model, texts, *, cases=64, hole=8, length=128, steps=4, seed=1, **options):
+    """{"token_accuracy", "exact_match"} of holes of `hole` tokens in the middle of rows of `length` held-out tokens.
+
+    All cases are one batch, decoded greedily in `steps` passes; options go to `sampler.decode`.
+    """
+    config, params, tokenizer = model
+    stream = data.stream(tokenizer, texts, config.eos_id)
+    random = np.random.default_rng(seed)
+    begins = random.integers(0, len(stream) - length, cases)
+    rows = np.stack([stream[begin : begin + length] for begin in begins])
+    at = (length - hole) // 2
+    holes = slice(at, at + hole)
+    board = rows.copy()
+    board[:, holes] = config.mask_id
+    decoded = sampler.decode(config, params, board, block=hole, first=at, steps=steps, **options)
+    right = np.asarray(decoded.tokens)[:, holes] == rows[:, holes]
+    return {"token_accuracy": float(right.mean()), "exact_match": float(right.all(1).mean())}
+
+
+def parse_share(texts):
+    """The share of `texts` that Python's own parser takes."""
+    parsed = 0
+    for text in texts:
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError):  # ValueError: a null byte
+            continue
+        parsed += 1
+    return parsed / len(texts)
+
+
+def held_out_headers(texts, most):
+    """The first lines of top-level functions of the held-out texts, as prompts."""
+    found = []
+    for text in texts:
+        for unit in data.units(text):
+            line = unit.splitlines()[0]
+            if line.startswith("def ") and line.endswith(":"):
+                found.append(line)
+    return found[:most]
+
+
+def report(model, texts, *, steps=4, implementation=None):
+    """Everything measured, as a dict of numbers."""
+    params = jax.tree.map(jnp.asarray, model[1])
+    model = (model[0], params, model[2])
+    return {
+        "held_out_bytes": sum(len(text.encode()) for text in texts),
+        "bits_per_byte": bits_per_byte(model, texts, implementation=implementation),
+        **infilling(model, texts, steps=steps, implementation=implementation),
+    }

@@ -1,0 +1,187 @@
+"""From text to text: canvases of prompts and holes, decoded and measured."""
+
+import dataclasses
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dlm_kernels
+from dlm_kernels.denoiser import sampler
+
+HOLE = re.compile(r"<mask:(\d+)>")
+BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """Rows of given tokens and holes, padded on the left to one length."""
+
+    tokens: np.ndarray  # int32 [B, L]
+    start: np.ndarray  # int32 [B], the first column that is not padding
+    first: np.ndarray  # int32 [B], the first hole: blocks are counted from here
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    texts: list[str]  # prompt and all
+    decoded: sampler.Decoded  # NumPy arrays
+    tokens: int  # generated, in all rows, padding after a stop left out
+    passes: int
+    seconds: float  # of decoding, compiled
+    compile_seconds: float
+
+    @property
+    def tokens_per_pass(self):
+        return self.tokens / max(self.passes, 1)
+
+    @property
+    def tokens_per_second(self):
+        return self.tokens / self.seconds
+
+
+def canvas(config, tokenizer, prompts, length):
+    """Each prompt with holes for its marks `<mask:n>`, and `length` holes after it where it has none."""
+    rows = []
+    for prompt in prompts:
+        pieces = HOLE.split(prompt)
+        row = list(tokenizer.encode(pieces[0]).ids)
+        for holes, text in zip(pieces[1::2], pieces[2::2]):
+            row += [config.mask_id] * int(holes) + tokenizer.encode(text).ids
+        rows.append(row if len(pieces) > 1 else row + [config.mask_id] * length)
+    return _padded(config, rows)
+
+
+def _padded(config, rows):
+    width = max(-(-max(map(len, rows)) // BUCKET) * BUCKET, BUCKET)
+    tokens = np.full((len(rows), width), config.pad_id, np.int32)
+    for target, row in zip(tokens, rows):
+        target[width - len(row) :] = row
+    holes = tokens == config.mask_id
+    return Canvas(tokens, np.array([width - len(row) for row in rows], np.int32), holes.argmax(1).astype(np.int32))
+
+
+def without_prompt(config, tokenizer, canvas, prompt=None):
+    """The unconditional stream's canvas and starts: `prompt` in the place of what is given before the first hole.
+
+    None masks what is given there, which is LLaDA's unconditional input. Pads stay pads: nobody sees them.
+    """
+    tokens, start = canvas.tokens.copy(), canvas.start.copy()
+    for row, (begin, hole) in enumerate(zip(canvas.start, canvas.first)):
+        if prompt is None:
+            tokens[row, begin:hole] = config.mask_id
+            continue
+        ids = tokenizer.encode(prompt).ids[-int(hole) :] if hole else []
+        tokens[row, :hole] = config.pad_id
+        tokens[row, hole - len(ids) : hole] = ids
+        start[row] = hole - len(ids)
+    return tokens, start
+
+
+def generate(
+    model,
+    prompts,
+    *,
+    length=64,
+    block=64,
+    steps=None,
+    temperature=0.0,
+    seed=0,
+    guidance=1.0,
+    negative_prompt=None,
+    banned=(),
+    on_pass=None,
+    **options,
+):
+    """Continues prompts, or fills their holes.
+
+        config, params, tokenizer = model
+        tokens = decode(config, params, encode(prompts) + [mask] * length, ...)
+        return tokenizer.decode(tokens)
+
+    model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: texts; one with `<mask:n>` in it is filled there with
+    exactly n tokens each, any other is continued by at most `length` tokens, until end-of-text. block, steps and options
+    (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. guidance: a scale above 1 draws
+    away from what the model says without the prompt, or with negative_prompt. banned: token ids. Returns Generation; the
+    first, compiling run is not in its seconds. Raises ValueError for options that do not fit.
+    """
+    config, params, tokenizer = model
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    board = canvas(config, tokenizer, prompts, length)
+    rules = ("threshold", "factor", "entropy_budget")
+    if steps is None and all(options.get(rule) is None for rule in rules):
+        steps = max(block // 4, 1)
+    if any(HOLE.search(prompt) for prompt in prompts):
+        banned = [*banned, config.eos_id]
+    if temperature:
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
+        options |= dict(temperature=temperature, key=keys)
+    if guidance != 1:
+        tokens, start = without_prompt(config, tokenizer, board, negative_prompt)
+        options |= dict(unconditional=tokens, unconditional_start=start, guidance_scale=guidance)
+    options |= dict(block=block, start=board.start, first=board.first, stop_at=config.eos_id)
+    options |= dict(banned_tokens=np.array(banned, np.int32))
+    measured = []  # whether: the rehearsal's passes are not for the viewer
+    if on_pass is not None:
+        options["on_pass"] = lambda decoded: on_pass(decoded) if measured else None
+    begin = time.perf_counter()
+    # Numbers of passes are data: this compiles the very loop that is measured next.
+    rehearsal = options | ({"steps": 1} if steps else {})
+    jax.block_until_ready(sampler.decode(config, params, board.tokens, **rehearsal))
+    jax.effects_barrier()
+    ready = time.perf_counter()
+    measured.append(True)
+    decoded = sampler.decode(config, params, board.tokens, steps=steps, **options)
+    decoded = jax.tree.map(np.asarray, jax.block_until_ready(decoded))
+    end = time.perf_counter()
+    made = (board.tokens == config.mask_id) & (decoded.tokens != config.pad_id)
+    return Generation(
+        texts=[tokenizer.decode(row[row != config.pad_id].tolist()) for row in decoded.tokens],
+        decoded=decoded,
+        tokens=int(made.sum()),
+        passes=int(decoded.passes),
+        seconds=end - ready,
+        compile_seconds=ready - begin,
+    )
+
+
+def implementations(config, block=64, length=128, dtype=jnp.float32):
+    """{operation: implementation} that decoding takes on this machine's default device."""
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+    def shaped(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    heads, keys = ((1, n, k, config.head_size) for n, k in ((block, config.heads), (length, config.kv_heads)))
+    row = shaped(1, length, dtype=jnp.int32)
+    score = shaped(1, length, dtype=jnp.float32)
+    calls = {
+        "attention": (
+            dlm_kernels.attention,
+            (shaped(*heads), shaped(*keys), shaped(*keys)),
+            dict(mask=dlm_kernels.masks.cache(block, length)),
+        ),
+        "mix_guidance": (
+            dlm_kernels.mix_guidance,
+            (shaped(1, block, config.d_model), shaped(1, block, config.d_model), 2.0),
+            {},
+        ),
+        "lm_head_scores": (
+            dlm_kernels.lm_head_scores,
+            (shaped(1, block, config.d_model), shaped(config.vocab, config.d_model)),
+            {},
+        ),
+        "unmask_topk": (
+            dlm_kernels.unmask_topk,
+            (row, dlm_kernels.TokenScores(row, score, score, score)),
+            dict(mask_id=config.mask_id, num_unmask=1),
+        ),
+    }
+    taken = {}
+    for name, (function, arguments, named) in calls.items():
+        (choice,) = dlm_kernels.explain(function, *arguments, **named)
+        taken[name] = choice.implementations.get(platform, choice.implementations["default"])
+    return taken

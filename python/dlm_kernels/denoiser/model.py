@@ -1,0 +1,163 @@
+"""A bidirectional Transformer in plain JAX. Its parameters are a flat dict from names to arrays.
+
+There is no time input: a partly masked sequence tells by itself how noisy it is, so one model serves every masking ratio.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels import attention
+
+
+def parameter_shapes(config):
+    """Name -> shape of every parameter. Matrices are [in, out], except the embedding and the head, both [vocab, d_model]."""
+    c = config
+    queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
+    layer = {
+        "attention_norm": (c.d_model,),
+        "query": (c.d_model, queries),
+        "key": (c.d_model, keys),
+        "value": (c.d_model, keys),
+        "out": (queries, c.d_model),
+        "ffn_norm": (c.d_model,),
+        "gate": (c.d_model, c.ffn),
+        "up": (c.d_model, c.ffn),
+        "down": (c.ffn, c.d_model),
+    }
+    if c.qk_norm:
+        layer |= {"query_norm": (c.head_size,), "key_norm": (c.head_size,)}
+    if c.qkv_bias:
+        layer |= {"query_bias": (queries,), "key_bias": (keys,), "value_bias": (keys,)}
+    shapes = {"embed": (c.vocab, c.d_model), "final_norm": (c.d_model,)}
+    if not c.tie_embeddings:
+        shapes["head"] = (c.vocab, c.d_model)
+    for i in range(c.layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def init(config, key, dtype=jnp.float32):
+    """Random parameters: norms 1, biases 0, matrices normal with variance 1 / fan-in.
+
+    A matrix whose result joins the residual has its variance divided by twice the number of layers as well.
+    """
+    params = {}
+    for i, (name, shape) in enumerate(parameter_shapes(config).items()):
+        if name.endswith("norm"):
+            params[name] = jnp.ones(shape, dtype)
+        elif name.endswith("bias"):
+            params[name] = jnp.zeros(shape, dtype)
+        else:
+            fan_in = shape[1] if name in ("embed", "head") else shape[0]
+            if name.endswith((".out", ".down")):
+                fan_in = fan_in * 2 * config.layers
+            params[name] = (jax.random.normal(jax.random.fold_in(key, i), shape) * fan_in**-0.5).astype(dtype)
+    return params
+
+
+def hidden_states(config, params, tokens, *, positions=None, mask=None, implementation=None):
+    """The states that the LM head reads: logits = hidden_states(...) @ head_weight(config, params).T.
+
+    tokens int32 [B, L]; positions int32 [B or 1, L], default 0, 1, 2, ...; mask as `dlm_kernels.attention` takes it.
+    Returns [B, L, d_model] in the parameters' dtype.
+    """
+
+    def attend(i, query, key, value):
+        return attention(query, key, value, mask=mask, implementation=implementation)
+
+    return _states(config, params, tokens, positions, attend)
+
+
+def empty_cache(config, batch, length, dtype):
+    """A KV cache: for every layer (key, value), each zeros [batch, length, kv_heads, head_size]."""
+    shape = (batch, length, config.kv_heads, config.head_size)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+
+
+def cached_states(config, params, tokens, cache, at, *, positions, mask, implementation=None):
+    """`hidden_states` of a window of a longer sequence, whose other keys and values are in the cache.
+
+    tokens int32 [B, T], the window; at int32 [B], its first column in row b of the cache (at + T within the cache); mask gives
+    the columns that each query sees, over all of the cache. The window's keys (after RoPE) and values replace what the
+    cache held there. Returns ([B, T, d_model], the new cache).
+    """
+    written = list(cache)
+
+    def attend(i, query, key, value):
+        written[i] = tuple(write_window(old, new, at) for old, new in zip(cache[i], (key, value)))
+        return attention(query, *written[i], mask=mask, implementation=implementation)
+
+    return _states(config, params, tokens, positions, attend), written
+
+
+def write_window(array, window, at):
+    """array [B, S, ...] with array[b, at[b] : at[b] + T] = window[b]; window [B, T, ...], at int32 [B]."""
+    put = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, 0))
+    return put(array, window.astype(array.dtype), at)
+
+
+def read_window(array, at, length):
+    """array[b, at[b] : at[b] + length] of every row: [B, length, ...]."""
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, length, 0))(array, at)
+
+
+def head_weight(config, params):
+    """The LM head, [vocab, d_model]."""
+    return params["embed"] if config.tie_embeddings else params["head"]
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once to x's dtype."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope(positions, head_size, theta):
+    """cos and sin of every position's angles, float32 [B or 1, L, 1, head_size / 2] each."""
+    frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x, rotation):
+    """Rotates x [B, L, heads, head_size] by its positions; the first half of a head pairs with the second."""
+    cos, sin = rotation
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _states(config, params, tokens, positions, attend):
+    """The layers; attend(i, query, key, value) is layer i's attention, [B, L, heads, head_size]."""
+    b, length = tokens.shape
+    if positions is None:
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+    rotation = rope(positions, config.head_size, config.rope_theta)
+    x = params["embed"][tokens]
+    for i in range(config.layers):
+        p = {name: params[f"layers.{i}.{name}"] for name in _layer_names(config)}
+        h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
+        mixed = attend(i, *_query_key_value(config, p, h, rotation))
+        x = x + mixed.reshape(b, length, -1) @ p["out"]
+        h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
+        x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
+
+
+def _layer_names(config):
+    prefix = "layers.0."
+    return [name.removeprefix(prefix) for name in parameter_shapes(config) if name.startswith(prefix)]
+
+
+def _query_key_value(config, p, h, rotation):
+    b, length, _ = h.shape
+    heads = {}
+    for name in ("query", "key", "value"):
+        x = h @ p[name]
+        if config.qkv_bias:
+            x = x + p[f"{name}_bias"]
+        heads[name] = x.reshape(b, length, -1, config.head_size)
+    if config.qk_norm:
+        for name in ("query", "key"):
+            heads[name] = rms_norm(heads[name], p[f"{name}_norm"], config.rms_norm_eps)
+    return rotate(heads["query"], rotation), rotate(heads["key"], rotation), heads["value"]

@@ -1,0 +1,283 @@
+"""Block-parallel decoding as one jitted `lax.while_loop`: nothing returns to the host between passes."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels import lm_head_scores, masks, unmask_topk
+from dlm_kernels.denoiser import model
+
+
+class Decoded(NamedTuple):
+    tokens: jax.Array  # int32 [B, L]
+    revealed: jax.Array  # int32 [B, L], the pass, from 0, that last wrote the position; -1 where it was given
+    confidence: jax.Array  # float32 [B, L], of that pass; 1 where the token was given
+    passes: jax.Array  # int32, forward passes made
+
+
+class _Static(NamedTuple):
+    """What a compiled loop is specialised to."""
+
+    config: object
+    block: int
+    confidence: str
+    attend: str
+    cached: bool
+    implementation: str | None
+    on_pass: object
+
+
+class _State(NamedTuple):
+    """The loop's carry."""
+
+    decoded: Decoded
+    block: jax.Array  # int32, the block of the last pass
+    step: jax.Array  # int32, passes made on it
+    cache: list  # per layer (key, value), or empty
+
+
+def decode(
+    config,
+    params,
+    tokens,
+    *,
+    block,
+    start=0,
+    first=0,
+    stop=None,
+    steps=None,
+    threshold=None,
+    factor=None,
+    entropy_budget=None,
+    edit_threshold=None,
+    confidence="probability",
+    temperature=None,
+    key=None,
+    unconditional=None,
+    unconditional_start=0,
+    guidance_scale=None,
+    banned_tokens=None,
+    stop_at=None,
+    attend="all",
+    cache=False,
+    refresh=1_000_000,
+    on_pass=None,
+    implementation=None,
+):
+    """Replaces every mask in `tokens`, block after block, several tokens a pass.
+
+        for begin in range(first, stop, block):
+            for step in count():
+                todo = positions of masks in tokens[begin : begin + block]
+                if not todo: break
+                logits = head(hidden_states(tokens))                            # bidirectional; masks included
+                tokens = unmask_step(logits, tokens, candidates=todo, num_unmask=ceil(len(todo) / (steps - step)))
+
+    Arguments:
+      config, params: a model. tokens: int32 [B, L], prompts and holes (config.mask_id) in any order; what is not a mask stays.
+      block: positions decoded together, static. Blocks are counted from column `first`; rows go through them together, and a
+        row with no mask in the block waits, so that what it gives does not depend on its batch.
+      start, first, stop: int or int32 [B]. Columns before start and from stop (default L) on are padding, which nobody sees.
+      steps: at most this many passes a block. threshold, factor, entropy_budget: see `unmask_topk`. At least one of the four;
+        with several the one that unmasks most holds, so steps with threshold is "all above it, and done in time".
+      edit_threshold: also replace tokens of the block committed in an earlier pass, where the model is this sure of another.
+      confidence: see `score_tokens`. temperature: None for greedy, else a scalar or [B], traced; needs key: a JAX threefry key for
+        each row, [B].
+      unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
+        tokens for the unconditional stream, from column unconditional_start on; guidance_scale: scalar or [B], 1 is none.
+      banned_tokens: int32 [M], never chosen. The mask and pad tokens always are.
+      stop_at: a token that ends its row: once it and all before it are there, what follows it becomes config.pad_id.
+      attend: "all": every position sees the whole canvas. "blocks": its own block and those before (a block-causal model);
+        with block 1 that is an autoregressive decoder.
+      cache: keep keys and values, and compute the block only. Exact for "blocks": the pass that commits a block is part of the
+        next block's first. For "all" the others' are stale (dual cache), computed anew every `refresh` passes of a block.
+      on_pass: called on the host with a Decoded after every pass (for a live view; the loop does not wait for it).
+
+    steps, thresholds, temperature, scale, start, first, stop and refresh are data: changing them compiles nothing.
+    Returns Decoded. Raises ValueError for arguments that do not fit.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: expected shape [B, L], got {list(tokens.shape)}")
+    b, length = tokens.shape
+    if not isinstance(block, int) or block < 1:
+        raise ValueError(f"block: expected an int of at least 1, got {block!r}")
+    rules = dict(threshold=threshold, factor=factor, entropy_budget=entropy_budget)
+    if steps is None and all(rule is None for rule in rules.values()):
+        raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
+    if attend not in ("all", "blocks"):
+        raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
+    if (unconditional is None) != (guidance_scale is None):
+        raise ValueError("unconditional, guidance_scale: expected both or neither")
+    if unconditional is not None and jnp.shape(unconditional) != tokens.shape:
+        raise ValueError(
+            f"unconditional: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(unconditional))}"
+        )
+    if (temperature is None) != (key is None):
+        raise ValueError("temperature, key: expected both or neither")
+    if key is not None and jnp.shape(key)[:1] != (b,):
+        raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
+    if 0 in (b, length):
+        return _untouched(config, tokens)
+    columns = dict(start=start, first=first, stop=length if stop is None else stop)
+    if unconditional is not None:
+        columns["unconditional_start"] = unconditional_start
+    columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
+    banned = [] if banned_tokens is None else banned_tokens
+    banned = jnp.concatenate([jnp.asarray([config.mask_id, config.pad_id]), jnp.asarray(banned, jnp.int32)])
+    data = dict(
+        rules, steps=steps, edit_threshold=edit_threshold, temperature=temperature, key=key, unconditional=unconditional,
+        guidance_scale=guidance_scale, banned=banned, stop_at=stop_at, refresh=refresh,
+    )  # fmt: skip
+    static = _Static(config, min(block, length), confidence, attend, bool(cache), implementation, on_pass)
+    return _decode(static, params, tokens, columns, data)
+
+
+def _untouched(config, tokens):
+    return Decoded(
+        tokens, jnp.full(tokens.shape, -1, jnp.int32), jnp.ones(tokens.shape, jnp.float32), jnp.zeros((), jnp.int32)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(static, params, tokens, columns, data):
+    config, block = static.config, static.block
+    b, length = tokens.shape
+    position = jnp.arange(length, dtype=jnp.int32)[None]
+    hole = (tokens == config.mask_id) & (columns["start"][:, None] <= position) & (position < columns["stop"][:, None])
+    streams = b if data["unconditional"] is None else 2 * b
+    dtype = params["embed"].dtype
+    cache = model.empty_cache(config, streams, length, dtype) if static.cached else []
+
+    def masked(state):
+        return hole & (state.decoded.tokens == config.mask_id)
+
+    def one_pass(state):
+        # The first block, over all rows, that still has a mask.
+        index = jnp.where(masked(state), (position - columns["first"][:, None]) // block, length)
+        index = index.min()
+        step = jnp.where(index == state.block, state.step + 1, 0)
+        begin = columns["first"] + index * block
+        at = jnp.clip(
+            begin, 0, length - block
+        )  # the window that is computed; it reaches back before `begin` at the edge
+        hidden, cache = _window_states(static, params, columns, data, state, hole, index, step, at)
+        inside = at[:, None] + jnp.arange(block)
+        inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block)
+        inside &= model.read_window(hole, at, block)
+        decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
+        decoded = _end_rows(config, data["stop_at"], decoded, hole)
+        if static.on_pass is not None:
+            jax.debug.callback(lambda *fields: static.on_pass(Decoded(*fields)), *decoded, ordered=True)
+        return _State(decoded, index, step, cache)
+
+    before = _State(_untouched(config, tokens), jnp.int32(-length - 1), jnp.int32(0), cache)
+    return jax.lax.while_loop(lambda state: masked(state).any(), one_pass, before).decoded
+
+
+def _commit(static, params, data, decoded, hidden, inside, at, index, step):
+    """Scores the window's hidden states [B, block, D] and writes what is sure enough. inside: bool [B, block], may change."""
+    config, block, implementation = static.config, static.block, static.implementation
+    b = decoded.tokens.shape[0]
+    window = model.read_window(decoded.tokens, at, block)
+    todo = inside & (window == config.mask_id)
+    guidance = {}
+    if data["unconditional"] is not None:
+        guidance = dict(unconditional_hidden=hidden[b:], guidance_scale=data["guidance_scale"])
+    sampling = {}
+    if data["temperature"] is not None:
+        # From the block and its step alone: a row draws the same in any batch.
+        keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, index), step))(data["key"])
+        sampling = dict(temperature=data["temperature"], key=keys)
+    scores = lm_head_scores(
+        hidden[:b],
+        model.head_weight(config, params),
+        confidence=static.confidence,
+        active=todo if data["edit_threshold"] is None else inside,
+        banned_tokens=data["banned"],
+        implementation=implementation,
+        **guidance,
+        **sampling,
+    )
+    quota = None
+    if data["steps"] is not None:
+        # The rest spread evenly over the passes left, so that none of them is idle.
+        left = jnp.maximum(jnp.asarray(data["steps"], jnp.int32) - step, 1)
+        quota = -(-todo.sum(-1) // left)
+    rules = {name: data[name] for name in ("threshold", "factor", "entropy_budget", "edit_threshold")}
+    result = unmask_topk(
+        window,
+        scores,
+        mask_id=config.mask_id,
+        num_unmask=quota,
+        candidates=inside,
+        implementation=implementation,
+        **rules,
+    )
+    changed = result.tokens != window
+
+    def put(array, values):
+        return model.write_window(array, jnp.where(changed, values, model.read_window(array, at, block)), at)
+
+    return Decoded(
+        put(decoded.tokens, result.tokens),
+        put(decoded.revealed, decoded.passes),
+        put(decoded.confidence, scores.confidence),
+        decoded.passes + 1,
+    )
+
+
+def _end_rows(config, stop_at, decoded, hole):
+    """Pads what follows a row's first stop token, once nothing before that token is masked."""
+    if stop_at is None:
+        return decoded
+    ends = hole & (decoded.tokens == stop_at)
+    open_before = jnp.cumsum(hole & (decoded.tokens == config.mask_id), axis=1) > 0
+    ended = jnp.cumsum(ends & ~open_before, axis=1) - (ends & ~open_before) > 0
+    return decoded._replace(tokens=jnp.where(ended & hole, config.pad_id, decoded.tokens))
+
+
+def _window_states(static, params, columns, data, state, hole, index, step, at):
+    """Hidden states of the window at `at` [B], for both streams under guidance: [B or 2B, block, D]; and the cache."""
+    config, block, implementation = static.config, static.block, static.implementation
+    tokens, length = state.decoded.tokens, state.decoded.tokens.shape[1]
+    starts = columns["start"]
+    first, stop = columns["first"], columns["stop"]
+    if data["unconditional"] is not None:
+        tokens = jnp.concatenate([tokens, jnp.where(hole, tokens, data["unconditional"])])
+        starts = jnp.concatenate([starts, columns["unconditional_start"]])
+        first, stop, at = (jnp.concatenate([x, x]) for x in (first, stop, at))
+
+    def where(begin, size):
+        """Positions (a row's start is 0) and mask of the columns [begin, begin + size)."""
+        column = begin[:, None] + jnp.arange(size, dtype=jnp.int32)
+        end = jnp.broadcast_to(stop[:, None], column.shape)
+        if static.attend == "blocks":
+            end = jnp.minimum(end, first[:, None] + ((column - first[:, None]) // block + 1) * block)
+        begin = jnp.broadcast_to(starts[:, None], column.shape)
+        return dict(positions=column - begin, mask=masks.KeyIntervals(begin, end), implementation=implementation)
+
+    if not static.cached:
+        hidden = model.hidden_states(config, params, tokens, **where(jnp.zeros_like(at), length))
+        return model.read_window(hidden, at, block), []
+
+    def window(size):
+        """Computes `size` columns up to the end of the window."""
+        size = min(size, length)
+
+        def run(cache):
+            begin = jnp.clip(at + block - size, 0, length - size)
+            part = model.read_window(tokens, begin, size)
+            hidden, cache = model.cached_states(config, params, part, cache, begin, **where(begin, size))
+            return model.read_window(hidden, at - begin, block), cache
+
+        return run
+
+    if static.attend == "all":
+        return jax.lax.cond(step % data["refresh"] == 0, window(length), window(block), state.cache)
+    # A block's first pass also commits the block before it, whose keys were last computed with masks among its tokens. What
+    # lies further back is in the cache already, unless given blocks were skipped: then as at the very start, everything.
+    way = jnp.where(index == state.block, 0, jnp.where(index == state.block + 1, 1, 2))
+    return jax.lax.switch(way, [window(block), window(2 * block), window(length)], state.cache)

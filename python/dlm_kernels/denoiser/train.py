@@ -1,0 +1,213 @@
+"""Trains a denoiser: absorbing masks at every ratio, AdamW, and a state on disk that a kill at any moment leaves whole."""
+
+import dataclasses
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_kernels import masked_cross_entropy, masks
+from dlm_kernels.denoiser import checkpoint, data, model
+from dlm_kernels.denoiser.config import DenoiserConfig
+
+GOLDEN = 0.618034  # multiples of it, modulo 1, spread evenly
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    rows: int = 16
+    length: int = 256
+    learning_rate: float = 2e-3
+    warmup: float = 0.03  # share of the run
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    least_ratio: float = 0.1  # see `loss`
+    block_share: float = 0.0  # share of the updates that are `block_loss`, at a random block size
+    average: float = (
+        0.999  # what a step keeps of the running average of the parameters, which is what a checkpoint holds
+    )
+    seed: int = 0
+    steps: int | None = None  # one of the two ends the run, and the learning rate falls to zero by it
+    minutes: float | None = None
+    save_every: float = 120.0  # seconds
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"steps, minutes: expected one of them, got {self.steps} and {self.minutes}")
+
+
+def corrupt(tokens, key, mask_id, block_size):
+    """Masks exactly k of the n tokens of each block of each row, k uniform on 1..n and spread evenly over the blocks.
+
+    tokens int32 [B, L]; block_size an int or a traced scalar, L for whole rows. Returns the masked tokens, which are masked,
+    bool [B, L], and their block's ratio k / n, float32 [B, L].
+    """
+    b, length = tokens.shape
+    for_ratio, for_place = jax.random.split(key)
+    position = jnp.arange(length)
+    block = position // block_size
+    size = jnp.minimum((block + 1) * block_size, length) - block * block_size
+    spread = jnp.arange(b)[:, None] / b + block * GOLDEN
+    count = jnp.floor((jax.random.uniform(for_ratio, ()) + spread) % 1.0 * size).astype(jnp.int32) + 1
+    draw = jax.random.uniform(for_place, (b, length))
+    before = (block[:, None] == block) & (draw[:, None, :] < draw[:, :, None])
+    before |= (block[:, None] == block) & (draw[:, None, :] == draw[:, :, None]) & (position < position[:, None])
+    masked = before.sum(-1) < count
+    return jnp.where(masked, mask_id, tokens), masked, count / size
+
+
+def loss(config, params, tokens, key, *, least_ratio=0.0, implementation=None):
+    """The bound on -log p per token, in nats, of packed rows [B, L]: cross-entropy of the masked tokens over the masked ratio.
+
+        noisy, masked, ratio = corrupt(tokens)
+        nll = -log_softmax(head(hidden_states(noisy)))[tokens]
+        return sum(nll[masked] / ratio[masked]) / (B * L)
+
+    least_ratio: ratios below it weigh as if they were it. The few tokens of such rows would otherwise carry the gradient of
+    a whole row each; 0 is the bound itself. Source: MDLM, LLaDA.
+    """
+    b, length = tokens.shape
+    noisy, masked, ratio = corrupt(tokens, key, config.mask_id, length)
+    document = masks.packed(data.segments(tokens, config.eos_id).astype(jnp.int32))
+    hidden = model.hidden_states(config, params, noisy, mask=document, implementation=implementation)
+    weights = masked / (jnp.maximum(ratio, least_ratio) * (b * length))
+    # Evenly spread counts add up to at most this many, so the head sees half of the rows, in an array of fixed size.
+    most = min((b + 1) * length // 2 + b, b * length)
+    (index,) = jnp.nonzero(masked.reshape(-1), size=most, fill_value=b * length)
+    hidden, targets, weights = (
+        x.reshape(b * length, *x.shape[2:]).at[index].get(mode="fill", fill_value=0)[None]
+        for x in (hidden, tokens, weights)
+    )
+    return masked_cross_entropy(
+        hidden, model.head_weight(config, params), targets, weights, implementation=implementation
+    )
+
+
+def block_loss(config, params, tokens, key, block_size, *, least_ratio=0.0, implementation=None):
+    """`loss` where a block is denoised given the clean blocks before it and nothing after: block 1 is autoregression.
+
+    All blocks of a row are learnt from at once: the model reads [noisy; clean] rows under `masks.block_diffusion`.
+    block_size: an int or a traced scalar. Source: BD3-LM (Arriola et al. 2025).
+    """
+    b, length = tokens.shape
+    noisy, masked, ratio = corrupt(tokens, key, config.mask_id, block_size)
+    hidden = model.hidden_states(
+        config,
+        params,
+        jnp.concatenate([noisy, tokens], axis=1),
+        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None],
+        mask=masks.block_diffusion(length, block_size),
+        implementation=implementation,
+    )[:, :length]
+    weights = masked / (jnp.maximum(ratio, least_ratio) * (b * length))
+    return masked_cross_entropy(
+        hidden, model.head_weight(config, params), tokens, weights, implementation=implementation
+    )
+
+
+def optimizer(train):
+    """AdamW without its learning rate, which the loop gives each step as data: it may follow the clock."""
+    import optax
+
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(train.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+def train_step(config, train, blocks, state, tokens, step, learning_rate):
+    """One update. state = {"params", "average", "optimizer"}; everything random in it follows from the seed and the step."""
+    for_loss, for_block = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), step))
+    options = dict(least_ratio=train.least_ratio, implementation=train.implementation)
+
+    def objective(params):
+        if not blocks:
+            return loss(config, params, tokens, for_loss, **options)
+        block_size = 2 ** jax.random.randint(for_block, (), 0, train.length.bit_length())
+        return block_loss(config, params, tokens, for_loss, block_size, **options)
+
+    value, gradients = jax.value_and_grad(objective)(state["params"])
+    updates, moments = optimizer(train).update(gradients, state["optimizer"], state["params"])
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, state["params"], updates)
+    # A young average forgets faster, or it would remember the random start.
+    keep = jnp.minimum(train.average, (1.0 + step) / (10.0 + step))
+    average = jax.tree.map(lambda a, p: a + (1 - keep) * (p - a), state["average"], params)
+    return {"params": params, "average": average, "optimizer": moments}, value
+
+
+def schedule(train, done):
+    """The learning rate when a share `done` of the run is over: a linear warm-up, then a cosine to zero."""
+    warm = min(1.0, done / train.warmup) if train.warmup else 1.0
+    return train.learning_rate * warm * 0.5 * (1 + np.cos(np.pi * min(1.0, done)))
+
+
+def prepare(config, seed_texts=None, tokenizer=None):
+    """(tokenizer, training streams, held-out texts) of the standard library, or of `seed_texts` [(name, text, held out?)]."""
+    found = data.files() if seed_texts is None else seed_texts
+    train_texts = [text for _, text, held_out in found if not held_out]
+    tokenizer = tokenizer or data.train_tokenizer(train_texts, config.vocab)
+    whole = data.stream(tokenizer, train_texts, config.eos_id)
+    in_units = data.stream(tokenizer, [unit for text in train_texts for unit in data.units(text)], config.eos_id)
+    return tokenizer, [whole, in_units], [text for _, text, held_out in found if held_out]
+
+
+def run(config: DenoiserConfig, train: TrainConfig, out, *, initial=None, seed_texts=None, report=None):
+    """Trains into directory `out`, going on from its state.safetensors if there is one; returns the averaged parameters.
+
+    `out` holds a whole model at every moment after the first save. initial: a checkpoint directory to start from, whose config
+    and tokenizer then hold. report(progress: dict) is called after every step.
+    """
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = None
+    if initial is not None:
+        config, params, tokenizer = checkpoint.load(initial, dtype=jnp.float32)
+    else:
+        params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed))
+    tokenizer, streams, _ = prepare(config, seed_texts, tokenizer)
+    batches = data.Batches(streams, train.rows, train.length, train.seed)
+    average = jax.tree.map(jnp.copy, params)
+    state = {"params": params, "average": average, "optimizer": optimizer(train).init(params)}
+    progress = {"step": 0, "seconds": 0.0, "tokens": 0, "loss": None}
+    path = out / "state.safetensors"
+    if path.exists():
+        state, progress = checkpoint.load_state(path, state)
+    saved = clock = time.monotonic()
+    while True:
+        share = progress["step"] / train.steps if train.steps else progress["seconds"] / (60 * train.minutes)
+        if share >= 1:
+            break
+        step = progress["step"]
+        blocks = bool(np.random.default_rng([train.seed, step]).random() < train.block_share)
+        rate = np.float32(schedule(train, share))
+        state, value = train_step(config, train, blocks, state, batches[step], step, rate)
+        value = float(value)
+        if not np.isfinite(value):
+            raise FloatingPointError(f"loss is {value} at step {step}; the last whole checkpoint is in {out}")
+        before = progress["loss"]
+        now = time.monotonic()
+        progress = {
+            "step": step + 1,
+            "seconds": progress["seconds"] + now - clock,
+            "tokens": progress["tokens"] + train.rows * train.length,
+            "loss": value if before is None else 0.98 * before + 0.02 * value,
+        }
+        clock = now
+        if report:
+            report(progress | {"share": share})
+        if now - saved > train.save_every:
+            _save(out, config, state, progress, tokenizer)
+            saved = time.monotonic()
+    _save(out, config, state, progress, tokenizer)
+    return state["average"]
+
+
+def _save(out, config, state, progress, tokenizer):
+    checkpoint.save_state(out / "state.safetensors", state, progress)
+    checkpoint.save(out, config, state["average"], tokenizer)

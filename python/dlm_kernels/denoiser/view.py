@@ -1,0 +1,58 @@
+"""A live view in the terminal of the canvas being unmasked."""
+
+import concurrent.futures
+import queue
+import time
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+FRAME_SECONDS = 0.08  # a frame stays this long at least: a small model's passes are faster than the eye
+COLOURS = ((0.9, "green"), (0.6, "yellow"), (0.3, "dark_orange"), (0.0, "red"))  # by confidence, at least
+
+
+class View:
+    """Shows what decoding writes, pass by pass, while it runs in another thread: it never waits for the terminal."""
+
+    def __init__(self, config, tokenizer, console=None):
+        self.config, self.tokenizer, self.console = config, tokenizer, console or Console()
+        self.frames = queue.SimpleQueue()
+
+    def on_pass(self, decoded):
+        self.frames.put([np.asarray(field) for field in decoded])
+
+    def watch(self, work):
+        """Calls work() and shows its passes; returns its result when both are over."""
+        with (
+            concurrent.futures.ThreadPoolExecutor(1) as pool,
+            Live(console=self.console, auto_refresh=False, transient=True) as live,
+        ):
+            running = pool.submit(work)
+            while not (running.done() and self.frames.empty()):
+                try:
+                    frame = self.frames.get(timeout=FRAME_SECONDS)
+                except queue.Empty:
+                    continue
+                live.update(self.render(*frame), refresh=True)
+                time.sleep(FRAME_SECONDS)
+            return running.result()
+
+    def render(self, tokens, revealed, confidence, passes):
+        rows = []
+        for row in range(len(tokens)):
+            text = Text()
+            for token, at, sure in zip(tokens[row], revealed[row], confidence[row]):
+                if token == self.config.mask_id:
+                    text.append("░░", "bright_black")
+                elif token not in (self.config.pad_id, self.config.eos_id):
+                    word = self.tokenizer.decode([int(token)])
+                    text.append(word, "default" if at < 0 else colour(sure) + (" reverse" if at == passes - 1 else ""))
+            rows.append(text)
+        return Group(*rows, Text(f"pass {int(passes)}", "bright_black"))
+
+
+def colour(confidence):
+    """The terminal colour of a confidence; NaN is as unsure as 0."""
+    return next((name for least, name in COLOURS if confidence >= least), COLOURS[-1][1])

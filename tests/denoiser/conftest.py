@@ -1,0 +1,63 @@
+"""A tiny random model: what it says means nothing, but every mechanism around it is the real one."""
+
+import jax
+import numpy as np
+import pytest
+
+from dlm_kernels.denoiser import checkpoint, data, model
+from dlm_kernels.denoiser.config import DenoiserConfig
+
+TEXTS = [
+    ("a.py", "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 40, False),
+    ("b.py", "class Stack:\n    def push(self, x):\n        self.items.append(x)\n" * 40, False),
+    ("c.py", "def mul(a, b):\n    return a * b\n" * 40, True),
+]
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """These tests compile for seconds and compute for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def config():
+    # Two layers: with one a key would depend on its own token alone, and no cache could be stale.
+    return DenoiserConfig(layers=2, d_model=24, heads=4, kv_heads=2, head_size=6, ffn=40, vocab=53)
+
+
+@pytest.fixture(scope="session")
+def params(config):
+    """Attention is sharpened and the mask's own embedding shrunk until predictions differ from position to position."""
+    params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(7))
+    for name in params:
+        if name.endswith(("query_norm", "key_norm")):
+            params[name] = params[name] * 2
+        if name.endswith((".out", ".down")):
+            params[name] = params[name] * 3
+    return params | {"embed": (params["embed"] * 3).at[config.mask_id].multiply(0.1)}
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """What stands in for the standard library: [(name, text, held out?)]."""
+    return TEXTS
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A checkpoint directory with a real tokenizer."""
+    tokenizer = data.train_tokenizer([text for _, text, _ in TEXTS], 300)
+    config = DenoiserConfig(
+        layers=2, d_model=24, heads=4, kv_heads=2, head_size=6, ffn=40, vocab=tokenizer.get_vocab_size()
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    checkpoint.save(folder, config, model.init(config, jax.random.key(3)), tokenizer)
+    return folder
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(11)

@@ -1,0 +1,116 @@
+"""The command, from its arguments to what it prints, on a tiny random model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dlm_kernels import cli
+from dlm_kernels.denoiser import checkpoint, evaluate, generate, view
+
+
+@pytest.fixture
+def command(saved, capsys):
+    def run(*arguments):
+        status = cli.main([*arguments, *(["--model", str(saved)] if arguments[0] != "train" else [])])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_generate_json(command):
+    status, out, _ = command("generate", "def add(", "--steps", "3", "--block", "6", "--length", "12", "--json")
+    numbers = json.loads(out)
+    assert status == 0
+    assert numbers["text"].startswith("def add(")
+    assert 1 <= numbers["tokens"] <= 12 and 1 <= numbers["passes"] <= 6
+    assert numbers["tokens_per_pass"] == pytest.approx(numbers["tokens"] / numbers["passes"], abs=1e-3)
+    assert numbers["seconds"] > 0 and numbers["tokens_per_second"] > 0
+    assert numbers["implementation"].keys() == {"attention", "mix_guidance", "lm_head_scores", "unmask_topk"}
+
+
+def test_infill_keeps_the_text_around(command, saved):
+    status, out, _ = command(
+        "generate", "--infill", "def add(a, b):\n    <mask:5>\n    return c", "--steps", "5", "--json"
+    )
+    numbers = json.loads(out)
+    assert status == 0 and numbers["tokens"] == 5 and numbers["passes"] == 5
+    assert numbers["text"].startswith("def add(a, b):\n    ") and numbers["text"].endswith("\n    return c")
+
+
+def test_the_same_seed_gives_the_same_text(command):
+    options = ("--temperature", "1.0", "--block", "6", "--implementation", "xla", "--guidance", "1.5")
+    texts = [command("generate", "def add(", *options, "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_errors_are_one_line(command):
+    status, out, err = command("generate")
+    assert (status, out) == (2, "") and err == "dlm-kernels: expected a prompt or --infill, one of them\n"
+    status, _, err = command("generate", "x", "--implementation", "triton", "--block", "6")
+    assert status == 2 and err.startswith("dlm-kernels: implementation='triton' cannot run") and err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        command("nonsense")
+
+
+def test_info_names_every_operation(command):
+    status, out, _ = command("info")
+    assert status == 0
+    for word in ("device:", "attention:", "lm_head_scores:", "unmask_topk:", "mix_guidance:", "million parameters"):
+        assert word in out
+
+
+def test_canvas_of_ragged_prompts_and_holes(saved):
+    config, _, tokenizer = checkpoint.load(saved)
+    board = generate.canvas(config, tokenizer, ["def", "a<mask:2>b<mask:1>"], 3)
+    def_, a, b = (tokenizer.encode(text).ids for text in ("def", "a", "b"))
+    rows = [[*def_, *[config.mask_id] * 3], [*a, *[config.mask_id] * 2, *b, config.mask_id]]
+    assert board.tokens.shape == (2, 32)
+    for tokens, start, first, row, given in zip(board.tokens, board.start, board.first, rows, (def_, a)):
+        np.testing.assert_array_equal(tokens[start:], row)
+        assert (tokens[:start] == config.pad_id).all() and first - start == len(given)
+    other, start = generate.without_prompt(config, tokenizer, board)
+    assert (other[0, board.start[0] :] == config.mask_id).all() and start[0] == board.start[0]
+    other, start = generate.without_prompt(config, tokenizer, board, "ab")
+    ids = tokenizer.encode("ab").ids
+    np.testing.assert_array_equal(other[1, start[1] : board.first[1]], ids)
+    assert (other[1, : start[1]] == config.pad_id).all()
+
+
+def test_rows_of_a_batch_are_what_they_are_alone(saved):
+    model = checkpoint.load(saved, dtype=np.float32)
+    prompts = ["def add(a, b):", "class"]
+    together = generate.generate(model, prompts, length=6, block=6, steps=3)
+    for prompt, text in zip(prompts, together.texts):
+        assert generate.generate(model, [prompt], length=6, block=6, steps=3).texts == [text]
+
+
+def test_the_view_shows_every_kind_of_token(saved):
+    config, _, tokenizer = checkpoint.load(saved)
+    word = tokenizer.encode("def").ids[0]
+    shown = view.View(config, tokenizer)
+    tokens = np.array([[config.pad_id, word, word, config.mask_id, config.eos_id]])
+    group = shown.render(tokens, np.array([[-1, -1, 0, -1, 0]]), np.array([[1, 1, 0.95, 1, 0.5]]), np.int32(1))
+    text = group.renderables[0]
+    assert text.plain == tokenizer.decode([word]) * 2 + "░░"
+    assert [str(span.style) for span in text.spans] == ["default", "green reverse", "bright_black"]
+    assert view.colour(float("nan")) == "red"
+
+
+def test_evaluate_measures_what_it_says(saved):
+    """A model that knows nothing has log2(vocabulary) bits per token, and fills next to nothing right."""
+    config, params, tokenizer = checkpoint.load(saved, dtype=np.float32)
+    uniform = params | {"final_norm": params["final_norm"] * 0}
+    text = "def mul(a, b):\n    return a * b\n" * 30
+    bits = evaluate.bits_per_byte((config, uniform, tokenizer), [text], rows=2, length=32, draws=1)
+    tokens = len(tokenizer.encode(text).ids) + 1
+    # The ratio that divides a row's losses is that of its masks, so without knowledge every draw is the mean.
+    assert bits == pytest.approx(np.log2(config.vocab) * tokens / len(text), rel=1e-4)
+    scores = evaluate.infilling((config, uniform, tokenizer), [text], cases=4, hole=4, length=32, steps=2)
+    assert scores["token_accuracy"] < 0.5 and scores["exact_match"] == 0
+
+
+def test_parse_share_and_headers():
+    assert evaluate.parse_share(["x = 1", "def f(:", "a\0b", "def f():\n    pass"]) == 0.5
+    assert evaluate.held_out_headers(["import os\n\ndef f(a):\n    pass\n\nclass A:\n    pass\n"], 5) == ["def f(a):"]

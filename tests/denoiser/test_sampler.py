@@ -1,0 +1,305 @@
+"""The compiled loop against a plain Python one, and the promises about rows, pads, holes, guidance and caches.
+
+Rows are ragged on purpose (prompts of 3 to 8 tokens, holes inside), and block 6 divides no length here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels import masks
+from dlm_kernels.denoiser import model, sampler
+
+RULES = {
+    "steps": dict(steps=3),
+    "more steps than tokens": dict(steps=40),  # compiles nothing new
+    "threshold": dict(threshold=0.3),
+    "factor": dict(factor=1.5),
+    "entropy budget": dict(entropy_budget=4.0),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(config, params, tokens, start, stop):
+    """One row [L] without its padding's influence; float32 [L, V]."""
+    columns = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+    mask = masks.KeyIntervals(jnp.full_like(columns, start), jnp.full_like(columns, stop))
+    hidden = model.hidden_states(config, params, tokens[None], positions=columns - start, mask=mask)
+    return (hidden @ model.head_weight(config, params).T)[0]
+
+
+def naive(config, params, tokens, *, block, start, first, stop, unconditional=None, guidance_scale=None, **rules):
+    """One row, a list of ints; returns it and the passes made."""
+    given = [t != config.mask_id for t in tokens]
+    tokens, passes = list(tokens), 0
+    block_of = [(c - first) // block for c in range(len(tokens))]
+    for index in sorted(set(block_of)):
+        for step in range(1000):
+            todo = [
+                c for c in range(start, stop) if block_of[c] == index and tokens[c] == config.mask_id and not given[c]
+            ]
+            if not todo:
+                break
+            logits = np.asarray(logits_of(config, params, np.array(tokens, np.int32), start, stop), np.float64)
+            if unconditional is not None:
+                other = [u if g else t for u, g, t in zip(unconditional, given, tokens)]
+                other = np.asarray(logits_of(config, params, np.array(other, np.int32), start, stop), np.float64)
+                logits = other + guidance_scale * (logits - other)
+            logits[:, [config.mask_id, config.pad_id]] = -np.inf
+            p = np.exp(logits - logits.max(-1, keepdims=True))
+            p /= p.sum(-1, keepdims=True)
+            entropy = -(p * np.log(np.where(p == 0, 1, p))).sum(-1)
+            by_entropy = "entropy_budget" in rules
+            order = sorted(todo, key=lambda c: (entropy[c] if by_entropy else -p[c].max(), c))
+            for c in order[: quota(order, p.max(-1), entropy, step, **rules)]:
+                tokens[c] = int(p[c].argmax())
+            passes += 1
+    return tokens, passes
+
+
+def quota(order, sure, entropy, step, steps=None, threshold=None, factor=None, entropy_budget=None):
+    counts = [1]
+    if steps is not None:
+        left = max(steps - step, 1)
+        counts.append((len(order) + left - 1) // left)
+    if threshold is not None:
+        counts.append(sum(sure[c] > threshold for c in order))
+    if factor is not None:
+        n = 1
+        while n < len(order) and sure[order[n]] >= 1 - factor / (n + 2):
+            n += 1
+        counts.append(n)
+    if entropy_budget is not None:
+        n = 1
+        while n < len(order) and sum(entropy[c] for c in order[:n]) <= entropy_budget:
+            n += 1
+        counts.append(n)
+    return max(counts)
+
+
+@pytest.fixture(scope="module")
+def board(config):
+    """Three left-padded rows of 23: prompts of 8, 3 and 5 tokens, the last with text after its holes."""
+    random = np.random.default_rng(5)
+    tokens = np.full((3, 23), config.mask_id, np.int32)
+    for row, (start, end) in enumerate([(0, 8), (5, 8), (3, 8)]):
+        tokens[row, :start] = config.pad_id
+        tokens[row, start:end] = random.integers(3, config.vocab, end - start)
+    tokens[2, 12:17] = random.integers(3, config.vocab, 5)
+    return dict(tokens=tokens, start=np.array([0, 5, 3]), first=np.array([8, 8, 8]))
+
+
+def run(config, params, board, **options):
+    return jax.tree.map(np.asarray, sampler.decode(config, params, **({"block": 6} | board | options)))
+
+
+def row_of(board, row):
+    return {name: array[row : row + 1] for name, array in board.items()}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_against_the_plain_loop(rule, config, params, board):
+    decoded = run(config, params, board, **RULES[rule])
+    expected = [
+        naive(config, params, board["tokens"][row], block=6, start=start, first=8, stop=23, **RULES[rule])
+        for row, start in enumerate([0, 5, 3])
+    ]
+    np.testing.assert_array_equal(decoded.tokens, [tokens for tokens, _ in expected])
+    # Rows go through the blocks together, so a row may wait for the slowest, never longer.
+    assert max(passes for _, passes in expected) <= decoded.passes <= sum(passes for _, passes in expected)
+
+
+def test_guidance_against_the_plain_loop(config, params, board):
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    rules = dict(steps=3, guidance_scale=2.5)
+    decoded = run(config, params, board, unconditional=other, unconditional_start=board["start"], **rules)
+    for row, start in enumerate([0, 5, 3]):
+        tokens = board["tokens"][row]
+        expected, _ = naive(
+            config, params, tokens, block=6, start=start, first=8, stop=23, unconditional=other[row], **rules
+        )
+        np.testing.assert_array_equal(decoded.tokens[row], expected)
+
+
+def test_guidance_scale_one_is_plain_and_zero_is_the_other_prompt(config, params, board):
+    other = board["tokens"].copy()
+    other[:, 5:8] = [[9, 8, 7]]
+    given = dict(unconditional=other, unconditional_start=board["start"], steps=3)
+    plain = run(config, params, board, steps=3)
+    np.testing.assert_array_equal(run(config, params, board, guidance_scale=1.0, **given).tokens, plain.tokens)
+    swapped = run(config, params, board | {"tokens": other}, steps=3).tokens
+    zero = run(config, params, board, guidance_scale=0.0, **given).tokens
+    holes = board["tokens"] == config.mask_id
+    np.testing.assert_array_equal(zero[holes], swapped[holes])
+    assert (swapped != plain.tokens)[holes].any()
+
+
+@pytest.mark.parametrize("options", [dict(threshold=0.3), dict(steps=3, attend="blocks", cache=True)])
+def test_a_row_does_not_depend_on_its_batch(options, config, params, board):
+    keys = jax.random.split(jax.random.key(2), 3)
+    together = run(config, params, board, temperature=0.8, key=keys, **options)
+    for row in range(3):
+        alone = run(config, params, row_of(board, row), temperature=0.8, key=keys[row : row + 1], **options)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+
+
+def test_sampling_follows_the_key(config, params, board):
+    keys = jax.random.split(jax.random.key(2), 3)
+    first, again = (run(config, params, board, steps=3, temperature=1.0, key=keys).tokens for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    other = run(config, params, board, steps=3, temperature=1.0, key=jax.random.split(jax.random.key(3), 3)).tokens
+    assert (first != other).sum() > 10
+
+
+def test_left_padding_changes_nothing(config, params, board):
+    keys = jax.random.split(jax.random.key(2), 3)
+    plain = run(config, params, board, steps=3, temperature=0.8, key=keys).tokens
+    # What a pad holds is no content either: here it is a word.
+    wide = np.concatenate([np.full((3, 9), 17, np.int32), board["tokens"]], axis=1)
+    moved = dict(tokens=wide, start=board["start"] + 9, first=board["first"] + 9)
+    np.testing.assert_array_equal(run(config, params, moved, steps=3, temperature=0.8, key=keys).tokens[:, 9:], plain)
+
+
+def test_columns_from_stop_on_are_nobodys(config, params, board):
+    plain = run(config, params, board, steps=3).tokens
+    wide = np.concatenate([board["tokens"], np.full((3, 4), config.mask_id, np.int32)], axis=1)
+    decoded = run(config, params, board | {"tokens": wide}, stop=23, steps=3).tokens
+    np.testing.assert_array_equal(decoded[:, :23], plain)
+    assert (decoded[:, 23:] == config.mask_id).all()
+
+
+@pytest.mark.parametrize("attend, cache", [("all", False), ("all", True), ("blocks", True)])
+def test_what_is_given_stays_and_every_hole_is_filled(attend, cache, config, params, board):
+    decoded = run(config, params, board, steps=2, attend=attend, cache=cache, banned_tokens=np.arange(10, 30))
+    holes = board["tokens"] == config.mask_id
+    np.testing.assert_array_equal(decoded.tokens[~holes], board["tokens"][~holes])
+    chosen = decoded.tokens[holes]
+    assert not np.isin(chosen, [config.mask_id, config.pad_id, *range(10, 30)]).any()
+    np.testing.assert_array_equal(decoded.revealed[~holes], -1)
+    assert ((0 <= decoded.revealed[holes]) & (decoded.revealed[holes] < decoded.passes)).all()
+    assert ((0 < decoded.confidence[holes]) & (decoded.confidence[holes] <= 1)).all()
+
+
+def test_a_row_stops_at_its_stop_token(config, params, board):
+    """Every token is taken as the stop token once; what stands before it must be what decoding without a stop gives."""
+    free = run(config, params, board, block=15, steps=15).tokens
+    stopped = 0
+    for stop_at in np.unique(free[0, 8:]):
+        decoded = run(config, params, board, block=15, steps=15, stop_at=int(stop_at)).tokens[0]
+        assert (decoded != config.mask_id).all()
+        (ends,) = np.nonzero(decoded[8:] == stop_at)
+        np.testing.assert_array_equal(decoded[8 + ends[0] + 1 :], config.pad_id)
+        assert (decoded[8 : 8 + ends[0]] != config.pad_id).all()
+        stopped += ends[0] < 14
+    assert stopped > 0
+
+
+def test_a_stop_ends_the_work(config, params, board):
+    free = run(config, params, row_of(board, 0), block=3, steps=3)
+    stop_at = int(free.tokens[0, 8])
+    stopped = run(config, params, row_of(board, 0), block=3, steps=3, stop_at=stop_at)
+    assert stopped.passes <= 3 < free.passes
+    np.testing.assert_array_equal(stopped.tokens[0, 9:], config.pad_id)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_the_block_causal_cache_is_exact(block, config, params, board):
+    options = dict(block=block, steps=max(block // 2, 1), attend="blocks")
+    np.testing.assert_array_equal(
+        run(config, params, board, cache=True, **options).tokens, run(config, params, board, **options).tokens
+    )
+
+
+def test_the_block_causal_cache_survives_given_blocks(config, params, board):
+    """Blocks that are given are skipped, and their keys were last computed with masks before them."""
+    tokens = board["tokens"].copy()
+    tokens[:, 11:18] = 9
+    options = dict(block=3, steps=2, attend="blocks")
+    plain = run(config, params, board | {"tokens": tokens}, **options)
+    cached = run(config, params, board | {"tokens": tokens}, cache=True, **options)
+    np.testing.assert_array_equal(cached.tokens, plain.tokens)
+
+
+def test_block_causal_blocks_do_not_see_what_follows(config, params, board):
+    other = board["tokens"].copy()
+    other[:, 14:] = 9
+    options = dict(block=6, steps=3, attend="blocks")
+    first, second = (run(config, params, board | {"tokens": t}, **options).tokens for t in (board["tokens"], other))
+    np.testing.assert_array_equal(first[:2, :14], second[:2, :14])
+
+
+def test_a_dual_cache_renewed_every_pass_is_no_cache(config, params, board):
+    plain = run(config, params, board, steps=3).tokens
+    np.testing.assert_array_equal(run(config, params, board, steps=3, cache=True, refresh=1).tokens, plain)
+
+
+def test_guidance_with_a_cache(config, params, board):
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    options = dict(
+        unconditional=other, unconditional_start=board["start"], guidance_scale=2.0, steps=2, attend="blocks"
+    )
+    np.testing.assert_array_equal(
+        run(config, params, board, cache=True, **options).tokens, run(config, params, board, **options).tokens
+    )
+
+
+def test_numbers_are_data(config, params, board):
+    """New steps, thresholds, temperatures, scales and prompt lengths compile nothing."""
+    keys = jax.random.split(jax.random.key(2), 3)
+
+    def once(steps, threshold, temperature, start, first):
+        place = board | dict(start=np.array(start), first=np.array(first))
+        run(config, params, place, steps=steps, threshold=threshold, temperature=temperature, key=keys, cache=True)
+
+    once(3, 0.9, 0.5, [0, 5, 3], [8, 8, 8])
+    before = sampler._decode._cache_size()
+    once(5, 0.2, 1.5, [2, 4, 1], [7, 8, 6])
+    assert sampler._decode._cache_size() == before
+
+
+def test_every_pass_is_reported(config, params, board):
+    frames = []
+    decoded = run(config, params, board, steps=3, on_pass=frames.append)
+    jax.effects_barrier()
+    assert [int(frame.passes) for frame in frames] == list(range(1, int(decoded.passes) + 1))
+    masked = [int((np.asarray(frame.tokens) == config.mask_id).sum()) for frame in frames]
+    assert masked == sorted(masked, reverse=True) and masked[-1] == 0
+    np.testing.assert_array_equal(frames[-1].tokens, decoded.tokens)
+
+
+def test_editing_replaces_a_token_the_model_now_rejects(config, params, board):
+    plain = run(config, params, board, steps=6)
+    edited = run(config, params, board, steps=6, edit_threshold=0.2)
+    # Writing again later in the same block is what only an edit does.
+    assert (edited.tokens != plain.tokens).any()
+    never = run(config, params, board, steps=6, edit_threshold=1.0)
+    np.testing.assert_array_equal(never.tokens, plain.tokens)
+
+
+def test_nothing_to_do(config, params):
+    given = np.full((2, 5), 9, np.int32)
+    decoded = run(config, params, dict(tokens=given), steps=1)
+    np.testing.assert_array_equal(decoded.tokens, given)
+    assert decoded.passes == 0
+    assert run(config, params, dict(tokens=np.zeros((0, 5), np.int32)), steps=1).tokens.size == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(), "expected at least one, got none"),
+        (dict(steps=2, block=0), "block: expected an int of at least 1, got 0"),
+        (dict(steps=2, attend="left"), "attend: expected 'all' or 'blocks', got 'left'"),
+        (dict(steps=2, guidance_scale=2.0), "unconditional, guidance_scale: expected both or neither"),
+        (dict(steps=2, temperature=1.0), "temperature, key: expected both or neither"),
+        (dict(steps=2, temperature=1.0, key=jax.random.key(0)), "key: expected a key for each of 3 rows"),
+        (dict(steps=2, tokens=np.zeros(5, np.int32)), r"tokens: expected shape \[B, L\]"),
+        (dict(steps=2, unconditional=np.zeros((3, 5)), guidance_scale=1.0), "unconditional: expected tokens' shape"),
+    ],
+)
+def test_bad_arguments(options, message, config, params, board):
+    with pytest.raises(ValueError, match=message):
+        run(config, params, board, **options)

@@ -1,0 +1,259 @@
+"""The training losses against brute force, the data's promises, and a resume after a kill."""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import dlm_kernels
+from dlm_kernels import masks
+from dlm_kernels.denoiser import checkpoint, data, model, train
+from dlm_kernels.denoiser.config import DenoiserConfig
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_probabilities(config, params, tokens, mask):
+    hidden = model.hidden_states(config, params, tokens[None], mask=mask)
+    return jax.nn.log_softmax(hidden[0] @ model.head_weight(config, params).T)
+
+
+def nll(config, params, tokens, targets, mask=None):
+    """-log p of targets [L] at every position of tokens [L]."""
+    log_p = np.asarray(log_probabilities(config, params, np.asarray(tokens, np.int32), mask), np.float64)
+    return -log_p[np.arange(len(targets)), targets]
+
+
+def test_the_bound_is_that_of_all_orders(config, params):
+    """The mean of the loss over maskings is the mean over all 4! orders of the negative log likelihood."""
+    row = np.array([9, 4, 31, 17], np.int32)
+    known = {}
+    for size in range(5):
+        for chosen in itertools.combinations(range(4), size):
+            noisy = row.copy()
+            noisy[list(chosen)] = config.mask_id
+            known[chosen] = nll(config, params, noisy, row)
+    orders = [
+        sum(known[tuple(sorted(order[i:]))][order[i]] for i in range(4)) for order in itertools.permutations(range(4))
+    ]
+    exact = np.mean(orders) / 4
+    rows = jnp.tile(row, (64, 1))
+    value = jax.jit(lambda key: train.loss(config, params, rows, key))
+    draws = np.array([value(jax.random.key(i)) for i in range(60)])
+    assert abs(draws.mean() - exact) < 4 * draws.std() / np.sqrt(len(draws)) < 0.05 * exact
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 10])
+def test_corrupt_masks_every_count_alike(block_size, config):
+    """10 tokens: blocks of 3 leave a short last one."""
+    tokens = jnp.full((40, 10), 7, jnp.int32)
+    counts = {}
+    for seed in range(30):
+        noisy, masked, ratio = train.corrupt(tokens, jax.random.key(seed), config.mask_id, block_size)
+        np.testing.assert_array_equal(noisy == config.mask_id, masked)
+        for begin in range(0, 10, block_size):
+            block = slice(begin, begin + block_size)
+            size = len(range(10)[block])
+            count = np.asarray(masked[:, block]).sum(1)
+            np.testing.assert_allclose(
+                np.asarray(ratio[:, block]), np.repeat(count[:, None] / size, size, 1), rtol=1e-6
+            )
+            counts.setdefault((begin, size), []).extend(count)
+    for (_, size), seen in counts.items():
+        share = np.bincount(seen, minlength=size + 1) / len(seen)
+        assert share[0] == 0
+        np.testing.assert_allclose(share[1:], 1 / size, atol=0.02)
+
+
+def test_loss_stays_within_documents(config, params):
+    """The first of two documents reads nothing of the second, and the other way round."""
+    rows = np.array([[9, 4, 31, 17, config.eos_id, 20, 8, 12, 5, 40]], np.int32)
+    document = masks.packed(data.segments(rows, config.eos_id).astype(np.int32))
+    hidden = jax.jit(functools.partial(model.hidden_states, config))
+    plain = np.asarray(hidden(params, rows, mask=document))
+    for changed, kept in ((slice(5, 10), slice(0, 5)), (slice(0, 4), slice(5, 10))):
+        other = rows.copy()
+        other[:, changed] = 33
+        np.testing.assert_array_equal(np.asarray(hidden(params, other, mask=document))[:, kept], plain[:, kept])
+
+
+def test_block_loss_of_single_tokens_is_autoregression(config, params):
+    row = np.array([9, 4, 31, 17, 22, 6], np.int32)
+    expected = []
+    for i in range(6):
+        seen = np.where(np.arange(6) < i, row, config.mask_id)
+        expected.append(nll(config, params, seen, row, masks.block_causal(6, 1))[i])
+    value = compiled_block_loss(config, params, row[None], jax.random.key(0), 1)
+    np.testing.assert_allclose(value, np.mean(expected), rtol=1e-5)
+
+
+def test_block_loss_of_one_block_is_the_loss(config, params, random):
+    rows = jnp.asarray(random.integers(3, config.vocab, (3, 8)), jnp.int32)
+    key = jax.random.key(4)
+    whole = jax.jit(train.loss, static_argnums=0)(config, params, rows, key)
+    np.testing.assert_allclose(compiled_block_loss(config, params, rows, key, 8), whole, rtol=1e-5)
+
+
+def test_block_loss_against_blocks_one_by_one(config, params, random):
+    rows = random.integers(3, config.vocab, (2, 7)).astype(np.int32)
+    key = jax.random.key(4)
+    noisy, masked, ratio = (np.asarray(x) for x in train.corrupt(jnp.asarray(rows), key, config.mask_id, 3))
+    total = 0.0
+    for row, begin in itertools.product(range(2), (0, 3, 6)):
+        block = slice(begin, begin + 3)
+        # What comes after the block nobody in it sees.
+        tokens = np.where(np.arange(7) < begin, rows[row], noisy[row])
+        losses = nll(config, params, tokens, rows[row], masks.block_causal(7, 3))
+        total += (losses * masked[row] / ratio[row])[block].sum()
+    np.testing.assert_allclose(compiled_block_loss(config, params, rows, key, 3), total / 14, rtol=1e-5)
+
+
+compiled_block_loss = jax.jit(train.block_loss, static_argnums=0)
+
+
+def test_the_schedule_ends_at_zero():
+    settings = train.TrainConfig(steps=10, learning_rate=1.0, warmup=0.1)
+    rates = [train.schedule(settings, share) for share in np.linspace(0, 1, 101)]
+    assert rates[0] == 0 and abs(rates[-1]) < 1e-12
+    assert np.argmax(rates) == 10 and max(rates) > 0.9
+
+
+def test_text_survives_the_tokenizer(texts):
+    tokenizer = data.train_tokenizer([text for _, text, _ in texts], 300)
+    text = "def f(x):\n\n\treturn 'ünïcode', x ** 2  # 😀\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_units_lose_no_text_and_keep_decorators():
+    text = "import os\n\n\n@cache\n@other(1)\ndef f():\n    pass\n\n\nclass A:\n    def g(self):\n        pass\n"
+    pieces = data.units(text)
+    assert "".join(pieces) == text
+    assert pieces[1].startswith("@cache\n@other(1)\ndef f") and pieces[2].startswith("class A")
+
+
+def test_the_split_depends_on_the_path_alone():
+    found = data.files()
+    held_out = [name for name, _, held in found if held]
+    assert held_out == [name for name, _, _ in found if data.is_held_out(name)]
+    assert 0.01 < len(held_out) / len(found) < 0.05
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    streams = [np.arange(1000, dtype=np.int32), np.arange(2000, 2500, dtype=np.int32)]
+    batches = data.Batches(streams, 4, 10, 0)
+    rows = np.concatenate([batches[step] for step in range(batches.per_epoch)])
+    assert (np.diff(rows, axis=1) == 1).all()
+    assert len(np.unique(rows)) == rows.size  # an epoch shows nothing twice
+    later = batches[batches.per_epoch + 3]
+    np.testing.assert_array_equal(data.Batches(streams, 4, 10, 0)[batches.per_epoch + 3], later)
+    with pytest.raises(ValueError, match="at least 20 tokens each"):
+        data.Batches([np.arange(15)], 1, 10, 0)
+
+
+TRAIN = """
+    import json, sys, time
+    import jax
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_platforms", "cpu")
+    from dlm_kernels.denoiser import train
+    from dlm_kernels.denoiser.config import DenoiserConfig
+
+    def report(progress):
+        print(progress["step"], flush=True)
+        time.sleep(0.2)
+
+    config, settings, out, texts = json.loads(sys.argv[1])
+    train.run(DenoiserConfig(**config), train.TrainConfig(**settings), out, seed_texts=texts, report=report)
+"""
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, texts):
+    """Every step saves; the kill comes some steps in, from outside, without a warning."""
+    config = dict(layers=1, d_model=16, heads=2, kv_heads=1, head_size=8, ffn=24, vocab=300)
+    settings = dict(rows=2, length=16, steps=9, save_every=0.0)
+    package = str(pathlib.Path(dlm_kernels.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(TRAIN), json.dumps([config, settings, str(tmp_path / "killed"), texts])],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])},
+    )
+    while int(process.stdout.readline()) < 4:
+        pass
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    config, settings, steps = DenoiserConfig(**config), train.TrainConfig(**settings), []
+    train.run(config, settings, tmp_path / "whole", seed_texts=texts)
+    train.run(config, settings, tmp_path / "killed", seed_texts=texts, report=lambda p: steps.append(p["step"]))
+    assert 3 < steps[0] < 9 and steps[-1] == 9
+    a, b = (safetensors.numpy.load_file(tmp_path / out / "state.safetensors") for out in ("whole", "killed"))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_training_learns_and_can_go_on_from_a_checkpoint(tmp_path, texts):
+    config = DenoiserConfig(layers=1, d_model=16, heads=2, kv_heads=1, head_size=8, ffn=24, vocab=300)
+    losses = []
+    settings = train.TrainConfig(rows=4, length=16, steps=60, learning_rate=2e-2, average=0.9)
+    train.run(config, settings, tmp_path / "first", seed_texts=texts, report=lambda p: losses.append(p["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+    more = []
+    settings = train.TrainConfig(rows=4, length=16, steps=2, learning_rate=0.0)
+    train.run(config, settings, tmp_path / "more", initial=tmp_path / "first", seed_texts=texts, report=more.append)
+    assert more[0]["loss"] < 0.7 * losses[0]
+    first, second = (checkpoint.load(tmp_path / out, dtype=jnp.float32)[1] for out in ("first", "more"))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_a_checkpoint_comes_back_as_it_was(config, params, tmp_path, saved):
+    tokenizer = checkpoint.load(saved)[2]
+    checkpoint.save(tmp_path, config, params, tokenizer, dtype=jnp.float32)
+    loaded_config, loaded, loaded_tokenizer = checkpoint.load(tmp_path)
+    assert loaded_config == config and loaded_tokenizer.to_str() == tokenizer.to_str()
+    assert loaded.keys() == params.keys()
+    for name in params:
+        np.testing.assert_array_equal(loaded[name], params[name])
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(config, params, tmp_path, saved):
+    tokenizer = checkpoint.load(saved)[2]
+    checkpoint.save(tmp_path, config, {n: x for n, x in params.items() if n != "layers.0.up"}, tokenizer)
+    with pytest.raises(ValueError, match="layers.0.up"):
+        checkpoint.load(tmp_path)
+    checkpoint.save(tmp_path, config, params | {"final_norm": jnp.ones(7)}, tokenizer)
+    with pytest.raises(ValueError, match=r"final_norm: expected shape \(24,\), got \(7,\)"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoint.load(tmp_path / "nowhere")
+    checkpoint.save_state(tmp_path / "state", {"a": jnp.ones(3)}, {"step": 1})
+    with pytest.raises(ValueError, match="a.*expected shape"):
+        checkpoint.load_state(tmp_path / "state", {"a": jnp.ones(4)})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    checkpoint.write_atomic(path, b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_settings_say_what_is_wrong():
+    with pytest.raises(ValueError, match="steps, minutes: expected one of them, got None and None"):
+        train.TrainConfig()
+    assert json.dumps(DenoiserConfig().to_dict())
