@@ -59,6 +59,8 @@ def case(model, t, s, dtype, mask=None, backward=False, **options):
             "jax.nn": Contender(jax.jit(jax_nn)),
             "torch": peers.torch_peer(peers.no_grad(torch_forward)),
         }
+        if mask is not None and peers.installed("torch"):
+            contenders["FlexAttention"] = peers.torch_peer(peers.flex_attention(boolean), compiled=True)
     direction = ", backward" if backward else ""
     # Backward: five products where forward has two, and one of the forward's again.
     flops = 4 * seen * n * h * (3.5 if backward else 1)

@@ -55,6 +55,21 @@ def sdpa(query, key, value, mask=None, scale=None):
     return out.transpose(1, 2)
 
 
+def flex_attention(boolean):
+    """FlexAttention with the mask `boolean` [1, 1, T, S] as block mask, which is built beforehand; [B, T, N, H] tensors."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    visible = torch.from_dlpack(boolean)[0, 0]
+    blocks = create_block_mask(lambda b, h, t, s: visible[t, s], None, None, *visible.shape, device=visible.device)
+
+    def call(query, key, value):
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return flex_attention(*heads_first, block_mask=blocks, enable_gqa=query.shape[2] != key.shape[2]).transpose(1, 2)
+
+    return call
+
+
 def llada_step(logits, tokens, *, mask_id, num_unmask, temperature=0.0, precision="float64"):
     """The inner step of LLaDA's sampler: logits [B, L, V], tokens [B, L] -> tokens.
 
