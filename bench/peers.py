@@ -65,7 +65,9 @@ def flex_attention(boolean):
 
     def call(query, key, value):
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return flex_attention(*heads_first, block_mask=blocks, enable_gqa=query.shape[2] != key.shape[2]).transpose(1, 2)
+        return flex_attention(*heads_first, block_mask=blocks, enable_gqa=query.shape[2] != key.shape[2]).transpose(
+            1, 2
+        )
 
     return call
 

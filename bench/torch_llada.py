@@ -38,6 +38,7 @@ def generate_autoregressive(config, params, prompt, *, length):
     with torch.no_grad():
         for _ in range(length):
             logits = forward(config, params, window, cache, at=tokens.shape[1] - window.shape[1])[:, -1:]
+            logits[..., [config.mask_id, config.pad_id]] = -torch.inf
             window = logits.argmax(-1).to(tokens.dtype)
             tokens = torch.cat([tokens, window], 1)
     return tokens

@@ -8,6 +8,8 @@ import pytest
 import dlm_kernels
 from bench import harness, machine, peers, report, suite, unmask
 from bench.harness import OURS, Case, Contender
+from dlm_kernels.denoiser import model, sampler
+from dlm_kernels.denoiser.config import DenoiserConfig
 
 
 def test_readme_is_what_the_results_files_say():
@@ -148,3 +150,27 @@ def test_sdpa_and_statistics_are_attention_and_scores():
         peers.statistics(torch.from_numpy(logits)), dlm_kernels.score_tokens(logits, implementation="xla"), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+# Grouped heads, biases, a prompt that no block divides; untied so that the head is not the embedding.
+def test_torch_decoders_write_what_they_should():
+    torch = pytest.importorskip("torch")
+    from bench import torch_llada
+
+    config = DenoiserConfig(
+        layers=2, d_model=48, heads=4, kv_heads=2, head_size=12, ffn=80, vocab=90, qkv_bias=True, tie_embeddings=False
+    )
+    params = model.init(config, jax.random.key(0))
+    tensors = {name: torch.from_dlpack(array) for name, array in params.items()}
+    prompt = np.random.default_rng(6).integers(3, 90, (2, 7)).astype(np.int32)
+    canvas = np.pad(prompt, ((0, 0), (0, 12)), constant_values=config.mask_id)
+    ours = sampler.decode(config, params, canvas, first=7, block=6, steps=3, implementation="xla")
+    np.testing.assert_array_equal(
+        torch_llada.generate(config, tensors, torch.from_numpy(prompt), length=12, block=6, steps=3),
+        ours.tokens,
+    )
+    # One at a time: what the cache made, one causal pass over all of it makes too.
+    written = torch_llada.generate_autoregressive(config, tensors, torch.from_numpy(prompt), length=12)
+    logits = torch_llada.forward(config, tensors, written, [None] * config.layers)
+    logits[..., [config.mask_id, config.pad_id]] = -torch.inf
+    np.testing.assert_array_equal(written[:, 7:], logits[:, 6:-1].argmax(-1))
