@@ -5,6 +5,12 @@ import importlib.util
 import json
 import sys
 
+# Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
+GENERATE_OPTIONS = (
+    "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "confidence", "temperature", "seed", "guidance",
+    "negative_prompt", "adaptive", "guidance_interval", "exact", "attend", "cache", "refresh", "drafts", "implementation",
+)  # fmt: skip
+
 
 def main(arguments=None):
     """Runs one subcommand; returns the exit status. An error in what was asked for is one line on stderr and status 2."""
@@ -29,30 +35,31 @@ def _parser():
 
     generate = command("generate", _generate, "continue a prompt, or fill its holes")
     _model(generate)
-    generate.add_argument("prompt", nargs="?", help="text to continue")
-    generate.add_argument("--infill", metavar="TEXT", help="text with holes: <mask:20> is one of 20 tokens")
-    generate.add_argument("--length", type=int, default=None, help="tokens to add at most (default: one block)")
-    generate.add_argument("--block", type=int, default=64, help="tokens decoded together (default: %(default)s)")
-    generate.add_argument("--steps", type=int, help="passes per block at most (default: a quarter of the block)")
-    generate.add_argument("--threshold", type=float, help="commit all tokens more certain than this")
-    generate.add_argument("--factor", type=float, help="commit by Fast-dLLM's factor rule")
-    generate.add_argument(
-        "--entropy-budget", type=float, help="commit the most certain while their entropies sum to this"
-    )
-    generate.add_argument(
-        "--edit-threshold", type=float, help="replace committed tokens the model is this sure to reject"
-    )
-    generate.add_argument("--confidence", default="probability", help="probability, margin, neg_entropy or random")
-    generate.add_argument("--temperature", type=float, default=0.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 is none")
-    generate.add_argument("--negative-prompt", help="what guidance draws away from (default: no prompt)")
-    generate.add_argument(
-        "--attend", choices=("all", "blocks"), default="all", help="the whole canvas, or blocks so far"
-    )
-    generate.add_argument("--cache", action="store_true", help="keep keys and values, compute the block only")
-    generate.add_argument("--refresh", type=int, default=1_000_000, help="passes between renewals of the cache")
-    generate.add_argument("--json", action="store_true", help="print numbers and text as JSON")
+    add = generate.add_argument
+    add("prompt", nargs="?", help="text to continue")
+    add("--infill", metavar="TEXT", help="text with holes: <mask:20> is one of 20 tokens")
+    add("--length", type=int, help="tokens to add at most (default: one block)")
+    add("--exact", action="store_true", default=None, help="exactly --length tokens")
+    add("--block", type=int, default=64, help="tokens decoded together (default: %(default)s)")
+    add("--steps", type=int, help="passes per block at most (default: a quarter of the block)")
+    add("--threshold", type=float, help="commit all tokens more certain than this")
+    add("--factor", type=float, help="commit by Fast-dLLM's factor rule")
+    add("--entropy-budget", type=float, help="commit the most certain while their entropies sum to this")
+    add("--edit-threshold", type=float, help="replace committed tokens where the model is this sure of another")
+    add("--confidence", help="probability (the default), margin, neg_entropy or random")
+    add("--temperature", type=float, help="default: 0, greedy")
+    add("--seed", type=int)
+    add("--ban", action="append", default=[], metavar="TEXT", help="use no token that contains TEXT")
+    add("--guidance", type=float, help="guidance scale; 1, the default, is none")
+    add("--negative-prompt", help="what guidance draws away from (default: no prompt)")
+    add("--adaptive", type=float, metavar="SHARE", help="guide away from this share of doubtful tokens masked anew")
+    add("--guidance-interval", type=float, nargs=2, help="guide while the share of a block that is masked is in it")
+    add("--attend", choices=("all", "blocks"), help="what a token sees: the whole canvas, or the blocks so far")
+    add("--cache", action="store_true", default=None, help="keep keys and values, compute the block only")
+    add("--refresh", type=int, help="passes between renewals of the cache (default: once a block)")
+    add("--drafts", type=int, help="check this many guessed steps in each pass: the same text in fewer passes")
+    add("--html", metavar="FILE", help="write a page that replays the passes beside one token at a time")
+    add("--json", action="store_true", help="print numbers and text as JSON")
 
     info = command("info", _info, "tell the device, the instruction set and the implementation of each operation")
     _model(info)
@@ -91,27 +98,29 @@ def _load(options):
 def _generate(options):
     from rich.console import Console
 
-    from dlm_kernels.denoiser import generate, view
+    from dlm_kernels.denoiser import generate, html, view
 
     if (options.prompt is None) == (options.infill is None):
         raise ValueError("expected a prompt or --infill, one of them")
     model = _load(options)
-    named = {
-        name: getattr(options, name)
-        for name in (
-            "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "confidence", "temperature",
-            "seed", "guidance", "negative_prompt", "attend", "cache", "refresh", "implementation",
-        )
-    }  # fmt: skip
+    if options.drafts and options.html:
+        raise ValueError("--drafts, --html: expected one of them; the page shows every step")
+    named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
     named["length"] = options.block if options.length is None else options.length
+    named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     console = Console()
-    shown = view.View(model[0], model[2], console) if console.is_terminal and not options.json else None
     prompt = options.prompt if options.infill is None else options.infill
+    watched = console.is_terminal and not (options.json or options.html or options.drafts)
+    shown = view.View(model[0], model[2], console) if watched else None
+    frames = []
+    on_pass = frames.append if options.html else shown and shown.on_pass
 
     def work():
-        return generate.generate(model, [prompt], on_pass=shown and shown.on_pass, **named)
+        return generate.generate(model, [prompt], on_pass=on_pass, **named)
 
     result = shown.watch(work) if shown else work()
+    if options.html:
+        html.write(options.html, model, prompt, result, frames, named)
     used = generate.implementations(model[0], options.block)
     if options.implementation:
         used = dict.fromkeys(used, options.implementation)

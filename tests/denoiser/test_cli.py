@@ -39,6 +39,44 @@ def test_infill_keeps_the_text_around(command, saved):
     assert numbers["text"].startswith("def add(a, b):\n    ") and numbers["text"].endswith("\n    return c")
 
 
+def test_drafts_give_the_same_text_in_no_more_passes(command):
+    options = ("generate", "def add(", "--block", "6", "--steps", "6", "--json")
+    plain, drafted = (json.loads(command(*options, *more)[1]) for more in ((), ("--drafts", "3")))
+    assert drafted["text"] == plain["text"] and drafted["passes"] <= plain["passes"] == 6
+    status, _, err = command(*options, "--drafts", "3", "--temperature", "1")
+    assert status == 2 and "drafts: goes with steps and greedy decoding alone" in err
+
+
+def test_banned_text_does_not_come(command):
+    options = ("generate", "def add(", "--block", "6", "--steps", "3", "--json", "--exact")
+    free = json.loads(command(*options)[1])
+    assert free["tokens"] == 6
+    letter = next(c for c in free["text"].removeprefix("def add(") if c.isprintable())
+    banned = json.loads(command(*options, "--ban", letter)[1])
+    assert banned["tokens"] == 6 and letter not in banned["text"].removeprefix("def add(")
+
+
+def test_html_replays_every_pass(command, tmp_path):
+    """Playing the page's data back gives the text that was printed, in both columns every hole is written."""
+    path = tmp_path / "out.html"
+    options = ("--block", "6", "--steps", "3", "--exact", "--html", str(path), "--json")
+    numbers = json.loads(command("generate", "x</script>", *options)[1])
+    page = path.read_text()
+    content = page.split('id="data">')[1].split("</script>")[0]
+    blocks, singly = json.loads(content)
+    for run, passes in ((blocks, numbers["passes"]), (singly, 6)):
+        words = list(run["given"])
+        assert len(run["passes"]) == passes and words.count(None) == 6
+        for writes in run["passes"]:
+            for place, word, sure in writes:
+                words[place] = word
+                assert 0 < sure <= 1
+        assert None not in words
+        if run is blocks:
+            assert "".join(words) == numbers["text"]
+    assert "http" not in page  # self-contained
+
+
 def test_the_same_seed_gives_the_same_text(command):
     options = ("--temperature", "1.0", "--block", "6", "--implementation", "xla", "--guidance", "1.5")
     texts = [command("generate", "def add(", *options, "--seed", seed)[1] for seed in ("1", "1", "2")]

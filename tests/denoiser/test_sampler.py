@@ -137,6 +137,41 @@ def test_guidance_scale_one_is_plain_and_zero_is_the_other_prompt(config, params
     assert (swapped != plain.tokens)[holes].any()
 
 
+def test_guidance_holds_within_its_interval_only(config, params, board):
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    given = dict(unconditional=other, unconditional_start=board["start"], guidance_scale=3.0, steps=3)
+    plain, guided = run(config, params, board, steps=3).tokens, run(config, params, board, **given).tokens
+    np.testing.assert_array_equal(run(config, params, board, guidance_interval=(2.0, 3.0), **given).tokens, plain)
+    np.testing.assert_array_equal(run(config, params, board, guidance_interval=(0.0, 1.0), **given).tokens, guided)
+    # The first pass of a block sees it all masked; here it alone is guided, or it alone is not.
+    first = run(config, params, board, guidance_interval=(1.0, 1.0), **given)
+    later = run(config, params, board, guidance_interval=(0.0, 0.99), **given)
+    early = first.revealed == 0
+    np.testing.assert_array_equal(first.tokens[early], run(config, params, board, **given).tokens[early])
+    assert (later.tokens[later.revealed == 0] == plain[later.revealed == 0]).all()
+    assert (plain != guided).any()
+
+
+def test_adaptive_guidance_masks_the_least_confident_anew(config):
+    tokens = jnp.asarray([[9, 5, config.mask_id, 6, 7, 8], [9, config.mask_id, config.mask_id, 3, 4, 5]])
+    confidence = jnp.asarray([[0.0, 0.9, 0.0, 0.2, np.nan, 0.2], [0.0, 0.0, 0.0, 0.5, 0.5, 0.6]])
+    hole = jnp.asarray([[False, True, True, True, True, True]] * 2)
+    decoded = sampler.Decoded(tokens, None, confidence, None)
+    m = config.mask_id
+    masked = sampler._without_doubtful(config, 0.5, decoded, hole)  # 2 of 4; 1 of 3
+    np.testing.assert_array_equal(masked, [[9, 5, m, m, m, 8], [9, m, m, m, 4, 5]])
+    everything = sampler._without_doubtful(config, 1.0, decoded, hole)
+    np.testing.assert_array_equal(everything, np.where(hole, m, tokens))
+
+
+def test_adaptive_guidance_changes_what_is_decoded(config, params, board):
+    plain = run(config, params, board, steps=6)
+    guided = run(config, params, board, steps=6, guidance_scale=3.0, guidance_remask=0.4)
+    assert (guided.tokens != plain.tokens).any()
+    one = run(config, params, board, steps=6, guidance_scale=1.0, guidance_remask=0.4)
+    np.testing.assert_array_equal(one.tokens, plain.tokens)
+
+
 @pytest.mark.parametrize("options", [dict(threshold=0.3), dict(steps=3, attend="blocks", cache=True)])
 def test_a_row_does_not_depend_on_its_batch(options, config, params, board):
     keys = jax.random.split(jax.random.key(2), 3)
@@ -293,7 +328,8 @@ def test_nothing_to_do(config, params):
         (dict(), "expected at least one, got none"),
         (dict(steps=2, block=0), "block: expected an int of at least 1, got 0"),
         (dict(steps=2, attend="left"), "attend: expected 'all' or 'blocks', got 'left'"),
-        (dict(steps=2, guidance_scale=2.0), "unconditional, guidance_scale: expected both or neither"),
+        (dict(steps=2, guidance_scale=2.0), "guidance_scale: expected one with `unconditional`"),
+        (dict(steps=2, guidance_interval=(0, 1)), "guidance_interval: expected a guidance_scale"),
         (dict(steps=2, temperature=1.0), "temperature, key: expected both or neither"),
         (dict(steps=2, temperature=1.0, key=jax.random.key(0)), "key: expected a key for each of 3 rows"),
         (dict(steps=2, tokens=np.zeros(5, np.int32)), r"tokens: expected shape \[B, L\]"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
-from dlm_kernels.denoiser import sampler
+from dlm_kernels.denoiser import sampler, speculative
 
 HOLE = re.compile(r"<mask:(\d+)>")
 BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
@@ -27,7 +27,7 @@ class Canvas:
 @dataclasses.dataclass(frozen=True)
 class Generation:
     texts: list[str]  # prompt and all
-    decoded: sampler.Decoded  # NumPy arrays
+    decoded: sampler.Decoded | speculative.Speculated  # NumPy arrays
     tokens: int  # generated, in all rows, padding after a stop left out
     passes: int
     seconds: float  # of decoding, compiled
@@ -91,7 +91,10 @@ def generate(
     seed=0,
     guidance=1.0,
     negative_prompt=None,
+    adaptive=None,
     banned=(),
+    exact=False,
+    drafts=None,
     on_pass=None,
     **options,
 ):
@@ -104,8 +107,10 @@ def generate(
     model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: texts; one with `<mask:n>` in it is filled there with
     exactly n tokens each, any other is continued by at most `length` tokens, until end-of-text. block, steps and options
     (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. guidance: a scale above 1 draws
-    away from what the model says without the prompt, or with negative_prompt. banned: token ids. Returns Generation; the
-    first, compiling run is not in its seconds. Raises ValueError for options that do not fit.
+    away from what the model says without the prompt, or with negative_prompt, or, given `adaptive`, with that share of its own
+    least certain tokens masked anew. banned: token ids. exact: no end-of-text before `length`. drafts: speculate, see
+    `speculative.decode`; it goes with steps alone. Returns Generation; the first, compiling run is not in its seconds.
+    Raises ValueError for options that do not fit.
     """
     config, params, tokenizer = model
     if not prompts:
@@ -114,27 +119,36 @@ def generate(
     rules = ("threshold", "factor", "entropy_budget")
     if steps is None and all(options.get(rule) is None for rule in rules):
         steps = max(block // 4, 1)
-    if any(HOLE.search(prompt) for prompt in prompts):
+    if exact or any(HOLE.search(prompt) for prompt in prompts):
         banned = [*banned, config.eos_id]
     if temperature:
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
         options |= dict(temperature=temperature, key=keys)
-    if guidance != 1:
+    if adaptive is not None:
+        options |= dict(guidance_remask=adaptive, guidance_scale=guidance)
+    elif guidance != 1:
         tokens, start = without_prompt(config, tokenizer, board, negative_prompt)
         options |= dict(unconditional=tokens, unconditional_start=start, guidance_scale=guidance)
-    options |= dict(block=block, start=board.start, first=board.first, stop_at=config.eos_id)
-    options |= dict(banned_tokens=np.array(banned, np.int32))
     measured = []  # whether: the rehearsal's passes are not for the viewer
     if on_pass is not None:
         options["on_pass"] = lambda decoded: on_pass(decoded) if measured else None
+    decode = sampler.decode
+    if drafts:
+        given = [name for name, option in options.items() if option is not None and name != "implementation"]
+        if given or steps is None:
+            raise ValueError(f"drafts: goes with steps and greedy decoding alone, got {given or 'no steps'}")
+        options = dict(drafts=drafts, implementation=options.get("implementation"))
+        decode = speculative.decode
+    options |= dict(block=block, start=board.start, first=board.first, stop_at=config.eos_id)
+    options |= dict(banned_tokens=np.array(banned, np.int32))
     begin = time.perf_counter()
     # Numbers of passes are data: this compiles the very loop that is measured next.
     rehearsal = options | ({"steps": 1} if steps else {})
-    jax.block_until_ready(sampler.decode(config, params, board.tokens, **rehearsal))
+    jax.block_until_ready(decode(config, params, board.tokens, **rehearsal))
     jax.effects_barrier()
     ready = time.perf_counter()
     measured.append(True)
-    decoded = sampler.decode(config, params, board.tokens, steps=steps, **options)
+    decoded = decode(config, params, board.tokens, **(options | ({"steps": steps} if steps else {})))
     decoded = jax.tree.map(np.asarray, jax.block_until_ready(decoded))
     end = time.perf_counter()
     made = (board.tokens == config.mask_id) & (decoded.tokens != config.pad_id)
@@ -146,6 +160,11 @@ def generate(
         seconds=end - ready,
         compile_seconds=ready - begin,
     )
+
+
+def tokens_with(tokenizer, text):
+    """Ids of the tokens whose text contains `text`: banning them keeps it out, unless two tokens spell it together."""
+    return [i for i in range(tokenizer.get_vocab_size()) if text in tokenizer.decode([i])]
 
 
 def implementations(config, block=64, length=128, dtype=jnp.float32):

@@ -58,6 +58,8 @@ def decode(
     unconditional=None,
     unconditional_start=0,
     guidance_scale=None,
+    guidance_interval=None,
+    guidance_remask=None,
     banned_tokens=None,
     stop_at=None,
     attend="all",
@@ -87,6 +89,10 @@ def decode(
         each row, [B].
       unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
         tokens for the unconditional stream, from column unconditional_start on; guidance_scale: scalar or [B], 1 is none.
+      guidance_interval: (low, high), each a scalar or [B]: guide only while the share of the block's holes that are still
+        masked is within them, both inclusive.
+      guidance_remask: adaptive guidance (A-CFG), in the place of `unconditional`: the unconditional stream keeps the given
+        tokens and masks this share of the decoded ones anew, at least one, the least confident (when written) first.
       banned_tokens: int32 [M], never chosen. The mask and pad tokens always are.
       stop_at: a token that ends its row: once it and all before it are there, what follows it becomes config.pad_id.
       attend: "all": every position sees the whole canvas. "blocks": its own block and those before (a block-causal model);
@@ -109,8 +115,12 @@ def decode(
         raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
     if attend not in ("all", "blocks"):
         raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
-    if (unconditional is None) != (guidance_scale is None):
-        raise ValueError("unconditional, guidance_scale: expected both or neither")
+    if unconditional is not None and guidance_remask is not None:
+        raise ValueError("unconditional, guidance_remask: expected one unconditional stream, got two")
+    if (unconditional is None and guidance_remask is None) != (guidance_scale is None):
+        raise ValueError("guidance_scale: expected one with `unconditional` or guidance_remask, and none without")
+    if guidance_scale is None and guidance_interval is not None:
+        raise ValueError("guidance_interval: expected a guidance_scale with it, got none")
     if unconditional is not None and jnp.shape(unconditional) != tokens.shape:
         raise ValueError(
             f"unconditional: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(unconditional))}"
@@ -122,15 +132,24 @@ def decode(
     if 0 in (b, length):
         return _untouched(config, tokens)
     columns = dict(start=start, first=first, stop=length if stop is None else stop)
-    if unconditional is not None:
-        columns["unconditional_start"] = unconditional_start
+    if guidance_scale is not None:
+        columns["unconditional_start"] = start if unconditional is None else unconditional_start
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
     banned = [] if banned_tokens is None else banned_tokens
     banned = jnp.concatenate([jnp.asarray([config.mask_id, config.pad_id]), jnp.asarray(banned, jnp.int32)])
-    data = dict(
-        rules, steps=steps, edit_threshold=edit_threshold, temperature=temperature, key=key, unconditional=unconditional,
-        guidance_scale=guidance_scale, banned=banned, stop_at=stop_at, refresh=refresh,
-    )  # fmt: skip
+    data = rules | dict(
+        steps=steps,
+        edit_threshold=edit_threshold,
+        temperature=temperature,
+        key=key,
+        unconditional=unconditional,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        guidance_remask=guidance_remask,
+        banned=banned,
+        stop_at=stop_at,
+        refresh=refresh,
+    )
     static = _Static(config, min(block, length), confidence, attend, bool(cache), implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
 
@@ -147,7 +166,7 @@ def _decode(static, params, tokens, columns, data):
     b, length = tokens.shape
     position = jnp.arange(length, dtype=jnp.int32)[None]
     hole = (tokens == config.mask_id) & (columns["start"][:, None] <= position) & (position < columns["stop"][:, None])
-    streams = b if data["unconditional"] is None else 2 * b
+    streams = b if data["guidance_scale"] is None else 2 * b
     dtype = params["embed"].dtype
     cache = model.empty_cache(config, streams, length, dtype) if static.cached else []
 
@@ -168,7 +187,7 @@ def _decode(static, params, tokens, columns, data):
         inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block)
         inside &= model.read_window(hole, at, block)
         decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
-        decoded = _end_rows(config, data["stop_at"], decoded, hole)
+        decoded = end_rows(config, data["stop_at"], decoded, hole)
         if static.on_pass is not None:
             jax.debug.callback(lambda *fields: static.on_pass(Decoded(*fields)), *decoded, ordered=True)
         return _State(decoded, index, step, cache)
@@ -184,8 +203,8 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
     window = model.read_window(decoded.tokens, at, block)
     todo = inside & (window == config.mask_id)
     guidance = {}
-    if data["unconditional"] is not None:
-        guidance = dict(unconditional_hidden=hidden[b:], guidance_scale=data["guidance_scale"])
+    if data["guidance_scale"] is not None:
+        guidance = dict(unconditional_hidden=hidden[b:], guidance_scale=_scale(data, todo, inside))
     sampling = {}
     if data["temperature"] is not None:
         # From the block and its step alone: a row draws the same in any batch.
@@ -229,7 +248,31 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
     )
 
 
-def _end_rows(config, stop_at, decoded, hole):
+def _scale(data, todo, inside):
+    """The guidance scale of every row, float32 [B]: 1 outside of the interval."""
+    scale = jnp.broadcast_to(jnp.asarray(data["guidance_scale"], jnp.float32), todo.shape[:1])
+    if data["guidance_interval"] is None:
+        return scale
+    low, high = data["guidance_interval"]
+    share = todo.sum(1) / jnp.maximum(inside.sum(1), 1)
+    return jnp.where((low <= share) & (share <= high), scale, 1.0)
+
+
+def _without_doubtful(config, share, decoded, hole):
+    """The tokens, the least confident `share` of those decoded so far (at least one, if any) masked anew."""
+    known = hole & (decoded.tokens != config.mask_id)
+    sure = jnp.where(known, decoded.confidence, jnp.inf)
+    sure = jnp.where(jnp.isnan(sure), -jnp.inf, sure)
+    position = jnp.arange(sure.shape[1])
+    before = (sure[:, None, :] < sure[:, :, None]) | (
+        (sure[:, None, :] == sure[:, :, None]) & (position < position[:, None])
+    )
+    count = jnp.maximum(jnp.floor(share * known.sum(1)), 1)
+    doubtful = known & (before.sum(-1) < count[:, None])
+    return jnp.where(doubtful, config.mask_id, decoded.tokens)
+
+
+def end_rows(config, stop_at, decoded, hole):
     """Pads what follows a row's first stop token, once nothing before that token is masked."""
     if stop_at is None:
         return decoded
@@ -245,8 +288,12 @@ def _window_states(static, params, columns, data, state, hole, index, step, at):
     tokens, length = state.decoded.tokens, state.decoded.tokens.shape[1]
     starts = columns["start"]
     first, stop = columns["first"], columns["stop"]
-    if data["unconditional"] is not None:
-        tokens = jnp.concatenate([tokens, jnp.where(hole, tokens, data["unconditional"])])
+    if data["guidance_scale"] is not None:
+        if data["guidance_remask"] is not None:
+            other = _without_doubtful(config, data["guidance_remask"], state.decoded, hole)
+        else:
+            other = jnp.where(hole, tokens, data["unconditional"])
+        tokens = jnp.concatenate([tokens, other])
         starts = jnp.concatenate([starts, columns["unconditional_start"]])
         first, stop, at = (jnp.concatenate([x, x]) for x in (first, stop, at))
 

@@ -1,0 +1,126 @@
+"""Lossless speculative decoding: several future steps are drafted, and one batched pass checks them all."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels import lm_head_scores, masks, unmask_topk
+from dlm_kernels.denoiser import model, sampler
+
+
+class Speculated(NamedTuple):
+    tokens: jax.Array  # int32 [B, L]
+    passes: jax.Array  # int32, batched passes made
+    steps: jax.Array  # int32 [B], the steps that each row has come: what stepwise decoding makes as passes
+
+
+def decode(
+    config, params, tokens, *, block, steps, drafts, start=0, first=0, stop=None, banned_tokens=None, stop_at=None,
+    implementation=None,
+):  # fmt: skip
+    """What `sampler.decode(block=block, steps=steps)` decides, token for token, in fewer passes.
+
+        states = [tokens, guess after 1 step, ..., guess after drafts steps]
+        following = [step(state) for state in states]                           # one batched forward pass
+        while following[i] == states[i + 1]: i += 1                             # a right guess: its own step is true too
+        tokens = following[i]
+
+    The guess after j steps is what the last true state's scores would commit in j steps, had they stayed as they were.
+    drafts: guesses per pass, static; each widens the batch by B rows. The other arguments are as in `sampler.decode`, greedy.
+    Returns Speculated. Raises ValueError for arguments that do not fit. Source: FreeDave (Wu and Zhang 2025).
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
+    for name, value in (("block", block), ("drafts", drafts)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    b, length = tokens.shape
+    columns = dict(start=start, first=first, stop=length if stop is None else stop)
+    columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
+    banned = jnp.asarray([config.mask_id, config.pad_id, *([] if banned_tokens is None else banned_tokens)], jnp.int32)
+    static = (config, min(block, length), drafts + 1, implementation)
+    return _decode(static, params, tokens, columns, jnp.asarray(steps, jnp.int32), banned, stop_at)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(static, params, tokens, columns, steps, banned, stop_at):
+    config, block, states, implementation = static
+    b, length = tokens.shape
+    rows = b * states
+    position = jnp.arange(length, dtype=jnp.int32)[None]
+    hole = (tokens == config.mask_id) & (columns["start"][:, None] <= position) & (position < columns["stop"][:, None])
+    # Rows are (row, state) from here on: every array per row is repeated for its states.
+    hole, start, first, stop = (
+        jnp.repeat(x, states, 0) for x in (hole, *(columns[n] for n in ("start", "first", "stop")))
+    )
+    shape = (rows, length)
+    place = dict(
+        positions=position - start[:, None],
+        mask=masks.KeyIntervals(jnp.broadcast_to(start[:, None], shape), jnp.broadcast_to(stop[:, None], shape)),
+        implementation=implementation,
+    )
+    depth = jnp.tile(jnp.arange(states), b)
+
+    def block_of(board):
+        """The first block of each state that has a mask; a state without any is at `length`."""
+        open_ = hole & (board == config.mask_id)
+        return jnp.where(open_, (position - first[:, None]) // block, length).min(1)
+
+    def quota(todo, step):
+        return -(-todo // jnp.maximum(steps - step, 1))
+
+    def commit(board, scores, at, inside, count):
+        window = model.read_window(board, at, block)
+        result = unmask_topk(
+            window, scores, mask_id=config.mask_id, num_unmask=count, candidates=inside, implementation=implementation
+        )
+        board = model.write_window(board, result.tokens, at)
+        decoded = sampler.Decoded(board, None, None, None)
+        return sampler.end_rows(config, stop_at, decoded, hole).tokens
+
+    def one_pass(carry):
+        board, index, step, done, passes = carry  # index, step: of the true state's block
+        current = jnp.repeat(block_of(board)[::states], states)
+        step = jnp.where(current == index, step, 0)
+        # A row that is through stays as it is: it has no mask left to commit.
+        begin = first + jnp.minimum(current, length // block) * block
+        at = jnp.clip(begin, 0, length - block)
+        inside = at[:, None] + jnp.arange(block)
+        inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block) & model.read_window(hole, at, block)
+        hidden = model.read_window(model.hidden_states(config, params, board, **place), at, block)
+        todo = inside & (model.read_window(board, at, block) == config.mask_id)
+        scores = lm_head_scores(
+            hidden, model.head_weight(config, params), active=todo, banned_tokens=banned, implementation=implementation
+        )
+        following = commit(board, scores, at, inside, quota(todo.sum(1), step + depth))
+        # State i + 1 is true if it is what follows state i, which is true; a step has to have happened in this very block.
+        board_ = board.reshape(b, states, length)
+        agrees = (following.reshape(b, states, length)[:, :-1] == board_[:, 1:]).all(-1)
+        agrees &= (block_of(board) == current).reshape(b, states)[:, 1:]
+        right = jnp.cumprod(agrees, axis=1).sum(1)  # [B], how many guesses
+        last = jnp.arange(b) * states + right
+        moved = todo.reshape(b, states, block).any((1, 2))
+        done += jnp.where(moved, right + 1, 0)
+        step = jnp.repeat(step[::states] + right, states)
+
+        # From the last true state: one step of it is the new true state, more of it are the new guesses.
+        def from_last(x):
+            return jnp.repeat(x[last], states, 0)
+
+        left, count = from_last(todo).sum(1), jnp.zeros(rows, jnp.int32)
+        for ahead in range(states):
+            count += jnp.where(depth >= ahead, quota(left - count, step + ahead), 0)
+        scores = jax.tree.map(from_last, scores)
+        board = commit(from_last(board), scores, at, from_last(inside), count)
+        return board, current, step + 1, done, passes + 1
+
+    board = jnp.repeat(tokens, states, 0)
+    zero = jnp.zeros(rows, jnp.int32)
+    before = (board, zero - length, zero, jnp.zeros(b, jnp.int32), jnp.int32(0))
+    board, _, _, done, passes = jax.lax.while_loop(
+        lambda c: (block_of(c[0])[::states] < length).any(), one_pass, before
+    )
+    return Speculated(board[::states], passes, done)
