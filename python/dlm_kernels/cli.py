@@ -76,6 +76,20 @@ def _parser():
     train.add_argument("--initial", metavar="DIR", help="a checkpoint to start from")
     train.add_argument("--seed", type=int, default=0)
 
+    distill = command("distill", _distill, "teach a copy of a denoiser to decode in fewer passes")
+    _model(distill)
+    distill.add_argument("out", help="directory of the student; a run that was stopped goes on from there")
+    distill.add_argument(
+        "--teacher-steps", type=int, default=32, help="passes over --length tokens (default: %(default)s)"
+    )
+    distill.add_argument("--student-steps", type=int, default=8, help="of the student (default: %(default)s)")
+    distill.add_argument("--minutes", type=float)
+    distill.add_argument("--steps", type=int, help="updates")
+    distill.add_argument("--rows", type=int, default=16)
+    distill.add_argument("--length", type=int, default=128)
+    distill.add_argument("--learning-rate", type=float, default=3e-4)
+    distill.add_argument("--seed", type=int, default=0)
+
     evaluate = command("evaluate", _evaluate, "measure held-out bits per byte and infilling")
     _model(evaluate)
     evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole of 8 tokens")
@@ -182,6 +196,29 @@ def _train(options):
     )
     with progress.Bar(options.out) as shown:
         train.run(DenoiserConfig(layers=options.layers), settings, options.out, initial=options.initial, report=shown)
+
+
+def _distill(options):
+    from dlm_kernels.denoiser import checkpoint, distill, progress, train
+
+    settings = train.TrainConfig(
+        rows=options.rows,
+        length=options.length,
+        learning_rate=options.learning_rate,
+        steps=options.steps,
+        minutes=options.minutes,
+        seed=options.seed,
+        implementation=options.implementation,
+    )
+    with progress.Bar(options.out) as shown:
+        distill.run(
+            settings,
+            options.model or checkpoint.SHIPPED,
+            options.out,
+            teacher_steps=options.teacher_steps,
+            student_steps=options.student_steps,
+            report=shown,
+        )
 
 
 def _evaluate(options):

@@ -31,13 +31,13 @@ def config():
 @pytest.fixture(scope="session")
 def params(config):
     """Attention is sharpened and the mask's own embedding shrunk until predictions differ from position to position."""
-    params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(7))
-    for name in params:
-        if name.endswith(("query_norm", "key_norm")):
-            params[name] = params[name] * 2
-        if name.endswith((".out", ".down")):
-            params[name] = params[name] * 3
-    return params | {"embed": (params["embed"] * 3).at[config.mask_id].multiply(0.1)}
+    return sharp(config, jax.jit(model.init, static_argnums=0)(config, jax.random.key(7)))
+
+
+def sharp(config, params):
+    scale = {"query_norm": 2, "key_norm": 2, "out": 3, "down": 3, "embed": 3}
+    params = {name: x * scale.get(name.rsplit(".", 1)[-1], 1) for name, x in params.items()}
+    return params | {"embed": params["embed"].at[config.mask_id].multiply(0.1)}
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,9 @@ def saved(tmp_path_factory):
         layers=2, d_model=24, heads=4, kv_heads=2, head_size=6, ffn=40, vocab=tokenizer.get_vocab_size()
     )
     folder = tmp_path_factory.mktemp("checkpoint")
-    checkpoint.save(folder, config, model.init(config, jax.random.key(3)), tokenizer)
+    checkpoint.save(
+        folder, config, sharp(config, jax.jit(model.init, static_argnums=0)(config, jax.random.key(3))), tokenizer
+    )
     return folder
 
 

@@ -207,7 +207,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, texts):
 def test_training_learns_and_can_go_on_from_a_checkpoint(tmp_path, texts):
     config = DenoiserConfig(layers=1, d_model=16, heads=2, kv_heads=1, head_size=8, ffn=24, vocab=300)
     losses = []
-    settings = train.TrainConfig(rows=4, length=16, steps=60, learning_rate=2e-2, average=0.9)
+    settings = train.TrainConfig(rows=4, length=16, steps=150, learning_rate=2e-2, average=0.9)
     train.run(config, settings, tmp_path / "first", seed_texts=texts, report=lambda p: losses.append(p["loss"]))
     assert losses[-1] < 0.7 * losses[0]
     more = []

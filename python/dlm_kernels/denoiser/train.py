@@ -120,19 +120,24 @@ def optimizer(train):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
-def train_step(config, train, blocks, state, tokens, step, learning_rate):
-    """One update. state = {"params", "average", "optimizer"}; everything random in it follows from the seed and the step."""
-    for_loss, for_block = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), step))
+def whole_objective(config, train, params, given, tokens, key):
+    """What `train_step` descends on: `loss`. given: what else an objective needs; nothing here."""
+    return loss(config, params, tokens, key, least_ratio=train.least_ratio, implementation=train.implementation)
+
+
+def block_objective(config, train, params, given, tokens, key):
+    """`block_loss` at a block size drawn from the powers of two up to the length."""
+    for_loss, for_block = jax.random.split(key)
+    size = 2 ** jax.random.randint(for_block, (), 0, train.length.bit_length())
     options = dict(least_ratio=train.least_ratio, implementation=train.implementation)
+    return block_loss(config, params, tokens, for_loss, size, **options)
 
-    def objective(params):
-        if not blocks:
-            return loss(config, params, tokens, for_loss, **options)
-        block_size = 2 ** jax.random.randint(for_block, (), 0, train.length.bit_length())
-        return block_loss(config, params, tokens, for_loss, block_size, **options)
 
-    value, gradients = jax.value_and_grad(objective)(state["params"])
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+def train_step(config, train, objective, state, given, tokens, step, learning_rate):
+    """One update. state = {"params", "average", "optimizer"}; everything random in it follows from the seed and the step."""
+    key = jax.random.fold_in(jax.random.key(train.seed), step)
+    value, gradients = jax.value_and_grad(lambda p: objective(config, train, p, given, tokens, key))(state["params"])
     updates, moments = optimizer(train).update(gradients, state["optimizer"], state["params"])
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state["params"], updates)
     # A young average forgets faster, or it would remember the random start.
@@ -157,11 +162,22 @@ def prepare(config, seed_texts=None, tokenizer=None):
     return tokenizer, [whole, in_units], [text for _, text, held_out in found if held_out]
 
 
-def run(config: DenoiserConfig, train: TrainConfig, out, *, initial=None, seed_texts=None, report=None):
+def run(
+    config: DenoiserConfig,
+    train: TrainConfig,
+    out,
+    *,
+    initial=None,
+    objective=None,
+    given=None,
+    seed_texts=None,
+    report=None,
+):
     """Trains into directory `out`, going on from its state.safetensors if there is one; returns the averaged parameters.
 
     `out` holds a whole model at every moment after the first save. initial: a checkpoint directory to start from, whose config
-    and tokenizer then hold. report(progress: dict) is called after every step.
+    and tokenizer then hold. objective, given: another than the two above, with its arrays. report(progress: dict) is called
+    after every step.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -184,9 +200,10 @@ def run(config: DenoiserConfig, train: TrainConfig, out, *, initial=None, seed_t
         if share >= 1:
             break
         step = progress["step"]
-        blocks = bool(np.random.default_rng([train.seed, step]).random() < train.block_share)
+        blocks = np.random.default_rng([train.seed, step]).random() < train.block_share
+        chosen = objective or (block_objective if blocks else whole_objective)
         rate = np.float32(schedule(train, share))
-        state, value = train_step(config, train, blocks, state, batches[step], step, rate)
+        state, value = train_step(config, train, chosen, state, given, batches[step], step, rate)
         value = float(value)
         if not np.isfinite(value):
             raise FloatingPointError(f"loss is {value} at step {step}; the last whole checkpoint is in {out}")
