@@ -47,7 +47,7 @@ def _parser():
     add("--entropy-budget", type=float, help="commit the most certain while their entropies sum to this")
     add("--edit-threshold", type=float, help="replace committed tokens where the model is this sure of another")
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
-    add("--temperature", type=float, help="default: 0, greedy")
+    add("--temperature", type=float, help="0 is greedy (default: 0.7, and 0 with --drafts)")
     add("--seed", type=int)
     add("--ban", action="append", default=[], metavar="TEXT", help="use no token that contains TEXT")
     add("--guidance", type=float, help="guidance scale; 1, the default, is none")
@@ -93,6 +93,8 @@ def _parser():
     evaluate = command("evaluate", _evaluate, "measure held-out bits per byte and infilling")
     _model(evaluate)
     evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole of 8 tokens")
+    evaluate.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
+    evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s)")
     evaluate.add_argument("--files", type=int, default=None, help="use this many held-out files only")
     return parser
 
@@ -120,6 +122,7 @@ def _generate(options):
     if options.drafts and options.html:
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")
     named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
+    named.setdefault("temperature", 0.0 if options.drafts else 0.7)
     named["length"] = options.block if options.length is None else options.length
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     console = Console()
@@ -225,7 +228,11 @@ def _evaluate(options):
     from dlm_kernels.denoiser import data, evaluate
 
     texts = [text for _, text, held_out in data.files() if held_out][: options.files]
-    numbers = evaluate.report(_load(options), texts, steps=options.steps, implementation=options.implementation)
+    if options.decoding:
+        prompts = evaluate.held_out_headers(texts, options.prompts)
+        numbers = evaluate.decoding(_load(options), prompts, implementation=options.implementation)
+    else:
+        numbers = evaluate.report(_load(options), texts, steps=options.steps, implementation=options.implementation)
     print(json.dumps(numbers, indent=2))
 
 

@@ -40,10 +40,10 @@ def test_infill_keeps_the_text_around(command, saved):
 
 
 def test_drafts_give_the_same_text_in_no_more_passes(command):
-    options = ("generate", "def add(", "--block", "6", "--steps", "6", "--json")
+    options = ("generate", "def add(", "--block", "6", "--steps", "6", "--json", "--temperature", "0")
     plain, drafted = (json.loads(command(*options, *more)[1]) for more in ((), ("--drafts", "3")))
     assert drafted["text"] == plain["text"] and drafted["passes"] <= plain["passes"] == 6
-    status, _, err = command(*options, "--drafts", "3", "--temperature", "1")
+    status, _, err = command(*options, "--drafts", "3", "--cache")
     assert status == 2 and "drafts: goes with steps and greedy decoding alone" in err
 
 
@@ -147,6 +147,20 @@ def test_evaluate_measures_what_it_says(saved):
     assert bits == pytest.approx(np.log2(config.vocab) * tokens / len(text), rel=1e-4)
     scores = evaluate.infilling((config, uniform, tokenizer), [text], cases=4, hole=4, length=32, steps=2)
     assert scores["token_accuracy"] < 0.5 and scores["exact_match"] == 0
+
+
+def test_decoders_side_by_side(saved):
+    model = checkpoint.load(saved, dtype=np.float32)
+    decoders = {
+        "one": dict(block=1, steps=1, attend="blocks", cache=True),
+        "block": dict(block=4, steps=2),
+        "drafts": dict(block=4, steps=2, drafts=1),
+    }
+    table = evaluate.decoding(model, ["x =", "y"], length=4, decoders=decoders)
+    assert table["one"]["passes"] == 4 and table["one"]["tokens_per_pass"] == 1
+    assert table["block"]["passes"] == 2 and table["block"]["tokens_per_pass"] == 2
+    assert 1 <= table["drafts"]["passes"] <= 2
+    assert all(row["tokens_per_second"] > 0 and 0 <= row["parse_share"] <= 1 for row in table.values())
 
 
 def test_parse_share_and_headers():

@@ -3,10 +3,9 @@
 import ast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels.denoiser import data, sampler, train
+from dlm_kernels.denoiser import data, generate, sampler, train
 
 
 def bits_per_byte(model, texts, *, rows=8, length=256, draws=4, seed=1, implementation=None):
@@ -53,6 +52,37 @@ def infilling(model, texts, *, cases=64, hole=8, length=128, steps=4, seed=1, **
     return {"token_accuracy": float(right.mean()), "exact_match": float(right.all(1).mean())}
 
 
+# Ways to write 64 tokens. The first is autoregressive decoding by the same model: it sees what stands before, one token a pass.
+DECODERS = {
+    "one token at a time": dict(block=1, steps=1, attend="blocks", cache=True),
+    "blocks of 16, 4 passes": dict(block=16, steps=4, attend="blocks", cache=True),
+    "64 passes": dict(block=64, steps=64),
+    "32 passes": dict(block=64, steps=32),
+    "32 steps, 3 drafts": dict(block=64, steps=32, drafts=3),
+    "8 passes": dict(block=64, steps=8),
+    "8 passes, dual cache": dict(block=64, steps=8, cache=True),
+    "2 passes": dict(block=64, steps=2),
+}
+
+
+def decoding(model, prompts, *, length=64, decoders=DECODERS, **options):
+    """{decoder: {"passes", "tokens_per_pass", "tokens_per_second", "parse_share"}} at batch 1, greedy, over all prompts.
+
+    parse_share: of the texts, their last and perhaps unfinished line left out, how many Python's parser takes.
+    """
+    table = {}
+    for name, decoder in decoders.items():
+        made = [generate.generate(model, [p], length=length, exact=True, **decoder, **options) for p in prompts]
+        passes, tokens, seconds = (sum(getattr(m, n) for m in made) for n in ("passes", "tokens", "seconds"))
+        table[name] = {
+            "passes": passes / len(made),
+            "tokens_per_pass": round(tokens / passes, 2),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "parse_share": parse_share([m.texts[0].rpartition("\n")[0] for m in made]),
+        }
+    return table
+
+
 def parse_share(texts):
     """The share of `texts` that Python's own parser takes."""
     parsed = 0
@@ -77,9 +107,7 @@ def held_out_headers(texts, most):
 
 
 def report(model, texts, *, steps=4, implementation=None):
-    """Everything measured, as a dict of numbers."""
-    params = jax.tree.map(jnp.asarray, model[1])
-    model = (model[0], params, model[2])
+    """Everything measured of the model itself, as a dict of numbers."""
     return {
         "held_out_bytes": sum(len(text.encode()) for text in texts),
         "bits_per_byte": bits_per_byte(model, texts, implementation=implementation),
