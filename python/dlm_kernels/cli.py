@@ -7,8 +7,9 @@ import sys
 
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
 GENERATE_OPTIONS = (
-    "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "confidence", "temperature", "seed", "guidance",
-    "negative_prompt", "adaptive", "guidance_interval", "exact", "attend", "cache", "refresh", "drafts", "implementation",
+    "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "remask", "confidence", "temperature", "seed",
+    "guidance", "negative_prompt", "adaptive", "guidance_interval", "exact", "attend", "cache", "refresh", "drafts",
+    "implementation",
 )  # fmt: skip
 
 
@@ -36,8 +37,8 @@ def _parser():
     generate = command("generate", _generate, "continue a prompt, or fill its holes")
     _model(generate)
     add = generate.add_argument
-    add("prompt", nargs="?", help="text to continue")
-    add("--infill", metavar="TEXT", help="text with holes: <mask:20> is one of 20 tokens")
+    add("prompt", nargs="?", help="text to continue; \\n and \\t in it are a newline and a tab")
+    add("--infill", metavar="TEXT", help="text with holes: <mask:20> is one of 20 tokens; \\n and \\t likewise")
     add("--length", type=int, help="tokens to add at most (default: one block)")
     add("--exact", action="store_true", default=None, help="exactly --length tokens")
     add("--block", type=int, default=64, help="tokens decoded together (default: %(default)s)")
@@ -46,6 +47,7 @@ def _parser():
     add("--factor", type=float, help="commit by Fast-dLLM's factor rule")
     add("--entropy-budget", type=float, help="commit the most certain while their entropies sum to this")
     add("--edit-threshold", type=float, help="replace committed tokens where the model is this sure of another")
+    add("--remask", type=float, metavar="SHARE", help="mask this share of doubtful tokens anew after each pass")
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
     add("--temperature", type=float, help="0 is greedy (default: 0.7, and 0 with --drafts)")
     add("--seed", type=int)
@@ -127,6 +129,7 @@ def _generate(options):
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     console = Console()
     prompt = options.prompt if options.infill is None else options.infill
+    prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     watched = console.is_terminal and not (options.json or options.html or options.drafts)
     shown = view.View(model[0], model[2], console) if watched else None
     frames = []

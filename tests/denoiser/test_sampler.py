@@ -314,6 +314,27 @@ def test_editing_replaces_a_token_the_model_now_rejects(config, params, board):
     np.testing.assert_array_equal(never.tokens, plain.tokens)
 
 
+def test_remasking_takes_doubtful_tokens_back_and_ends_in_time(config, params, board):
+    frames = []
+    options = dict(block=15, steps=8, remask=0.4)
+    decoded = run(config, params, row_of(board, 0), on_pass=frames.append, **options)
+    jax.effects_barrier()
+    assert decoded.passes == 8 and (decoded.tokens != config.mask_id).all()
+    taken_back = 0
+    for before, after in zip(frames, frames[1:]):
+        known = np.asarray(before.tokens[0]) != config.mask_id
+        lost = known & (np.asarray(after.tokens[0]) == config.mask_id)
+        kept = known & ~lost & (np.arange(23) >= 8)
+        # Those that go are what was surest least when it was written; of what stays nothing was less sure.
+        if lost.any():
+            sure = np.asarray(after.confidence[0])
+            assert lost.sum() == int(0.4 * (lost.sum() + kept.sum())) and sure[lost].max() <= sure[kept].min()
+        taken_back += lost.sum()
+    assert taken_back > 3
+    none = run(config, params, row_of(board, 0), block=15, steps=8, remask=0.0)
+    np.testing.assert_array_equal(none.tokens, run(config, params, row_of(board, 0), block=15, steps=8).tokens)
+
+
 def test_nothing_to_do(config, params):
     given = np.full((2, 5), 9, np.int32)
     decoded = run(config, params, dict(tokens=given), steps=1)
@@ -327,6 +348,7 @@ def test_nothing_to_do(config, params):
     [
         (dict(), "expected at least one, got none"),
         (dict(steps=2, block=0), "block: expected an int of at least 1, got 0"),
+        (dict(threshold=0.5, remask=0.5), "remask: expected steps with it"),
         (dict(steps=2, attend="left"), "attend: expected 'all' or 'blocks', got 'left'"),
         (dict(steps=2, guidance_scale=2.0), "guidance_scale: expected one with `unconditional`"),
         (dict(steps=2, guidance_interval=(0, 1)), "guidance_interval: expected a guidance_scale"),

@@ -42,6 +42,6 @@ class Bar:
         left = seconds * (1 - progress["share"]) / done if done else 0.0
         text = f"step {progress['step']}  loss {progress['loss']:.3f}  {speed:.0f} tokens/s  {left / 60:.0f} min left"
         self.bar.update(self.task, completed=progress["share"], description=text)
-        if progress["step"] % LINE_EVERY == 0:
+        if progress["step"] % LINE_EVERY == 0 or progress["share"] == 1:
             self.log.write(json.dumps(progress | {"tokens_per_second": round(speed, 1)}) + "\n")
             self.log.flush()

@@ -52,6 +52,7 @@ def decode(
     factor=None,
     entropy_budget=None,
     edit_threshold=None,
+    remask=None,
     confidence="probability",
     temperature=None,
     key=None,
@@ -85,6 +86,8 @@ def decode(
       steps: at most this many passes a block. threshold, factor, entropy_budget: see `unmask_topk`. At least one of the four;
         with several the one that unmasks most holds, so steps with threshold is "all above it, and done in time".
       edit_threshold: also replace tokens of the block committed in an earlier pass, where the model is this sure of another.
+      remask: after every pass but a block's last, mask anew this share (rounded down) of what earlier passes wrote in it, the least
+        confident when written first; the passes left commit so much more. Needs steps.
       confidence: see `score_tokens`. temperature: None for greedy, else a scalar or [B], traced; needs key: a JAX threefry key for
         each row, [B].
       unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
@@ -113,6 +116,8 @@ def decode(
     rules = dict(threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     if steps is None and all(rule is None for rule in rules.values()):
         raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
+    if remask is not None and steps is None:
+        raise ValueError("remask: expected steps with it, which say when it has to end, got none")
     if attend not in ("all", "blocks"):
         raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
     if unconditional is not None and guidance_remask is not None:
@@ -140,6 +145,7 @@ def decode(
     data = rules | dict(
         steps=steps,
         edit_threshold=edit_threshold,
+        remask=remask,
         temperature=temperature,
         key=key,
         unconditional=unconditional,
@@ -187,6 +193,8 @@ def _decode(static, params, tokens, columns, data):
         inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block)
         inside &= model.read_window(hole, at, block)
         decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
+        if data["remask"] is not None:
+            decoded = _remask(config, data, decoded, inside, at, step)
         decoded = end_rows(config, data["stop_at"], decoded, hole)
         if static.on_pass is not None:
             jax.debug.callback(lambda *fields: static.on_pass(Decoded(*fields)), *decoded, ordered=True)
@@ -258,18 +266,31 @@ def _scale(data, todo, inside):
     return jnp.where((low <= share) & (share <= high), scale, 1.0)
 
 
-def _without_doubtful(config, share, decoded, hole):
-    """The tokens, the least confident `share` of those decoded so far (at least one, if any) masked anew."""
-    known = hole & (decoded.tokens != config.mask_id)
-    sure = jnp.where(known, decoded.confidence, jnp.inf)
-    sure = jnp.where(jnp.isnan(sure), -jnp.inf, sure)
+def _least_confident(known, confidence, count):
+    """bool [B, L]: the count [B] least confident of the positions `known`, the first of equals; NaN is no confidence at all."""
+    sure = jnp.where(known, jnp.where(jnp.isnan(confidence), -jnp.inf, confidence), jnp.inf)
     position = jnp.arange(sure.shape[1])
     before = (sure[:, None, :] < sure[:, :, None]) | (
         (sure[:, None, :] == sure[:, :, None]) & (position < position[:, None])
     )
+    return known & (before.sum(-1) < count[:, None])
+
+
+def _without_doubtful(config, share, decoded, hole):
+    """The tokens, the least confident `share` of those decoded so far (at least one, if any) masked anew."""
+    known = hole & (decoded.tokens != config.mask_id)
     count = jnp.maximum(jnp.floor(share * known.sum(1)), 1)
-    doubtful = known & (before.sum(-1) < count[:, None])
-    return jnp.where(doubtful, config.mask_id, decoded.tokens)
+    return jnp.where(_least_confident(known, decoded.confidence, count), config.mask_id, decoded.tokens)
+
+
+def _remask(config, data, decoded, inside, at, step):
+    """Masks anew the least confident share of what earlier passes wrote in the block, unless this was its last pass."""
+    block = inside.shape[1]
+    tokens, revealed, confidence = (model.read_window(x, at, block) for x in decoded[:3])
+    known = inside & (tokens != config.mask_id) & (revealed < decoded.passes - 1)
+    count = jnp.where(step < data["steps"] - 1, jnp.floor(data["remask"] * known.sum(1)), 0)
+    tokens = jnp.where(_least_confident(known, confidence, count), config.mask_id, tokens)
+    return decoded._replace(tokens=model.write_window(decoded.tokens, tokens, at))
 
 
 def end_rows(config, stop_at, decoded, hole):

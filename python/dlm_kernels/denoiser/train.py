@@ -195,14 +195,15 @@ def run(
     if path.exists():
         state, progress = checkpoint.load_state(path, state)
     saved = clock = time.monotonic()
-    while True:
-        share = progress["step"] / train.steps if train.steps else progress["seconds"] / (60 * train.minutes)
-        if share >= 1:
-            break
+
+    def share():
+        return progress["step"] / train.steps if train.steps else progress["seconds"] / (60 * train.minutes)
+
+    while share() < 1:
         step = progress["step"]
         blocks = np.random.default_rng([train.seed, step]).random() < train.block_share
         chosen = objective or (block_objective if blocks else whole_objective)
-        rate = np.float32(schedule(train, share))
+        rate = np.float32(schedule(train, share()))
         state, value = train_step(config, train, chosen, state, given, batches[step], step, rate)
         value = float(value)
         if not np.isfinite(value):
@@ -217,7 +218,7 @@ def run(
         }
         clock = now
         if report:
-            report(progress | {"share": share})
+            report(progress | {"share": min(share(), 1.0)})
         if now - saved > train.save_every:
             _save(out, config, state, progress, tokenizer)
             saved = time.monotonic()
