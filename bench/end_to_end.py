@@ -1,6 +1,5 @@
 """Whole decoders: text from a prompt, by the denoiser here, by a published PyTorch loop, and one token at a time."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 
 from bench import harness, machine, peers
 from bench.harness import OURS, Case, Contender
+from dlm_kernels import TokenScores, lm_head_scores, masks, unmask_topk
 from dlm_kernels.denoiser import model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
 
@@ -55,7 +55,7 @@ def case(body, prompt, length, block, steps, *, batch=1, cached=False, **options
     else:
         contenders["LLaDA float64"] = _torch("generate", config, length=length, block=block, steps=steps)
     passes = length // block * steps
-    parameters = sum(jnp.prod(jnp.array(shape)).item() for shape in model.parameter_shapes(config).values())
+    parameters = _size(model.parameter_shapes(config), "")
     return Case(
         "end_to_end",
         f"{body}, {batch} x {prompt} + {length} tokens in {passes} passes, {'block cache' if cached else 'no cache'}",
@@ -70,13 +70,53 @@ def case(body, prompt, length, block, steps, *, batch=1, cached=False, **options
     )
 
 
+def component(body, part, prompt, block, **options):
+    """One part of a pass over one block against a cache of prompt and block: where the time of a pass goes."""
+    config = BODIES[body]
+
+    def inputs(rng):
+        params = model.init(config, jax.random.key(int(rng.integers(1 << 30))))
+        hidden = jnp.asarray(rng.standard_normal((1, block, config.d_model), "float32"))
+        tokens = jnp.full((1, block), config.mask_id, jnp.int32)
+        cache = model.empty_cache(config, 1, prompt + block, jnp.float32)
+        cache = [tuple(jnp.asarray(rng.standard_normal(x.shape, "float32")) for x in layer) for layer in cache]
+        return {"layers": (params, tokens, cache), "head": (params, hidden), "unmask": (tokens, hidden[..., 0])}[part]
+
+    def layers(params, tokens, cache, implementation):
+        at = jnp.array([prompt], jnp.int32)
+        positions = prompt + jnp.arange(block, dtype=jnp.int32)[None]
+        how = dict(positions=positions, mask=masks.cache(block, prompt + block), implementation=implementation)
+        return model.cached_states(config, params, tokens, cache, at, **how)[0]
+
+    def head(params, hidden, implementation):
+        return tuple(lm_head_scores(hidden, model.head_weight(config, params), implementation=implementation))
+
+    def unmask(tokens, confidence, implementation):
+        scores = TokenScores(tokens + 1, confidence, confidence, confidence)
+        return tuple(unmask_topk(tokens, scores, mask_id=config.mask_id, num_unmask=8, implementation=implementation))
+
+    shapes = model.parameter_shapes(config)
+    sizes = {"layers": _size(shapes, "layers."), "head": config.vocab * config.d_model, "unmask": 0}
+    return Case(
+        "end_to_end",
+        f"{body}, one pass over {block} tokens against {prompt}: {part}",
+        inputs,
+        harness.ours({"layers": layers, "head": head, "unmask": unmask}[part]),
+        read=4 * sizes[part] + 8 * block,
+        flops=2 * block * sizes[part],
+        tolerance=1e-3,
+        **options,
+    )
+
+
+def _size(shapes, prefix):
+    return sum(jnp.prod(jnp.array(shape)).item() for name, shape in shapes.items() if name.startswith(prefix))
+
+
 def _multiplied(config, block, positions):
     """Weights times positions of one pass."""
-    layer = dataclasses.replace(config, layers=1)
-    sizes = {name: jnp.prod(jnp.array(shape)).item() for name, shape in model.parameter_shapes(layer).items()}
-    return block * config.vocab * config.d_model + positions * config.layers * sum(
-        size for name, size in sizes.items() if name.startswith("layers.")
-    )
+    layers = _size(model.parameter_shapes(config), "layers.")
+    return block * config.vocab * config.d_model + positions * layers
 
 
 def _torch(name, config, **options):
@@ -93,6 +133,7 @@ def cases(quick=False):
         case("shipped", 64, 64, 32, 8, cached=True, quick=True),
         case("shipped", 64, 64, 32, 8, batch=4, cached=True),
         *(case("shipped", 64, 64, 32, n, cached=True, sweep=("passes a block of 32", n)) for n in (1, 2, 4, 16)),
+        *(component("shipped", part, 96, 32) for part in ("layers", "head", "unmask")),
         case("SDAR-4B, 2 of 36 layers", 32, 32, 32, 4, cached=True),
         case("LLaDA-8B, 1 of 32 layers", 32, 32, 32, 4),
     ]

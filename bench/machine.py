@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 PACKAGES = ("dlm_kernels", "jax", "jaxlib", "numpy", "torch", "triton", "jax_triton", "tokamax")
-# Of glibc's mallopt.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_ARENA_MAX = -8  # of glibc's mallopt
 ROOT = Path(__file__).resolve().parent.parent
+if platform.libc_ver()[0] == "glibc":
+    # malloc_trim, which `peak_bytes` needs, gives all of the main arena back, but of the threads' own arenas only parts.
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 @functools.cache
@@ -153,22 +155,18 @@ def _fastest(function, seconds):
 def peak_bytes(call):
     """The most memory that `call` held at one time beyond what was held before, its result included; None where unknown.
 
-    Linux keeps the peak of the resident size and lets a process reset it. Meanwhile malloc takes every array from the system anew,
-    or one that fits into what earlier calls have freed would seem to take nothing; afterwards it is as in any long-lived process.
+    Linux keeps the peak of the resident size and lets a process reset it. What earlier calls have freed is given back first, or
+    an array that fits into it would seem to take nothing.
     """
     if platform_name() != "cpu" or not Path("/proc/self/clear_refs").exists():
         call()
         return None
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 64 << 10)
-    libc.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     result = call()
     peak = _status("VmHWM")
     del result
-    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
     return max(0, peak - before)
 
 

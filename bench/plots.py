@@ -77,7 +77,7 @@ def _ratios(plt, rows):
     ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if t <= 2 * max(value for _, _, value in bars)]
     axes.set_xticks([math.log10(t) for t in ticks], [f"{t:g}x" for t in ticks])
     axes.axvline(0, color="black", linewidth=0.5)
-    axes.set(title="peer's time / ours")
+    axes.set(title="peer's time / ours", ylim=(-len(bars), 1))
     axes.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours], peers, fontsize=6)
     return figure
 
@@ -101,6 +101,9 @@ def _sweeps(plt, rows):
                 x, y = zip(*points)
                 panel.plot(x, [1e3 * t for t in y], "o-", label=f"{name}{_exponent(x, y)}", markersize=3)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms", title=operation)
+        points = sorted(row["sweep"][1] for row in group)
+        panel.set_xticks(points, [f"{x}" for x in points], rotation=30)
+        panel.minorticks_off()
         panel.legend(fontsize=6)
     figure.tight_layout()
     return figure

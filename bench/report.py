@@ -73,7 +73,7 @@ def table(rows, full=False):
             cells += ["–" if share is None else f"{share:.0%}"]
             if operation == "end_to_end":
                 times = ours.get("times")
-                cells += [f"{row['tokens'] / statistics.median(times):.3g}" if times else "–"]
+                cells += [f"{row['tokens'] / statistics.median(times):.3g}" if times and row["tokens"] else "–"]
             if full:
                 cells += [f"{_memory(ours)} / {_memory(jnp)}", f"{_first_call(ours)} / {_first_call(jnp)}"]
             lines.append(_cells(cells))
