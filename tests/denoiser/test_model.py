@@ -9,6 +9,9 @@ from dlm_kernels import masks
 from dlm_kernels.denoiser import model
 from dlm_kernels.denoiser.config import DenoiserConfig
 
+hidden_states = jax.jit(model.hidden_states, static_argnums=0)
+cached_states = jax.jit(model.cached_states, static_argnums=0)
+
 
 def naive(config, params, tokens, positions, visible):
     """tokens [L], positions [L], visible bool [L, L] -> [L, D]."""
@@ -61,7 +64,7 @@ def test_against_numpy(qk_norm, qkv_bias, random):
     tokens = random.integers(0, 53, (2, 9)).astype(np.int32)
     positions = np.stack([np.arange(9), np.arange(9) + 5]).astype(np.int32)
     mask = masks.block_causal(9, 4)
-    hidden = model.hidden_states(config, params, tokens, positions=positions, mask=mask)
+    hidden = hidden_states(config, params, tokens, positions=positions, mask=mask)
     visible = np.asarray(mask.as_boolean(9))[0, 0]
     for row in range(2):
         expected = naive(config, params, tokens[row], positions[row], visible)
@@ -72,18 +75,18 @@ def test_a_window_against_the_cache_is_the_whole(config, params, random):
     """Rows at different places: each window's keys must land in its own columns."""
     tokens = jnp.asarray(random.integers(0, config.vocab, (3, 20)), jnp.int32)
     mask = masks.block_causal(20, 5)
-    whole = model.hidden_states(config, params, tokens, mask=mask)
+    whole = hidden_states(config, params, tokens, mask=mask)
     cache = model.empty_cache(config, 3, 20, jnp.float32)
     stale = tokens.at[:, 10:].set(config.mask_id)
     positions = jnp.arange(20, dtype=jnp.int32)[None]
     zero = jnp.zeros(3, jnp.int32)
-    _, cache = model.cached_states(config, params, stale, cache, zero, positions=positions, mask=mask)
+    _, cache = cached_states(config, params, stale, cache, zero, positions=positions, mask=mask)
     for at in ([10, 10, 10], [15, 15, 15]):
         at = jnp.asarray(at, jnp.int32)
         columns = at[:, None] + jnp.arange(5, dtype=jnp.int32)
         seen = masks.KeyIntervals(jnp.zeros_like(columns), (columns // 5 + 1) * 5)
         window = model.read_window(tokens, at, 5)
-        hidden, cache = model.cached_states(config, params, window, cache, at, positions=columns, mask=seen)
+        hidden, cache = cached_states(config, params, window, cache, at, positions=columns, mask=seen)
         np.testing.assert_allclose(hidden, model.read_window(whole, at, 5), atol=1e-5)
 
 
