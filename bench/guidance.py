@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 
 import dlm_kernels
-from bench import harness, peers
+from bench import harness, oracles, peers
 from bench.harness import Case
 
 SCALE = 2.5
@@ -34,19 +34,10 @@ def case(name, rows, width, dtype, **options):
         read=2 * size,
         written=size,
         dtype=dtype,
-        oracle=functools.partial(_oracle),
+        oracle=functools.partial(oracles.mix, scale=SCALE),
         tolerance=1e-6 if dtype == "float32" else 1e-2,
         **options,
     )
-
-
-def _oracle(conditional, unconditional):
-    import numpy as np
-
-    from dlm_kernels.reference import guidance as reference
-
-    c, u = (np.asarray(x[0], np.float64) for x in (conditional, unconditional))
-    return reference.mix_guidance(c, u, np.full(c.shape[:1], SCALE))[None]
 
 
 def cases(quick=False):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
-from bench import harness, peers
+from bench import harness, oracles, peers
 from bench.harness import Case, Contender
 
 SCALE = 2.5
@@ -65,20 +65,9 @@ def _torch_head(*arrays):
 
 
 def _oracle(*arrays):
-    """Token, confidence, entropy, log-sum-exp in float64; the weight, which is large, in parts."""
-    hidden = np.asarray(arrays[0][0], np.float64)
-    if len(arrays) == 3:
-        unconditional = np.asarray(arrays[1][0], np.float64)
-        hidden = unconditional + SCALE * (hidden - unconditional)
-    parts = np.array_split(np.asarray(arrays[-1]), 32)
-    logits = np.concatenate([hidden @ part.astype(np.float64).T for part in parts], axis=-1)
-    top = logits.max(-1)
-    p = np.exp(logits - top[:, None])
-    total = p.sum(-1)
-    lse = top + np.log(total)
-    p /= total[:, None]
-    entropy = lse - (p * logits).sum(-1)
-    return tuple(x[None] for x in (logits.argmax(-1).astype(np.int32), p.max(-1), entropy, lse))
+    """Guidance in hidden space, which the head's linearity makes the same."""
+    hidden = oracles.mix(*arrays[:2], SCALE) if len(arrays) == 3 else np.asarray(arrays[0], np.float64)
+    return oracles.scores(oracles.head(hidden, arrays[-1]))
 
 
 def cases(quick=False):

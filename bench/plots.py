@@ -4,7 +4,6 @@ import math
 import statistics
 
 from bench import report
-from bench.harness import OURS
 
 
 def draw(result, folder):
@@ -31,7 +30,7 @@ def draw(result, folder):
 
 
 def _measured(rows):
-    return [row for row in rows if row["contenders"][OURS].get("times")]
+    return [row for row in rows if row["contenders"][report.base(row)].get("times")]
 
 
 def _roofline(plt, rows):
@@ -48,7 +47,9 @@ def _roofline(plt, rows):
         axes.plot(points, [min(rates[dtype], x * rates["read"]) / 1e9 for x in points], label=f"{dtype} ceiling")
     for operation in dict.fromkeys(row["operation"] for row in rows):
         at = [i for i, row in enumerate(rows) if row["operation"] == operation]
-        speeds = [rows[i]["flops"] / statistics.median(rows[i]["contenders"][OURS]["times"]) / 1e9 for i in at]
+        speeds = [
+            rows[i]["flops"] / statistics.median(rows[i]["contenders"][report.base(rows[i])]["times"]) / 1e9 for i in at
+        ]
         axes.plot([intensities[i] for i in at], speeds, "o", label=operation)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s", title="Roofline")
     axes.legend()

@@ -16,9 +16,14 @@ def load(path):
     return json.loads(Path(path).read_text())
 
 
+def base(row):
+    """Who the ratios are against: our kernel, or where it did not run the package's plain version, which runs in its place."""
+    return OURS if row["contenders"][OURS].get("times") else "jnp"
+
+
 def ratios(row, peer):
     """Peer's time over ours in every round: above 1 we are faster."""
-    ours, theirs = (row["contenders"][name].get("times", []) for name in (OURS, peer))
+    ours, theirs = (row["contenders"][name].get("times", []) for name in (base(row), peer))
     if not ours or not theirs:
         return []
     # A contender that was timed once has no rounds of its own; its one time is set against each of the other's.
@@ -28,7 +33,7 @@ def ratios(row, peer):
 
 
 def peers_of(row):
-    return [name for name in row["contenders"] if name != OURS]
+    return [name for name in row["contenders"] if name not in (OURS, base(row))]
 
 
 def floor(row, rates):
@@ -37,9 +42,9 @@ def floor(row, rates):
     return max((row["read"] + row["written"]) / bandwidth, row["flops"] / rates[row["dtype"]])
 
 
-def roofline(row, rates, name=OURS):
+def roofline(row, rates):
     """The share of the floor in the median time, or None."""
-    times = row["contenders"][name].get("times")
+    times = row["contenders"][base(row)].get("times")
     return floor(row, rates) / statistics.median(times) if times else None
 
 
@@ -50,7 +55,7 @@ def line(row, rates):
         if "missing" in result:
             parts.append(f"{name} missing ({result['missing']})")
             continue
-        peer = f" ({statistics.median(ratios(row, name)):.2f}x)" if name != OURS and ratios(row, name) else ""
+        peer = f" ({statistics.median(ratios(row, name)):.2f}x)" if name != base(row) and ratios(row, name) else ""
         parts.append(f"{name} {_seconds(statistics.median(result['times']))}{peer}")
     share = roofline(row, rates)
     return parts[0] + " " + ", ".join(parts[1:]) + ("" if share is None else f"; {share:.0%} of roofline")
@@ -67,9 +72,13 @@ def table(rows, full=False):
         titles += ["memory, ours / jnp", "first call, ours / jnp"] * full
         lines += ["", f"### {operation}", "", _cells(titles), "|---" * len(titles) + "|"]
         for row in group:
-            ours, jnp = (row["contenders"][name] for name in (OURS, "jnp"))
+            ours, jnp = (row["contenders"][name] for name in (base(row), "jnp"))
             share = roofline(row, row["rates"])
-            cells = [row["case"], _times(ours), *(_ratio(row, name) for name in names)]
+            cells = [
+                row["case"],
+                _times(ours) + " (jnp)" * (base(row) == "jnp"),
+                *(_ratio(row, name) for name in names),
+            ]
             cells += ["–" if share is None else f"{share:.0%}"]
             if operation == "end_to_end":
                 times = ours.get("times")
@@ -223,7 +232,7 @@ def _comparable(old, new):
     if shared:
         best = max(shared, key=lambda name: statistics.median(1 / r for r in ratios(old, name)))
         return f"against {best}", [1 / r for r in ratios(old, best)], [1 / r for r in ratios(new, best)]
-    times = [row["contenders"][OURS].get("times") for row in (old, new)]
+    times = [row["contenders"][base(row)].get("times") for row in (old, new)]
     return ("time", *times) if all(times) else None
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
-from bench import harness, peers
+from bench import harness, oracles, peers
 from bench.harness import Case
 
 MASK = 0
@@ -28,6 +28,10 @@ def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, thres
         streams = tuple(jnp.asarray(stream, dtype)[None] for stream in streams)
         tokens = np.where(rng.permutation(rows) < masked * rows, MASK, 1)
         return (*streams, jnp.asarray(tokens, jnp.int32)[None])
+
+    def oracle(*arrays):
+        stream = oracles.mix(*arrays[:2], 2.5) if guided else np.asarray(arrays[0], np.float64)
+        return oracles.unmask(stream[0], np.asarray(arrays[-1][0]), MASK, **rule)[None]
 
     def step(*arrays, implementation):
         stream = dict(unconditional=arrays[1]) if guided else {}
@@ -53,7 +57,7 @@ def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, thres
             "LLaDA float32": functools.partial(llada, precision="float32"),
         }
     contenders = {each: peers.torch_peer(peers.no_grad(function)) for each, function in published.items()}
-    if threshold is None:
+    if threshold is None and "sweep" not in options:
         contenders["torch.compile"] = peers.torch_peer(published["LLaDA float32"], compiled=True)
     extra = ", guided" * guided + f", temperature {temperature:g}" * bool(temperature) + ", half masked" * (masked < 1)
     return Case(
@@ -63,7 +67,7 @@ def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, thres
         harness.ours(step) | contenders,
         read=int((1 + guided) * masked * rows * v) * jnp.dtype(dtype).itemsize,
         dtype=dtype,
-        oracle=functools.partial(_oracle, rule, guided) if not temperature else None,
+        oracle=None if temperature else oracle,
         # Shares of tokens: two confidences nearer than rounding may change places; draws of other generators are other tokens.
         tolerance=1.0 if temperature else 0.02,
         **options,
@@ -77,26 +81,11 @@ def logits(rng, rows, v):
     return array
 
 
-def _oracle(rule, guided, *arrays):
-    from dlm_kernels.reference import guidance, unmask
-
-    tokens = np.asarray(arrays[-1])
-    stream = np.asarray(arrays[0][0], np.float64)
-    if guided:
-        stream = guidance.mix_guidance(stream, np.asarray(arrays[1][0], np.float64), np.full(len(stream), 2.5))
-    options = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None)
-    scores = unmask.score_tokens(stream, None, None, None, None, None, None, tokens[0] == MASK, None, **options)
-    rules = dict.fromkeys(("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold"))
-    rules |= {name: np.array([number]) for name, number in rule.items()}
-    token, sure = (x[None] for x in scores[:2])
-    return unmask.unmask_topk(tokens, token, sure, None, tokens == MASK, None, **rules)[0].astype(np.int32)
-
-
 def cases(quick=False):
     every = [
         case("LLaDA-8B", 128, 126464, quick=True),
         case("LLaDA-8B", 128, 126464, guided=True, quick=True),
-        case("LLaDA-8B", 128, 126464, temperature=1.0, quick=True),
+        case("LLaDA-8B", 128, 126464, temperature=1.0),
         case("LLaDA-8B", 128, 126464, masked=0.5),
         case("LLaDA-8B", 128, 126464, threshold=0.9),
         case("LLaDA-8B", 128, 126464, "bfloat16"),

@@ -1,0 +1,58 @@
+"""What the contenders must compute, in float64 NumPy; whole arrays, since a benchmark's shapes are too large for loops."""
+
+import numpy as np
+
+
+def attention(query, key, value, visible=None):
+    """query [1, T, N, H], key and value [1, S, K, H], visible bool [T, S] or None -> [1, T, N, H]."""
+    heads, groups = query.shape[2], query.shape[2] // key.shape[2]
+    out = np.empty(query.shape)
+    for n in range(heads):
+        q, k, v = (
+            np.asarray(x[0, :, i], np.float64) for x, i in ((query, n), (key, n // groups), (value, n // groups))
+        )
+        logits = q @ k.T / np.sqrt(q.shape[1])
+        if visible is not None:
+            logits[~visible] = -np.inf
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        out[0, :, n] = weights @ v / weights.sum(-1, keepdims=True)
+    return out
+
+
+def mix(conditional, unconditional, scale):
+    c, u = (np.asarray(x, np.float64) for x in (conditional, unconditional))
+    return u + scale * (c - u)
+
+
+def scores(logits):
+    """logits float64 [..., V] -> token, confidence, entropy, log-sum-exp."""
+    top = logits.max(-1, keepdims=True)
+    p = np.exp(logits - top)
+    total = p.sum(-1, keepdims=True)
+    p /= total
+    logsumexp = (top + np.log(total))[..., 0]
+    return logits.argmax(-1).astype(np.int32), p.max(-1), logsumexp - (p * logits).sum(-1), logsumexp
+
+
+def unmask(logits, tokens, mask_id, *, num_unmask=0, threshold=np.inf):
+    """logits float64 [V] per token [L]: the `num_unmask` most confident masks, or all above the threshold and at least one."""
+    proposal, sure, *_ = scores(logits)
+    sure = np.where(tokens == mask_id, sure, -np.inf)
+    n = min(max(num_unmask, (sure > threshold).sum(), 1), (tokens == mask_id).sum())
+    chosen = np.argsort(-sure, kind="stable")[:n]
+    tokens = np.array(tokens)
+    tokens[chosen] = proposal[chosen]
+    return tokens
+
+
+def head(hidden, weight):
+    """hidden float64 [1, R, D] @ weight [V, D].T; the weight, which is large, in parts."""
+    return np.concatenate([hidden @ np.asarray(part, np.float64).T for part in np.array_split(weight, 32)], axis=-1)
+
+
+def cross_entropy(hidden, weight, targets, weights):
+    """The sum over rows of weights * cross-entropy; hidden [1, R, D], targets and weights [1, R]."""
+    rows = weights[0] != 0
+    logits = head(np.asarray(hidden[:, rows], np.float64), weight)[0]
+    loss = scores(logits)[3] - logits[np.arange(len(logits)), targets[0, rows]]
+    return (weights[0, rows] * loss).sum()
