@@ -172,7 +172,13 @@ def test_adaptive_guidance_changes_what_is_decoded(config, params, board):
     np.testing.assert_array_equal(one.tokens, plain.tokens)
 
 
-@pytest.mark.parametrize("options", [dict(threshold=0.3), dict(steps=3, attend="blocks", cache=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(threshold=0.3, edit_threshold=0.3),
+        dict(steps=6, block=7, remask=0.5, attend="blocks", cache=True),
+    ],
+)
 def test_a_row_does_not_depend_on_its_batch(options, config, params, board):
     keys = jax.random.split(jax.random.key(2), 3)
     together = run(config, params, board, temperature=0.8, key=keys, **options)

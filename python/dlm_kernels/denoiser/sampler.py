@@ -185,13 +185,16 @@ def _decode(static, params, tokens, columns, data):
         index = index.min()
         step = jnp.where(index == state.block, state.step + 1, 0)
         begin = columns["first"] + index * block
-        at = jnp.clip(
-            begin, 0, length - block
-        )  # the window that is computed; it reaches back before `begin` at the edge
+        # The window that is computed; at the canvas's edge it reaches back before `begin`.
+        at = jnp.clip(begin, 0, length - block)
         hidden, cache = _window_states(static, params, columns, data, state, hole, index, step, at)
         inside = at[:, None] + jnp.arange(block)
         inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block)
         inside &= model.read_window(hole, at, block)
+        # A row that waits for others must not be edited or masked anew meanwhile.
+        inside &= (inside & (model.read_window(state.decoded.tokens, at, block) == config.mask_id)).any(
+            1, keepdims=True
+        )
         decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
         if data["remask"] is not None:
             decoded = _remask(config, data, decoded, inside, at, step)

@@ -27,7 +27,7 @@ class View:
         """Calls work() and shows its passes; returns its result when both are over."""
         with (
             concurrent.futures.ThreadPoolExecutor(1) as pool,
-            Live(console=self.console, auto_refresh=False, transient=True) as live,
+            Live(Text("compiling"), console=self.console, auto_refresh=False, transient=True) as live,
         ):
             running = pool.submit(work)
             while not (running.done() and self.frames.empty()):
