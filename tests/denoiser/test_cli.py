@@ -141,10 +141,13 @@ def test_evaluate_measures_what_it_says(saved):
     config, params, tokenizer = checkpoint.load(saved, dtype=np.float32)
     uniform = params | {"final_norm": params["final_norm"] * 0}
     text = "def mul(a, b):\n    return a * b\n" * 30
-    bits = evaluate.bits_per_byte((config, uniform, tokenizer), [text], rows=2, length=32, draws=1)
     tokens = len(tokenizer.encode(text).ids) + 1
-    # The ratio that divides a row's losses is that of its masks, so without knowledge every draw is the mean.
-    assert bits == pytest.approx(np.log2(config.vocab) * tokens / len(text), rel=1e-4)
+    for block_size in (None, 1):
+        bits = evaluate.bits_per_byte(
+            (config, uniform, tokenizer), [text], block_size=block_size, rows=2, length=32, draws=1
+        )
+        # The ratio that divides a row's losses is that of its masks, so without knowledge every draw is the mean.
+        assert bits == pytest.approx(np.log2(config.vocab) * tokens / len(text), rel=1e-4)
     scores = evaluate.infilling((config, uniform, tokenizer), [text], cases=4, hole=4, length=32, steps=2)
     assert scores["token_accuracy"] < 0.5 and scores["exact_match"] == 0
 

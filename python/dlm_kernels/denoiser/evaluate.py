@@ -8,12 +8,13 @@ import numpy as np
 from dlm_kernels.denoiser import data, generate, sampler, train
 
 
-def bits_per_byte(model, texts, *, rows=8, length=256, draws=4, seed=1, implementation=None):
+def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4, seed=1, implementation=None):
     """The bound on -log2 p of the texts, over their UTF-8 bytes.
 
         loss(...) is nats per token; nats * tokens / log(2) / bytes
 
-    model: (config, params, tokenizer). Averages `draws` stratified maskings of every row of `length` tokens. Returns a float.
+    model: (config, params, tokenizer). block_size: that of `train.block_loss`, for decoding block after block; 1 is the exact
+    autoregressive -log2 p (one draw is enough). Default: `train.loss`, whole rows. Averages `draws` stratified maskings of every row of `length` tokens. Returns a float.
     """
     config, params, tokenizer = model
     stream = data.stream(tokenizer, texts, config.eos_id)
@@ -21,7 +22,13 @@ def bits_per_byte(model, texts, *, rows=8, length=256, draws=4, seed=1, implemen
     if count == 0:
         raise ValueError(f"texts: expected at least {rows * length} tokens, got {len(stream)}")
     batches = stream[: count * length].reshape(-1, rows, length)
-    value = jax.jit(lambda tokens, key: train.loss(config, params, tokens, key, implementation=implementation))
+
+    @jax.jit
+    def value(tokens, key):
+        if block_size is None:
+            return train.loss(config, params, tokens, key, implementation=implementation)
+        return train.block_loss(config, params, tokens, key, block_size, implementation=implementation)
+
     key = jax.random.key(seed)
     nats = np.mean(
         [
@@ -111,5 +118,8 @@ def report(model, texts, *, steps=4, implementation=None):
     return {
         "held_out_bytes": sum(len(text.encode()) for text in texts),
         "bits_per_byte": bits_per_byte(model, texts, implementation=implementation),
+        "autoregressive_bits_per_byte": bits_per_byte(
+            model, texts, block_size=1, draws=1, implementation=implementation
+        ),
         **infilling(model, texts, steps=steps, implementation=implementation),
     }

@@ -192,9 +192,8 @@ def _decode(static, params, tokens, columns, data):
         inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block)
         inside &= model.read_window(hole, at, block)
         # A row that waits for others must not be edited or masked anew meanwhile.
-        inside &= (inside & (model.read_window(state.decoded.tokens, at, block) == config.mask_id)).any(
-            1, keepdims=True
-        )
+        todo = inside & (model.read_window(state.decoded.tokens, at, block) == config.mask_id)
+        inside &= todo.any(1, keepdims=True)
         decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
         if data["remask"] is not None:
             decoded = _remask(config, data, decoded, inside, at, step)
