@@ -13,8 +13,9 @@ def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4,
 
         loss(...) is nats per token; nats * tokens / log(2) / bytes
 
-    model: (config, params, tokenizer). block_size: that of `train.block_loss`, for decoding block after block; 1 is the exact
-    autoregressive -log2 p (one draw is enough). Default: `train.loss`, whole rows. Averages `draws` stratified maskings of every row of `length` tokens. Returns a float.
+    model: (config, params, tokenizer). Averages `draws` stratified maskings of every row of `length` tokens. block_size: that
+    of `train.block_loss`, for decoding block after block, where 1 is autoregression, exact and in need of one draw only;
+    None is `train.loss`, whole rows. Returns a float.
     """
     config, params, tokenizer = model
     stream = data.stream(tokenizer, texts, config.eos_id)
