@@ -161,7 +161,7 @@ def _rounds(ready, calls, seconds, least):
     """Each contender's seconds per call in every round; all of them run in every round, so times of a round compare."""
     times = {name: [] for name in ready}
     began, turn = time.perf_counter(), 2
-    for done in range(200):
+    for done in range(200 if ready else 0):
         if done >= least and time.perf_counter() - began > seconds:
             break
         for name, call in ready.items():

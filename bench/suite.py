@@ -25,19 +25,22 @@ def run(quick, only, minutes, out):
         # Half of the time left goes into rounds; compiling, checking and making inputs take the other half.
         seconds = max(0.5, 0.5 * (end - time.monotonic()) / (len(cases) - i))
         row = harness.measure(case, seconds, quick) | dict(commit=machine.commit())
-        ran.append(row)
+        ran = [dict(each, rates=rates) for each in [*ran, row]]
+        # After every case: what was measured must not be lost with what comes next.
+        _write(path, kept, ran)
         failed |= "missing" in row["contenders"][harness.OURS]
         print(report.line(row, rates), flush=True)
         gc.collect()
-    for row in ran:
-        row["rates"] = rates
+    print(f"{path}\n{report.write(path)}")
+    return int(failed)
+
+
+def _write(path, kept, ran):
     names = {(row["operation"], row["case"]) for row in ran}
     rows = [row for row in kept if (row["operation"], row["case"]) not in names] + ran
     result = dict(machine=machine.describe(), missing=_missing(), rows=sorted(rows, key=_order))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
-    print(f"{path}\n{report.write(path)}")
-    return int(failed)
 
 
 def _order(row):
