@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 PACKAGES = {"cpu": "cpu_kernels", "triton": "triton_kernels", "pallas": "pallas_kernels", "xla": "xla"}
 PLATFORM_KERNELS = {"cpu": "cpu", "cuda": "triton", "tpu": "pallas"}
-REQUIRES = {"triton": ("triton", "jax_triton")}
+REQUIRES = {"triton": ("triton",)}
 
 
 @dataclasses.dataclass(frozen=True)

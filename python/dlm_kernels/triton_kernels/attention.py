@@ -1,0 +1,252 @@
+"""Fused attention over key intervals, forward: online softmax in base 2, tiles of keys that no row sees are not visited.
+
+The G query heads of a kv head are packed into the rows of a tile (row m is query m // G, head m % G), so that a key is read
+once for all of them. With few queries the keys are split over programs, in runs whose length does not depend on the batch.
+"""
+
+import triton
+import triton.language as tl
+
+from dlm_kernels.triton_kernels.attention_backward import (
+    attention_backward,
+    bounds_stride,
+    supports_attention_backward,
+)
+from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.numerics import tanh
+
+__all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
+
+_SPLIT = 512  # keys per program at least, a multiple of every tile of keys
+
+
+@triton.jit
+def _attend(
+    out, best, total,  # float32 [BLOCK_M, BLOCK_H], [BLOCK_M], [BLOCK_M]; best in base 2
+    query,  # [BLOCK_M, BLOCK_H]
+    key, value,  # of this batch row and kv head: [S, H]
+    start, stop,  # int32 [BLOCK_M]; the row sees keys in [start, stop)
+    s,  # int32 [BLOCK_N]
+    length,  # S
+    key_s, key_h, value_s, value_h, scale,
+    SOFT_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys. Where not MASKED, every row sees all of it."""
+    h = tl.arange(0, BLOCK_H)
+    at_key = key + s.to(tl.int64)[None, :] * key_s + h[:, None] * key_h
+    at_value = value + s.to(tl.int64)[:, None] * value_s + h[None, :] * value_h
+    if MASKED:
+        k = tl.load(at_key, mask=(s < length)[None, :] & (h < H)[:, None], other=0)
+    elif H < BLOCK_H:
+        k = tl.load(at_key, mask=(h < H)[:, None], other=0)
+    else:
+        k = tl.load(at_key)
+    logits = tl.dot(query, k, input_precision=PRECISION)
+    if SOFT_CAP is None:
+        logits *= scale * 1.4426950408889634
+    else:
+        logits = tanh(logits * (scale / SOFT_CAP)) * (SOFT_CAP * 1.4426950408889634)
+    if MASKED:
+        visible = (s[None, :] >= start[:, None]) & (s[None, :] < stop[:, None])
+        logits = tl.where(visible, logits, float("-inf"))
+    greater = tl.maximum(best, tl.max(logits, 1))
+    # A row that has seen nothing yet: -inf - -inf would be NaN.
+    base = tl.where(greater == float("-inf"), 0.0, greater)
+    weights = tl.exp2(logits - base[:, None])
+    shrink = tl.exp2(best - base)
+    total = total * shrink + tl.sum(weights, 1)
+    if MASKED:
+        v = tl.load(at_value, mask=(s < length)[:, None] & (h < H)[None, :], other=0)
+        # Zero times the NaN of a key that no row sees would be NaN.
+        v = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], v, 0.0)
+    elif H < BLOCK_H:
+        v = tl.load(at_value, mask=(h < H)[None, :], other=0)
+    else:
+        v = tl.load(at_value)
+    v = v.to(query.dtype)
+    out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+    return out, greater, total
+
+
+@triton.jit
+def _forward_kernel(
+    query,  # [B, T, N, H]
+    key, value,  # [B, S, K, H]
+    bounds,  # int32 [1|B, T, 2 * PAIRS] | None
+    out,  # [SPLITS, B, T, N, H]; query's dtype, or float32 where split
+    lse,  # float32 [SPLITS, B, N, T]
+    batch, queries, length, heads,  # B, T, S, N
+    split,  # keys per program, a multiple of BLOCK_N
+    scale,
+    query_b, query_t, query_n, query_h, key_b, key_s, key_k, key_h, value_b, value_s, value_k, value_h,
+    bounds_b,  # 0 where one row of bounds serves every batch row
+    GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    b = (tl.program_id(2) % batch).to(tl.int64)
+    part = tl.program_id(2) // batch
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = m < queries * GROUPS
+    t = m // GROUPS
+    n = kv_head * GROUPS + m % GROUPS
+    h = tl.arange(0, BLOCK_H)
+    at_query = query + b * query_b + t.to(tl.int64)[:, None] * query_t + n[:, None] * query_n + h[None, :] * query_h
+    q = tl.load(at_query, mask=real[:, None] & (h < H)[None, :], other=0)
+    key += b * key_b + kv_head.to(tl.int64) * key_k
+    value += b * value_b + kv_head.to(tl.int64) * value_k
+    part_first = part * split
+    part_last = tl.minimum(length, part_first + split)
+    acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    lane = tl.arange(0, BLOCK_N)
+    for pair in range(PAIRS if PAIRS > 0 else 1):
+        if PAIRS > 0:
+            at_bounds = bounds + b * bounds_b + t.to(tl.int64) * (2 * PAIRS) + 2 * pair
+            start = tl.load(at_bounds, mask=real, other=0)
+            stop = tl.load(at_bounds + 1, mask=real, other=0)
+            some = start < stop
+            first = tl.min(tl.where(some, start, length), 0)
+            last = tl.max(tl.where(some, stop, 0), 0)
+            inner_first = tl.max(tl.where(real, start, 0), 0)
+            inner_last = tl.min(tl.where(real, stop, length), 0)
+        else:
+            start = tl.zeros([BLOCK_M], tl.int32)
+            stop = tl.zeros([BLOCK_M], tl.int32) + length
+            first = 0
+            last = length
+            inner_first = 0
+            inner_last = length
+        # Tiles begin at multiples of BLOCK_N: [first, last) are visited, [inner_first, inner_last) need no mask.
+        first = tl.maximum(first, part_first) // BLOCK_N * BLOCK_N
+        last = tl.minimum(last, part_last)
+        inner_first = tl.maximum((inner_first + BLOCK_N - 1) // BLOCK_N * BLOCK_N, first)
+        inner_last = tl.maximum(tl.minimum(inner_last, last) // BLOCK_N * BLOCK_N, inner_first)
+        for j in range(inner_first, inner_last, BLOCK_N):
+            acc, best, total = _attend(
+                acc, best, total, q, key, value, start, stop, j + lane, length, key_s, key_h, value_s, value_h, scale,
+                SOFT_CAP, False, H, BLOCK_H, PRECISION,
+            )  # fmt: skip
+        left = tl.maximum(tl.cdiv(tl.minimum(inner_first, last) - first, BLOCK_N), 0)
+        right = tl.maximum(tl.cdiv(last - inner_last, BLOCK_N), 0)
+        for edge in range(0, left + right):
+            j = tl.where(edge < left, first + edge * BLOCK_N, inner_last + (edge - left) * BLOCK_N)
+            acc, best, total = _attend(
+                acc, best, total, q, key, value, start, stop, j + lane, length, key_s, key_h, value_s, value_h, scale,
+                SOFT_CAP, True, H, BLOCK_H, PRECISION,
+            )  # fmt: skip
+    none = total == 0.0
+    acc = acc / tl.where(none, 1.0, total)[:, None]
+    at_out = ((part.to(tl.int64) * batch + b) * queries + t)[:, None] * heads + n[:, None]
+    tl.store(out + at_out * H + h[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & (h < H)[None, :])
+    at_lse = ((part.to(tl.int64) * batch + b) * heads + n) * queries + t
+    sums = (best + tl.log2(tl.where(none, 1.0, total))) * 0.6931471805599453
+    tl.store(lse + at_lse, tl.where(none, float("-inf"), sums), mask=real)
+
+
+@triton.jit
+def _combine_kernel(
+    part_out,  # float32 [SPLITS, B, T, N, H]
+    part_lse,  # float32 [SPLITS, B, N, T]
+    out,  # [B, T, N, H]
+    lse,  # float32 [B, N, T]
+    queries, heads, batch,  # T, N, B
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # of [B, T, N]
+    n = row % heads
+    t = row // heads % queries
+    b = row // heads // queries
+    part = tl.arange(0, BLOCK_S).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    at = (b * heads + n) * queries + t
+    sums = tl.load(part_lse + part * batch * heads * queries + at, mask=part < SPLITS, other=float("-inf"))
+    best = tl.max(sums, 0)
+    base = tl.where(best == float("-inf"), 0.0, best)
+    weight = tl.exp(sums - base)
+    whole = tl.sum(weight, 0)
+    rows = part[:, None] * (batch * queries * heads) + row
+    parts = tl.load(part_out + rows * H + h[None, :], mask=(part < SPLITS)[:, None] & (h < H)[None, :], other=0.0)
+    mixed = tl.sum(parts * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    tl.store(out + row * H + h, mixed.to(out.dtype.element_ty), mask=h < H)
+    tl.store(lse + at, tl.where(whole == 0.0, float("-inf"), base + tl.log(tl.where(whole == 0.0, 1.0, whole))))
+
+
+def supports_attention_forward(query, key, value, bounds, dense, **static) -> str | None:
+    if dense is not None:
+        return "it takes masks as key intervals only, not as a boolean array"
+    if query.shape[-1] > 256:
+        return f"it takes head sizes up to 256, and query's is {query.shape[-1]}"
+    return None
+
+
+def _tiles(dtype: str, h: int, rows: int) -> tuple[dict, int, int]:
+    """Constants of the tiles, the warps and the stages."""
+    if dtype == "float32":
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1 if h > 128 else 2
+    block_m = 64 if rows <= 64 else 128
+    if h > 128:
+        return {"BLOCK_M": block_m, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "PRECISION": "ieee"}, 4 if block_m == 64 else 8, 3
+
+
+def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):
+    """query [B,T,N,H], key and value [B,S,K,H], bounds int32 [1|B,T,2|4], contiguous, or None.
+
+    Returns out [B,T,N,H] in query's dtype and lse float32 [B,N,T].
+    """
+    batch, queries, heads, h = query.shape
+    length, kv_heads = key.shape[1:3]
+    groups = heads // kv_heads
+    tiles, num_warps, num_stages = _tiles(dtype_name(query), h, queries * groups)
+    split, splits = length, 1
+    if queries * groups <= 512 and length >= 2 * _SPLIT:
+        # At most 64 parts; the merge holds them all in registers.
+        split = _SPLIT * triton.cdiv(length, 64 * _SPLIT)
+        splits = triton.cdiv(length, split)
+    block_h = max(16, triton.next_power_of_2(h))
+    out, lse = launch(
+        _forward_kernel,
+        (triton.cdiv(queries * groups, tiles["BLOCK_M"]), kv_heads, batch * splits),
+        inputs={"query": query, "key": key, "value": value, "bounds": bounds},
+        outputs={
+            "out": Out((splits, batch, queries, heads, h)[splits == 1 :], "float32" if splits > 1 else dtype_name(query)),
+            "lse": Out((splits, batch, heads, queries)[splits == 1 :], "float32"),
+        },
+        scalars={
+            "batch": batch, "queries": queries, "length": length, "heads": heads,
+            "split": triton.cdiv(split, tiles["BLOCK_N"]) * tiles["BLOCK_N"], "scale": float(scale),
+            **strides(query, "query_b query_t query_n query_h"), **strides(key, "key_b key_s key_k key_h"),
+            **strides(value, "value_b value_s value_k value_h"), "bounds_b": bounds_stride(bounds),
+        },
+        constants={
+            **tiles, "GROUPS": groups, "PAIRS": 0 if bounds is None else bounds.shape[-1] // 2,
+            "SOFT_CAP": logits_soft_cap, "H": h, "BLOCK_H": block_h,
+        },
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+    if splits == 1:
+        return out, lse
+    return launch(
+        _combine_kernel,
+        (batch * queries * heads,),
+        inputs={"part_out": out, "part_lse": lse},
+        outputs={"out": Out(tuple(query.shape), dtype_name(query)), "lse": Out((batch, heads, queries), "float32")},
+        scalars={"queries": queries, "heads": heads, "batch": batch},
+        constants={"SPLITS": splits, "BLOCK_S": triton.next_power_of_2(splits), "H": h, "BLOCK_H": block_h},
+    )

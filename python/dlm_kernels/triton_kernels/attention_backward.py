@@ -1,0 +1,253 @@
+"""Fused attention's gradients: one kernel owns a tile of keys, one a tile of queries; nothing is added atomically.
+
+Both compute the weights again from lse. Rows are packed as in the forward kernel: row m is query m // G, head m % G.
+"""
+
+import triton
+import triton.language as tl
+
+from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.numerics import tanh
+
+
+@triton.jit
+def _delta_kernel(
+    out, dout,  # [B, T, N, H]
+    dlse,  # float32 [B, N, T]
+    delta,  # float32 [B, N, T]: sum(out * dout) - dlse
+    queries, heads,  # T, N
+    out_b, out_t, out_n, out_h, dout_b, dout_t, dout_n, dout_h,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    inside = (t < queries)[:, None] & (h < H)[None, :]
+    o = tl.load(out + b * out_b + n * out_n + t[:, None] * out_t + h[None, :] * out_h, mask=inside, other=0)
+    do = tl.load(dout + b * dout_b + n * dout_n + t[:, None] * dout_t + h[None, :] * dout_h, mask=inside, other=0)
+    at = (b * heads + n) * queries + t
+    change = tl.load(dlse + at, mask=t < queries, other=0.0)
+    tl.store(delta + at, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - change, mask=t < queries)
+
+
+@triton.jit
+def _visible(bounds, at_bounds, real, s, length, PAIRS: tl.constexpr):
+    """bool [BLOCK_M, BLOCK_N]: which of the keys s each row sees."""
+    visible = real[:, None] & (s < length)[None, :]
+    if PAIRS > 0:
+        start = tl.load(bounds + at_bounds, mask=real, other=0)[:, None]
+        stop = tl.load(bounds + at_bounds + 1, mask=real, other=0)[:, None]
+        seen = (s[None, :] >= start) & (s[None, :] < stop)
+        if PAIRS == 2:
+            start = tl.load(bounds + at_bounds + 2, mask=real, other=0)[:, None]
+            stop = tl.load(bounds + at_bounds + 3, mask=real, other=0)[:, None]
+            seen |= (s[None, :] >= start) & (s[None, :] < stop)
+        visible &= seen
+    return visible
+
+
+@triton.jit
+def _dlogits(q, do, k, v, lse, delta, visible, scale, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr):
+    """The weights and the gradient of the scaled logits, float32 [BLOCK_M, BLOCK_N]; zero where not visible."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFT_CAP is None:
+        logits *= scale * 1.4426950408889634
+    else:
+        bent = tanh(logits * (scale / SOFT_CAP))
+        logits = bent * (SOFT_CAP * 1.4426950408889634)
+    # Selected and not multiplied: an unseen key may hold NaN, and a row that sees nothing has lse -inf.
+    p = tl.where(visible, tl.exp2(logits - lse[:, None] * 1.4426950408889634), 0.0)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * scale
+    if SOFT_CAP is not None:
+        ds *= 1.0 - bent * bent
+    return p, tl.where(visible, ds, 0.0)
+
+
+@triton.jit
+def _dkdv_kernel(
+    query,  # [B, T, N, H]
+    key, value,  # [B, S, K, H]
+    bounds,  # int32 [1|B, T, 2 * PAIRS] | None
+    dout,  # [B, T, N, H]
+    lse, delta,  # float32 [B, N, T]
+    dkey, dvalue,  # [B, S, K, H], contiguous
+    queries, length, heads, kv_heads,  # T, S, N, K
+    scale,
+    query_b, query_t, query_n, query_h, key_b, key_s, key_k, key_h, value_b, value_s, value_k, value_h,
+    dout_b, dout_t, dout_n, dout_h, bounds_b,
+    GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0) * BLOCK_N
+    s = first + tl.arange(0, BLOCK_N)
+    h = tl.arange(0, BLOCK_H)
+    there = (s < length)[:, None] & (h < H)[None, :]
+    at_key = key + b * key_b + kv_head * key_k + s.to(tl.int64)[:, None] * key_s + h[None, :] * key_h
+    at_value = value + b * value_b + kv_head * value_k + s.to(tl.int64)[:, None] * value_s + h[None, :] * value_h
+    k = tl.load(at_key, mask=there, other=0)
+    v = tl.load(at_value, mask=there, other=0)
+    dk = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    for tile in range(0, queries * GROUPS, BLOCK_M):
+        m = tile + tl.arange(0, BLOCK_M)
+        real = m < queries * GROUPS
+        t = m // GROUPS
+        n = kv_head * GROUPS + m % GROUPS
+        visible = _visible(bounds, b * bounds_b + t.to(tl.int64) * (2 * PAIRS), real, s, length, PAIRS)
+        if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
+            inside = real[:, None] & (h < H)[None, :]
+            at = b * query_b + t.to(tl.int64)[:, None] * query_t + n[:, None] * query_n + h[None, :] * query_h
+            q = tl.load(query + at, mask=inside, other=0)
+            at = b * dout_b + t.to(tl.int64)[:, None] * dout_t + n[:, None] * dout_n + h[None, :] * dout_h
+            do = tl.load(dout + at, mask=inside, other=0)
+            at = (b * heads + n) * queries + t
+            sums = tl.load(lse + at, mask=real, other=0.0)
+            change = tl.load(delta + at, mask=real, other=0.0)
+            p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION)
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+    at = ((b * length + s) * kv_heads + kv_head)[:, None] * H + h[None, :]
+    tl.store(dkey + at, dk.to(dkey.dtype.element_ty), mask=there)
+    tl.store(dvalue + at, dv.to(dvalue.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _dq_kernel(
+    query,  # [B, T, N, H]
+    key, value,  # [B, S, K, H]
+    bounds,  # int32 [1|B, T, 2 * PAIRS] | None
+    dout,  # [B, T, N, H]
+    lse, delta,  # float32 [B, N, T]
+    dquery,  # [B, T, N, H], contiguous
+    queries, length, heads,  # T, S, N
+    scale,
+    query_b, query_t, query_n, query_h, key_b, key_s, key_k, key_h, value_b, value_s, value_k, value_h,
+    dout_b, dout_t, dout_n, dout_h, bounds_b,
+    GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = m < queries * GROUPS
+    t = m // GROUPS
+    n = kv_head * GROUPS + m % GROUPS
+    h = tl.arange(0, BLOCK_H)
+    inside = real[:, None] & (h < H)[None, :]
+    at = b * query_b + t.to(tl.int64)[:, None] * query_t + n[:, None] * query_n + h[None, :] * query_h
+    q = tl.load(query + at, mask=inside, other=0)
+    at = b * dout_b + t.to(tl.int64)[:, None] * dout_t + n[:, None] * dout_n + h[None, :] * dout_h
+    do = tl.load(dout + at, mask=inside, other=0)
+    at = (b * heads + n) * queries + t
+    sums = tl.load(lse + at, mask=real, other=0.0)
+    change = tl.load(delta + at, mask=real, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    key += b * key_b + kv_head * key_k
+    value += b * value_b + kv_head * value_k
+    at_bounds = b * bounds_b + t.to(tl.int64) * (2 * PAIRS)
+    for first in range(0, length, BLOCK_N):
+        s = first + tl.arange(0, BLOCK_N)
+        visible = _visible(bounds, at_bounds, real, s, length, PAIRS)
+        if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
+            there = (s < length)[:, None] & (h < H)[None, :]
+            k = tl.load(key + s.to(tl.int64)[:, None] * key_s + h[None, :] * key_h, mask=there, other=0)
+            v = tl.load(value + s.to(tl.int64)[:, None] * value_s + h[None, :] * value_h, mask=there, other=0)
+            _, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION)
+            # Zero times the NaN of a key that no row sees would be NaN.
+            k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0).to(q.dtype)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    at = ((b * queries + t) * heads + n)[:, None] * H + h[None, :]
+    tl.store(dquery + at, dq.to(dquery.dtype.element_ty), mask=inside)
+
+
+def bounds_stride(bounds) -> int:
+    """How far one batch row's bounds are from the next: 0 where one row serves all."""
+    return 0 if bounds is None or bounds.shape[0] == 1 else bounds.shape[1] * bounds.shape[2]
+
+
+def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, **static) -> str | None:
+    if dense is not None:
+        return "it takes masks as key intervals only, not as a boolean array"
+    if query.shape[-1] > 256:
+        return f"it takes head sizes up to 256, and query's is {query.shape[-1]}"
+    return None
+
+
+def _tiles(dtype: str, h: int) -> tuple[dict, int, int]:
+    """Constants of the tiles, the warps and the stages."""
+    if dtype == "float32":
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
+    if h > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}, 8, 1
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}, 4 if h <= 64 else 8, 2
+
+
+def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *, scale, logits_soft_cap):
+    """out, dout [B,T,N,H]; lse, dlse float32 [B,N,T], contiguous. Returns dquery, dkey, dvalue in query's dtype."""
+    batch, queries, heads, h = query.shape
+    length, kv_heads = key.shape[1:3]
+    groups = heads // kv_heads
+    dtype = dtype_name(query)
+    tiles, num_warps, num_stages = _tiles(dtype, h)
+    sizes = {"H": h, "BLOCK_H": max(16, triton.next_power_of_2(h))}
+    (delta,) = launch(
+        _delta_kernel,
+        (triton.cdiv(queries, 32), heads, batch),
+        inputs={"out": out, "dout": dout, "dlse": dlse},
+        outputs={"delta": Out((batch, heads, queries), "float32")},
+        scalars={
+            "queries": queries, "heads": heads, **strides(out, "out_b out_t out_n out_h"),
+            **strides(dout, "dout_b dout_t dout_n dout_h"),
+        },
+        constants={**sizes, "BLOCK_T": 32},
+    )  # fmt: skip
+    inputs = {
+        "query": query, "key": key, "value": value, "bounds": bounds, "dout": dout, "lse": lse, "delta": delta,
+    }  # fmt: skip
+    scalars = {
+        "queries": queries, "length": length, "heads": heads, "scale": float(scale),
+        **strides(query, "query_b query_t query_n query_h"), **strides(key, "key_b key_s key_k key_h"),
+        **strides(value, "value_b value_s value_k value_h"), **strides(dout, "dout_b dout_t dout_n dout_h"),
+        "bounds_b": bounds_stride(bounds),
+    }  # fmt: skip
+    constants = {
+        **tiles, **sizes, "GROUPS": groups, "PAIRS": 0 if bounds is None else bounds.shape[-1] // 2,
+        "SOFT_CAP": logits_soft_cap,
+    }  # fmt: skip
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    dkey, dvalue = launch(
+        _dkdv_kernel,
+        (triton.cdiv(length, tiles["BLOCK_N"]), kv_heads, batch),
+        inputs=inputs,
+        outputs={"dkey": Out(tuple(key.shape), dtype), "dvalue": Out(tuple(key.shape), dtype)},
+        scalars={**scalars, "kv_heads": kv_heads},
+        constants=constants,
+        **options,
+    )
+    (dquery,) = launch(
+        _dq_kernel,
+        (triton.cdiv(queries * groups, tiles["BLOCK_M"]), kv_heads, batch),
+        inputs=inputs,
+        outputs={"dquery": Out(tuple(query.shape), dtype)},
+        scalars=scalars,
+        constants=constants,
+        **options,
+    )
+    return dquery, dkey, dvalue

@@ -1,0 +1,107 @@
+"""What several kernels compute alike: the guidance mixture, the soft cap, JAX's Gumbel noise, a tile of the LM head."""
+
+import triton
+import triton.language as tl
+
+# No draw of JAX's float32 Gumbel exceeds 15.943: a token that trails by more than this cannot be sampled.
+GREATEST_GUMBEL = tl.constexpr(16.0)
+
+
+@triton.jit
+def mixed(conditional, unconditional, scale):
+    """unconditional + scale * (conditional - unconditional) in float32; a stream of weight zero is ignored.
+
+    conditional, unconditional: float32 [...], scale: float32, a scalar or broadcastable.
+    """
+    value = unconditional + scale * (conditional - unconditional)
+    # -inf - -inf is NaN: a token that either stream bans is banned.
+    banned = (conditional == float("-inf")) | (unconditional == float("-inf"))
+    value = tl.where(banned, float("-inf"), value)
+    value = tl.where(scale == 1.0, conditional, value)
+    return tl.where(scale == 0.0, unconditional, value)
+
+
+@triton.jit
+def tanh(x):
+    """float32 [...]. Through exp it would lose the small values to 1 - 1, so those take the series."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(x < 0, -far, far)
+    x2 = x * x
+    near = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    # Not `< 0.3` turned around: a NaN must take a branch that keeps it.
+    return tl.where(tl.abs(x) < 0.3, near, far)
+
+
+@triton.jit
+def _four_rounds(x, y, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):
+    x += y
+    y = ((y << a) | (y >> (32 - a))) ^ x
+    x += y
+    y = ((y << b) | (y >> (32 - b))) ^ x
+    x += y
+    y = ((y << c) | (y >> (32 - c))) ^ x
+    x += y
+    y = ((y << d) | (y >> (32 - d))) ^ x
+    return x, y
+
+
+@triton.jit
+def gumbel(key0, key1, counter):
+    """JAX's own draw: element `counter` (int64 [...]) of jax.random.gumbel under the threefry key (key0, key1), uint32.
+
+    The key words are scalars or broadcast with the counter.
+    """
+    x = (counter >> 32).to(tl.uint32) + key0
+    y = counter.to(tl.uint32) + key1
+    key2 = key0 ^ key1 ^ 0x1BD11BDA
+    x, y = _four_rounds(x, y, 13, 15, 26, 6)
+    x += key1
+    y += key2 + 1
+    x, y = _four_rounds(x, y, 17, 29, 16, 24)
+    x += key2
+    y += key0 + 2
+    x, y = _four_rounds(x, y, 13, 15, 26, 6)
+    x += key0
+    y += key1 + 3
+    x, y = _four_rounds(x, y, 17, 29, 16, 24)
+    x += key1
+    y += key2 + 4
+    x, y = _four_rounds(x, y, 13, 15, 26, 6)
+    x += key2
+    y += key0 + 5
+    bits = ((x ^ y) >> 9) | 0x3F800000
+    uniform = bits.to(tl.float32, bitcast=True) - 1.0
+    # The least normal float32, as JAX has it: log 0 would be a draw of -inf.
+    uniform = tl.maximum(uniform, 1.1754943508222875e-38)
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def head_tile(
+    hidden,  # [R, D]
+    weight,  # [V, D]
+    row,  # int32 [BLOCK_R]
+    row_inside,  # bool [BLOCK_R]; False: the row is not read and counts as zeros
+    token,  # int32 [BLOCK_V]
+    vocabulary,  # V
+    width,  # D
+    hidden_r, hidden_d, weight_v, weight_d,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_R, BLOCK_V]: hidden[row] @ weight[token].T."""
+    d = tl.arange(0, BLOCK_D)
+    hidden_at = hidden + row.to(tl.int64)[:, None] * hidden_r + d[None, :] * hidden_d
+    weight_at = weight + token.to(tl.int64)[None, :] * weight_v + d[:, None] * weight_d
+    total = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for start in range(0, width, BLOCK_D):
+        inside = d < width - start
+        h = tl.load(hidden_at, mask=row_inside[:, None] & inside[None, :], other=0)
+        w = tl.load(weight_at, mask=(token < vocabulary)[None, :] & inside[:, None], other=0)
+        total = tl.dot(h, w, total, input_precision=PRECISION)
+        hidden_at += BLOCK_D * hidden_d
+        weight_at += BLOCK_D * weight_d
+    return total

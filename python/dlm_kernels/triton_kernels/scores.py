@@ -1,0 +1,115 @@
+"""A row's statistics over its vocabulary, span by span: what a span leaves behind, and how the spans of a row merge.
+
+A span is a fixed run of the vocabulary, whatever the number of rows, so that a row's bits do not depend on its batch.
+Of each span remain: `top`, the greatest value; `total`, the sum of exp(value - top); `moment`, the sum of
+(value - top) * exp(value - top); `second`, the value after the greatest, which equals it on a tie; `token`, where the
+greatest is. At a temperature there are also `choice`, the greatest of value / temperature + noise, and of that token
+its `choice_token` and its value, `picked`.
+"""
+
+import triton
+import triton.language as tl
+
+from dlm_kernels.triton_kernels.launch import Out, launch
+
+STATISTICS = {"top": "float32", "total": "float32", "moment": "float32", "second": "float32", "token": "int32"}
+CHOICES = {"choice": "float32", "choice_token": "int32", "picked": "float32"}
+
+
+@triton.jit
+def summarize(value, axis: tl.constexpr):
+    """top, total and moment of float32 values along an axis; -inf counts for nothing, NaN or +inf makes total NaN."""
+    top = tl.max(value, axis)
+    base = tl.expand_dims(tl.where(top == float("-inf"), 0.0, top), axis)
+    weight = tl.exp(value - base)
+    moment = tl.where(weight == 0.0, 0.0, (value - base) * weight)
+    return top, tl.sum(weight, axis), tl.sum(moment, axis)
+
+
+@triton.jit
+def second_of(value, top, axis: tl.constexpr):
+    """The value after the greatest, which is the greatest itself where two tie."""
+    greatest = value == tl.expand_dims(top, axis)
+    rest = tl.max(tl.where(greatest, float("-inf"), value), axis)
+    return tl.where(tl.sum(greatest.to(tl.int32), axis) > 1, top, rest)
+
+
+@triton.jit
+def _merge_kernel(
+    top, total, moment, second,  # float32 [R, SPANS]
+    token,  # int32 [R, SPANS]
+    choice,  # float32 [R, SPANS] | None
+    choice_token,  # int32 [R, SPANS] | None
+    picked,  # float32 [R, SPANS] | None
+    active,  # bool [R] | None
+    out_token,  # int32 [R]
+    out_confidence, out_entropy, out_logsumexp,  # float32 [R]
+    spans,  # SPANS
+    vocabulary,  # V
+    CONFIDENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    wanted = True
+    if active is not None:
+        wanted = tl.load(active + row) != 0
+    if wanted:
+        lane = tl.arange(0, BLOCK)
+        inside = lane < spans
+        at = row * spans + lane
+        tops = tl.load(top + at, mask=inside, other=float("-inf"))
+        best = tl.max(tops, 0)
+        base = tl.where(best == float("-inf"), 0.0, best)
+        share = tl.exp(tops - base)
+        totals = tl.load(total + at, mask=inside, other=0.0)
+        moments = tl.load(moment + at, mask=inside, other=0.0)
+        # A span of nothing but -inf has total 0 and an infinite distance: their product would be NaN.
+        moments = tl.where(totals == 0.0, 0.0, moments + (tops - base) * totals)
+        whole = tl.sum(totals * share, 0)
+        mean = tl.sum(moments * share, 0) / whole
+        winner = tl.argmax(tops, 0)
+        if choice is None:
+            value = best
+            chosen = tl.load(token + row * spans + winner)
+        else:
+            draw = tl.argmax(tl.load(choice + at, mask=inside, other=float("-inf")), 0)
+            value = tl.load(picked + row * spans + draw)
+            chosen = tl.load(choice_token + row * spans + draw)
+        entropy = tl.log(whole) - mean
+        if CONFIDENCE == "probability":
+            sure = tl.exp(value - base) / whole
+        elif CONFIDENCE == "margin":
+            seconds = tl.load(second + at, mask=inside, other=float("-inf"))
+            after = tl.maximum(tl.max(seconds, 0), tl.max(tl.where(lane == winner, float("-inf"), tops), 0))
+            sure = (1.0 - tl.exp(after - base)) / whole
+        else:
+            sure = -entropy
+        defined = (best > float("-inf")) & (best < float("inf")) & (whole > 0.0)
+        tl.store(out_token + row, tl.minimum(tl.maximum(chosen, 0), vocabulary - 1))
+        tl.store(out_confidence + row, tl.where(defined, sure, float("nan")))
+        tl.store(out_entropy + row, tl.where(defined, entropy, float("nan")))
+        # log(0) + 0 for a row that is all -inf; +inf stays +inf, NaN stays NaN.
+        logsumexp = base + tl.log(whole)
+        tl.store(out_logsumexp + row, tl.where(best == float("inf"), best, logsumexp))
+    else:
+        tl.store(out_token + row, -1)
+        tl.store(out_confidence + row, float("-inf"))
+        tl.store(out_entropy + row, float("inf"))
+        tl.store(out_logsumexp + row, float("-inf"))
+
+
+def merge(statistics, choices, active, *, rows, spans, vocabulary, confidence):
+    """statistics, choices: arrays [R, SPANS] by the names above; choices may be None. Returns the four results, each [R]."""
+    block = max(16, triton.next_power_of_2(spans))
+    return launch(
+        _merge_kernel,
+        (rows,),
+        inputs={**statistics, **(choices or dict.fromkeys(CHOICES)), "active": active},
+        outputs={
+            "out_token": Out((rows,), "int32"),
+            **{f"out_{name}": Out((rows,), "float32") for name in ("confidence", "entropy", "logsumexp")},
+        },
+        scalars={"spans": spans, "vocabulary": vocabulary},
+        constants={"CONFIDENCE": confidence, "BLOCK": block},
+        num_warps=4 if block <= 2048 else 8,
+    )

@@ -1,0 +1,340 @@
+"""Scores of tokens from logits, read once; and the unmasking of the most confident, by counting ranks."""
+
+import triton
+import triton.language as tl
+
+from dlm_kernels.triton_kernels import scores
+from dlm_kernels.triton_kernels.launch import Out, launch, strides
+from dlm_kernels.triton_kernels.numerics import GREATEST_GUMBEL, gumbel, mixed, tanh
+
+_SPAN = 8192  # tokens per program, in registers
+_MAX_LENGTH = 8192  # positions of a row, in registers
+
+
+@triton.jit
+def _span_logits(
+    logits, unconditional, guidance_scale, banned, row, token, start, vocabulary, banned_count,
+    logits_r, logits_v, unconditional_r, unconditional_v, SOFT_CAP: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """float32 [SPAN]: the logits of a span, mixed, capped and banned; -inf past the vocabulary."""
+    inside = token < vocabulary
+    value = tl.load(logits + row * logits_r + token * logits_v, mask=inside, other=0).to(tl.float32)
+    if unconditional is not None:
+        other = tl.load(unconditional + row * unconditional_r + token * unconditional_v, mask=inside, other=0)
+        value = mixed(value, other.to(tl.float32), tl.load(guidance_scale + row))
+    if SOFT_CAP is not None:
+        value = SOFT_CAP * tanh(value / SOFT_CAP)
+    value = tl.where(inside, value, float("-inf"))
+    if banned is not None:
+        for i in range(banned_count):
+            ban = tl.load(banned + i)
+            if (ban >= start) & (ban < start + SPAN):
+                value = tl.where(token == ban, float("-inf"), value)
+    return value
+
+
+@triton.jit
+def _score_kernel(
+    logits,  # [R, V]
+    unconditional,  # [R, V] | None
+    guidance_scale,  # float32 [R] | None
+    temperature,  # float32 [R] | None; given only where the distribution is tempered
+    active,  # bool [R] | None
+    banned,  # int32 [M] | None
+    top, total, moment, second,  # float32 [R, SPANS]
+    token,  # int32 [R, SPANS]
+    vocabulary,  # V
+    banned_count,  # M
+    logits_r, logits_v, unconditional_r, unconditional_v,
+    SOFT_CAP: tl.constexpr,
+    SECOND: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    wanted = True
+    if active is not None:
+        wanted = tl.load(active + row) != 0
+    if wanted:
+        start = tl.program_id(0) * SPAN
+        tokens = start.to(tl.int64) + tl.arange(0, SPAN)
+        value = _span_logits(
+            logits, unconditional, guidance_scale, banned, row, tokens, start, vocabulary, banned_count,
+            logits_r, logits_v, unconditional_r, unconditional_v, SOFT_CAP, SPAN,
+        )  # fmt: skip
+        if temperature is not None:
+            heat = tl.load(temperature + row)
+            value = value / tl.where(heat > 0.0, heat, 1.0)
+        at = row * tl.num_programs(0) + tl.program_id(0)
+        tops, totals, moments = scores.summarize(value, 0)
+        tl.store(top + at, tops)
+        tl.store(total + at, totals)
+        tl.store(moment + at, moments)
+        if SECOND:
+            tl.store(second + at, scores.second_of(value, tops, 0))
+        tl.store(token + at, start + tl.argmax(value, 0))
+
+
+@triton.jit
+def _draw_kernel(
+    logits,  # [R, V]
+    unconditional,  # [R, V] | None
+    guidance_scale,  # float32 [R] | None
+    temperature,  # float32 [R]
+    key_data,  # uint32 [R, 2] | None
+    counter_row,  # int32 [R] | None
+    noise,  # float32 [R, V] | None
+    active,  # bool [R] | None
+    banned,  # int32 [M] | None
+    top,  # float32 [R, SPANS], of the spans' statistics
+    token,  # int32 [R, SPANS]
+    choice,  # float32 [R, SPANS]
+    choice_token,  # int32 [R, SPANS]
+    picked,  # float32 [R, SPANS]
+    vocabulary,  # V
+    spans,  # SPANS
+    banned_count,  # M
+    logits_r, logits_v, unconditional_r, unconditional_v, noise_r, noise_v,
+    TEMPERED: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least SPANS
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    wanted = True
+    if active is not None:
+        wanted = tl.load(active + row) != 0
+    if wanted:
+        heat = tl.load(temperature + row)
+        hot = heat > 0.0
+        divisor = tl.where(hot, heat, 1.0)
+        lane = tl.arange(0, BLOCK)
+        tops = tl.load(top + row * spans + lane, mask=lane < spans, other=float("-inf"))
+        at = row * spans + tl.program_id(0)
+        mine = tl.load(top + at)
+        best = tl.max(tops, 0)
+        if not TEMPERED:
+            mine = mine / divisor
+            best = best / divisor
+        # What the row's greatest logit draws is beaten only by a span that comes within the greatest draw of it.
+        reach = best
+        if noise is None:
+            likely = tl.load(token + row * spans + tl.argmax(tops, 0))
+            key0 = tl.load(key_data + 2 * row)
+            key1 = tl.load(key_data + 2 * row + 1)
+            first = tl.load(counter_row + row).to(tl.int64) * vocabulary
+            if hot:
+                reach = best + gumbel(key0, key1, first + likely) - GREATEST_GUMBEL
+        else:
+            reach = tl.where(hot, float("-inf"), best)
+        if mine < reach:
+            tl.store(choice + at, float("-inf"))
+            tl.store(choice_token + at, 0)
+            tl.store(picked + at, float("-inf"))
+        else:
+            start = tl.program_id(0) * SPAN
+            tokens = start.to(tl.int64) + tl.arange(0, SPAN)
+            value = _span_logits(
+                logits, unconditional, guidance_scale, banned, row, tokens, start, vocabulary, banned_count,
+                logits_r, logits_v, unconditional_r, unconditional_v, SOFT_CAP, SPAN,
+            )  # fmt: skip
+            tempered = value / divisor
+            drawn = tempered
+            if hot:
+                if noise is None:
+                    drawn = tempered + gumbel(key0, key1, first + tokens)
+                else:
+                    at_noise = noise + row * noise_r + tokens * noise_v
+                    drawn = tempered + tl.load(at_noise, mask=tokens < vocabulary, other=0.0)
+            if TEMPERED:
+                value = tempered
+            winner = tl.argmax(drawn, 0)
+            tl.store(choice + at, tl.max(drawn, 0))
+            tl.store(choice_token + at, start + winner)
+            tl.store(picked + at, tl.max(tl.where(tl.arange(0, SPAN) == winner, value, float("-inf")), 0))
+
+
+def supports_score_tokens(
+    logits, unconditional, guidance_scale, temperature, key_data, counter_row, noise, active, banned, **static
+) -> str | None:
+    return None
+
+
+def score_tokens(
+    logits,
+    unconditional,
+    guidance_scale,
+    temperature,
+    key_data,
+    counter_row,
+    noise,
+    active,
+    banned,
+    *,
+    confidence,
+    tempered_confidence,
+    logits_soft_cap,
+):
+    """logits, unconditional [R,V]; guidance_scale, temperature float32 [R]; key_data uint32 [R,2]; counter_row int32 [R];
+    noise float32 [R,V]; active bool [R]; banned int32 [M]. Returns token int32, confidence, entropy, logsumexp float32, each [R].
+    """
+    rows, vocabulary = logits.shape
+    spans = triton.cdiv(vocabulary, _SPAN)
+    source = {"logits": logits, "unconditional": unconditional, "guidance_scale": guidance_scale}
+    sizes = {
+        "vocabulary": vocabulary,
+        "banned_count": 0 if banned is None else banned.shape[0],
+        **strides(logits, "logits_r logits_v"),
+        **strides(logits if unconditional is None else unconditional, "unconditional_r unconditional_v"),
+    }
+    constants = {"SOFT_CAP": logits_soft_cap, "SPAN": _SPAN}
+    per_span = {name: Out((rows, spans), dtype) for name, dtype in scores.STATISTICS.items()}
+    statistics = launch(
+        _score_kernel,
+        (spans, rows),
+        inputs={**source, "temperature": temperature if tempered_confidence else None, "active": active, "banned": banned},
+        outputs=per_span,
+        scalars=sizes,
+        constants={**constants, "SECOND": confidence == "margin"},
+        num_warps=8,
+    )
+    statistics = dict(zip(per_span, statistics))
+    choices = None
+    if temperature is not None:
+        drawn = {name: Out((rows, spans), dtype) for name, dtype in scores.CHOICES.items()}
+        choices = launch(
+            _draw_kernel,
+            (spans, rows),
+            inputs={
+                **source, "temperature": temperature, "key_data": None if noise is not None else key_data,
+                "counter_row": None if noise is not None else counter_row, "noise": noise, "active": active,
+                "banned": banned, "top": statistics["top"], "token": statistics["token"],
+            },
+            outputs=drawn,
+            scalars={**sizes, "spans": spans, **strides(logits if noise is None else noise, "noise_r noise_v")},
+            constants={
+                **constants, "TEMPERED": tempered_confidence, "BLOCK": max(16, triton.next_power_of_2(spans)),
+            },
+            num_warps=8,
+        )  # fmt: skip
+        choices = dict(zip(drawn, choices))
+    return scores.merge(
+        statistics, choices, active, rows=rows, spans=spans, vocabulary=vocabulary, confidence=confidence
+    )
+
+
+@triton.jit
+def _topk_kernel(
+    tokens, proposal,  # int32 [B, L]
+    confidence,  # float32 [B, L]
+    entropy,  # float32 [B, L] | None
+    eligible,  # bool [B, L]
+    editable,  # bool [B, L] | None
+    num_unmask,  # int32 [B] | None
+    threshold, factor, entropy_budget, edit_threshold,  # float32 [B] | None
+    out_tokens,  # int32 [B, L]
+    unmasked,  # bool [B, L]
+    count,  # int32 [B]
+    length,  # L
+    BLOCK: tl.constexpr,  # a power of two, at least L
+    OTHERS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < length
+    row = b * length
+    open_ = (tl.load(eligible + row + at, mask=inside, other=0) != 0) & inside
+    raw = tl.load(confidence + row + at, mask=inside, other=float("-inf"))
+    sure = tl.where(raw != raw, float("-inf"), raw)
+    order = sure
+    if entropy_budget is not None:
+        mine = tl.load(entropy + row + at, mask=inside, other=float("inf"))
+        order = tl.where(mine != mine, float("-inf"), -mine)
+    rank = tl.zeros([BLOCK], tl.int32)
+    spent = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, length, OTHERS):
+        j = start + tl.arange(0, OTHERS)
+        there = j < length
+        there &= tl.load(eligible + row + j, mask=there, other=0) != 0
+        if entropy_budget is None:
+            other = tl.load(confidence + row + j, mask=there, other=float("-inf"))
+            other = tl.where(other != other, float("-inf"), other)
+        else:
+            uncertain = tl.load(entropy + row + j, mask=there, other=0.0)
+            other = tl.where(uncertain != uncertain, float("-inf"), -uncertain)
+        first = other[None, :] > order[:, None]
+        first |= (other[None, :] == order[:, None]) & (j[None, :] < at[:, None])
+        first &= there[None, :]
+        rank += tl.sum(first.to(tl.int32), 1)
+        if entropy_budget is not None:
+            spent += tl.sum(tl.where(first, uncertain[None, :], 0.0), 1)
+    all_open = tl.sum(open_.to(tl.int32), 0)
+    n = 0
+    if num_unmask is not None:
+        n = tl.maximum(n, tl.load(num_unmask + b))
+    if threshold is not None:
+        above = open_ & (sure > tl.load(threshold + b))
+        n = tl.maximum(n, tl.maximum(1, tl.sum(above.to(tl.int32), 0)))
+    if factor is not None:
+        failed = open_ & (rank > 0) & (sure < 1.0 - tl.load(factor + b) / (rank + 2).to(tl.float32))
+        n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
+    if entropy_budget is not None:
+        within = spent <= tl.load(entropy_budget + b)
+        failed = open_ & (rank > 0) & (within == 0)
+        n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
+    taken = open_ & (rank < n)
+    changed = taken
+    if editable is not None:
+        may = (tl.load(editable + row + at, mask=inside, other=0) != 0) & inside
+        changed |= may & (raw > tl.load(edit_threshold + b))
+    before = tl.load(tokens + row + at, mask=inside, other=0)
+    after = tl.load(proposal + row + at, mask=inside, other=0)
+    tl.store(out_tokens + row + at, tl.where(changed, after, before), mask=inside)
+    tl.store(unmasked + row + at, taken, mask=inside)
+    tl.store(count + b, tl.minimum(tl.maximum(n, 0), all_open))
+
+
+def supports_unmask_topk(tokens, *operands, **rules) -> str | None:
+    if tokens.shape[1] > _MAX_LENGTH:
+        return f"a row is ranked in registers, so at most {_MAX_LENGTH} positions, and tokens has {tokens.shape[1]}"
+    return None
+
+
+def unmask_topk(
+    tokens,
+    proposal,
+    confidence,
+    entropy,
+    eligible,
+    editable,
+    num_unmask,
+    threshold,
+    factor,
+    entropy_budget,
+    edit_threshold,
+):
+    """tokens, proposal int32, confidence, entropy float32, eligible, editable bool, each [B,L]; the rules [B], num_unmask int32,
+    the others float32.
+
+    Returns tokens int32 [B,L], unmasked bool [B,L], count int32 [B].
+    """
+    batch, length = tokens.shape
+    block = max(16, triton.next_power_of_2(length))
+    return launch(
+        _topk_kernel,
+        (batch,),
+        inputs={
+            "tokens": tokens, "proposal": proposal, "confidence": confidence,
+            "entropy": entropy if entropy_budget is not None else None, "eligible": eligible,
+            "editable": editable if edit_threshold is not None else None, "num_unmask": num_unmask,
+            "threshold": threshold, "factor": factor, "entropy_budget": entropy_budget,
+            "edit_threshold": edit_threshold if editable is not None else None,
+        },
+        outputs={
+            "out_tokens": Out((batch, length), "int32"),
+            "unmasked": Out((batch, length), "bool"),
+            "count": Out((batch,), "int32"),
+        },
+        scalars={"length": length},
+        constants={"BLOCK": block, "OTHERS": max(1, min(block, 8192 // block))},
+        num_warps=4 if block <= 1024 else 8,
+    )  # fmt: skip

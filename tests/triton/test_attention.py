@@ -1,0 +1,103 @@
+"""Attention in Triton's interpreter, forward and backward, against the plain implementation in float32.
+
+70 keys and 45 queries divide no tile; 3 query heads per kv head are packed; a head of 24 is padded to 32; 1100 keys take the
+split path. The interpreter runs a program at a time, so there is one shape of each kind.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels import attention, masks
+from dlm_kernels.triton_kernels import attention as kernels
+from dlm_kernels.xla import attention as plain
+
+B, T, S, K, G, H = 2, 45, 70, 2, 3, 24
+
+
+def inputs(t=T, s=S, g=G, h=H, dtype="float32"):
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = [(B, t, K * g, h), (B, s, K, h), (B, s, K, h), (B, t, K * g, h), (B, K * g, t)]
+    return [np.array(jax.random.normal(k, shape).astype(dtype)) for k, shape in zip(keys, shapes)]
+
+
+def intervals(pairs, t, s):
+    """Random disjoint runs in order, some empty; the last batch row's queries 3 and 4 see nothing."""
+    ends = np.sort(np.random.default_rng(1).integers(0, s + 1, (B, t, 2 * pairs)), axis=-1).astype(np.int32)
+    ends[:, 0] = np.array([0, s, s, s])[: 2 * pairs]
+    ends[1, 3:5] = 0
+    return ends
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 2])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("t, s, g", [(T, S, G), (1, S, 1), (3, 1100, G)])
+def test_forward_and_backward(pairs, cap, t, s, g):
+    query, key, value, dout, dlse = inputs(t, s, g)
+    bounds = intervals(pairs, t, s) if pairs else None
+    if pairs:
+        dlse[1, :, 3:5] = 0
+    options = dict(scale=0.3, logits_soft_cap=cap)
+    out, lse = kernels.attention_forward(query, key, value, bounds, None, **options)
+    expected, expected_lse = plain.attention_forward(query, key, value, bounds, None, **options)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=2e-6)
+    if s > 1000:
+        return
+    arguments = (query, key, value, bounds, None, out, lse, dout, dlse)
+    got = kernels.attention_backward(*arguments, **options)
+    for mine, other in zip(got, plain.attention_backward(*arguments, **options)):
+        assert np.linalg.norm(mine - other) <= 3e-6 * np.linalg.norm(other)
+
+
+def test_unseen_keys_change_no_bit():
+    query, key, value, dout, dlse = inputs()
+    bounds = np.zeros((1, T, 4), np.int32)
+    bounds[:, :] = [3, 20, 40, 61]
+    options = dict(scale=0.2, logits_soft_cap=None)
+
+    def run(key, value):
+        out, lse = kernels.attention_forward(query, key, value, bounds, None, **options)
+        return (out, lse, *kernels.attention_backward(
+            query, key, value, bounds, None, out, lse, dout, dlse, **options
+        ))  # fmt: skip
+
+    clean = run(key, value)
+    for array in (key, value):
+        array[:, :3] = array[:, 20:40] = np.nan
+        array[:, 61:] = np.inf
+    for mine, other in zip(run(key, value), clean):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    query, key, value, _, _ = inputs(3, 1100)
+    bounds = intervals(2, 3, 1100)
+    options = dict(scale=0.2, logits_soft_cap=None)
+    both = kernels.attention_forward(query, key, value, bounds, None, **options)
+    alone = kernels.attention_forward(query[1:], key[1:], value[1:], bounds[1:], None, **options)
+    np.testing.assert_array_equal(both[0][1:], alone[0])
+
+
+def test_half_precision_within_one_and_a_half_times_the_plain_error():
+    half = inputs(dtype="float16")[:3]
+    exact = plain.attention_forward(*[x.astype("float32") for x in half], None, None, scale=0.2, logits_soft_cap=None)[0]
+    options = dict(scale=0.2, logits_soft_cap=None)
+    mine = kernels.attention_forward(*half, None, None, **options)[0]
+    other = plain.attention_forward(*half, None, None, **options)[0]
+    assert mine.dtype == np.float16
+    error = [np.linalg.norm(np.asarray(x, np.float32) - exact) for x in (mine, other)]
+    assert error[0] <= 1.5 * error[1]
+
+
+def test_through_the_operation_under_vmap_and_grad():
+    query, key, value, dout, _ = (jnp.asarray(x) for x in inputs(9, 20, 1, 16))
+    mask = masks.KeyIntervals(jnp.zeros((1, 9), jnp.int32), jnp.arange(9, dtype=jnp.int32)[None] * 2)
+
+    def loss(q, implementation):
+        run = jax.vmap(lambda q: attention(q, key, value, mask=mask, implementation=implementation))
+        return jnp.sum(run(jnp.stack([q, 2 * q])) * dout)
+
+    got, expected = (jax.grad(loss)(query, name) for name in ("triton", "xla"))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,92 @@
+"""The fused LM head in Triton's interpreter, against the plain implementation in float32.
+
+300 tokens are three spans of 128, the last one short; 37 rows are two row tiles of float32; 40 columns divide no tile.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels import masked_cross_entropy
+from dlm_kernels.triton_kernels import lm_head as kernels
+from dlm_kernels.xla import lm_head as plain
+
+R, V, D = 37, 300, 40
+
+
+def operands(dtype="float32"):
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = np.array(jax.random.normal(keys[0], (R, D)).astype(dtype))
+    weight = np.array((jax.random.normal(keys[1], (V, D)) / 3).astype(dtype))
+    return hidden, weight, keys
+
+
+@pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
+@pytest.mark.parametrize("case", ["greedy", "sampled", "tempered", "noise", "rounded"])
+def test_scores(confidence, case):
+    hidden, weight, keys = operands()
+    active = np.asarray(jax.random.bernoulli(keys[2], 0.8, (R,)))
+    hidden[~active] = np.nan
+    temperature = key_data = counter_row = noise = None
+    if case in ("sampled", "tempered", "noise"):
+        temperature = 0.2 + np.asarray(jax.random.uniform(keys[3], (R,)))
+        temperature = np.where(np.arange(R) % 4, temperature, 0).astype(np.float32)
+    if case in ("sampled", "tempered"):
+        key_data = np.asarray(jax.random.key_data(jax.random.split(keys[3], R)))
+        counter_row = np.arange(R, dtype=np.int32) * 77
+    if case == "noise":
+        noise = np.asarray(jax.random.gumbel(keys[3], (R, V)))
+    options = dict(
+        confidence=confidence,
+        tempered_confidence=case == "tempered",
+        logits_soft_cap=5.0 if case == "greedy" else None,
+        logits_dtype=jnp.dtype("float16") if case == "rounded" else None,
+    )
+    banned = np.array([7, -3, 299, 400], np.int32)
+    arguments = (hidden, weight, temperature, key_data, counter_row, noise, active, banned)
+    got = kernels.lm_head_scores(*arguments, **options)
+    expected = plain.lm_head_scores(*arguments, **options)
+    # Rounded logits that fall on either side of a float16 boundary differ by its spacing.
+    rtol, atol = (2e-3, 1e-4) if case == "rounded" else (5e-5, 5e-6)
+    np.testing.assert_array_equal(got[0], expected[0])
+    for mine, other in zip(got[1:], expected[1:]):
+        np.testing.assert_allclose(mine, other, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [16384, 128])
+def test_loss_and_gradients(cap, chunk, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK", chunk)
+    hidden, weight, keys = operands()
+    active = np.asarray(jax.random.bernoulli(keys[2], 0.6, (R,)))
+    hidden[~active] = np.nan
+    targets = np.array(jax.random.randint(keys[3], (R,), 0, V, jnp.int32))
+    targets[~active] = -7
+    dloss = np.asarray(jax.random.normal(keys[1], (R,)))
+    loss, lse = kernels.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=cap)
+    expected, expected_lse = plain.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=cap)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse[active], expected_lse[active], rtol=1e-6)
+    got = kernels.masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, logits_soft_cap=cap)
+    safe = np.where(active[:, None], hidden, 0)
+    want = plain.masked_cross_entropy_backward(safe, weight, targets, active, lse, dloss, logits_soft_cap=cap)
+    for mine, other in zip(got, want):
+        assert np.linalg.norm(mine - other) <= 2e-6 * np.linalg.norm(other)
+
+
+def test_a_target_outside_gives_nan_and_the_loss_differentiates():
+    hidden, weight, keys = operands()
+    hidden, weight = jnp.asarray(hidden)[None], jnp.asarray(weight)
+    targets = jax.random.randint(keys[3], (1, R), 0, V, jnp.int32)
+    weights = jnp.where(jnp.arange(R) % 3 == 0, 0, 1.5)[None]
+
+    def loss(hidden, weight, implementation):
+        return masked_cross_entropy(hidden, weight, targets, weights, implementation=implementation)
+
+    got = jax.grad(loss, (0, 1))(hidden, weight, "triton")
+    expected = jax.grad(loss, (0, 1))(hidden, weight, "xla")
+    for mine, other in zip(got, expected):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
+    spoilt = masked_cross_entropy(hidden, weight, targets.at[0, 1].set(V), weights, reduction="none", implementation="triton")
+    assert np.isnan(spoilt[0, 1]) and np.isfinite(spoilt[0, 2:]).all()

@@ -1,0 +1,137 @@
+"""Token scores and unmasking in Triton's interpreter, against the plain implementation in float32.
+
+The interpreter runs a program at a time, so the grid is small; the vocabulary of 8500 crosses one span's edge (8192), the other
+fits within one. float16 stands for the half types: the interpreter's bfloat16 is wrong.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels import score_tokens
+from dlm_kernels.triton_kernels import unmask as kernels
+from dlm_kernels.xla import unmask as plain
+
+R = 5
+
+
+def scored(module, logits, *, unconditional=None, scale=None, temperature=None, noise=None, active=None, banned=None,
+           counters=True, confidence="probability", tempered=False, cap=None):  # fmt: skip
+    keys = None
+    rows = None
+    if temperature is not None and counters:
+        keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(7), logits.shape[0])))
+        # A row this far into the draw passes 2**32 elements.
+        rows = np.array([0, 1, 900_000, 3, 4], np.int32)
+    return [
+        np.asarray(x)
+        for x in module.score_tokens(
+            logits, unconditional, scale, temperature, keys, rows, noise, active, banned,
+            confidence=confidence, tempered_confidence=tempered, logits_soft_cap=cap,
+        )
+    ]  # fmt: skip
+
+
+def logits_of(seed, v, dtype):
+    return np.array(4 * jax.random.normal(jax.random.key(seed), (R, v), jnp.float32).astype(dtype))
+
+
+def assert_same(got, expected):
+    np.testing.assert_array_equal(got[0], expected[0])
+    for mine, other in zip(got[1:], expected[1:]):
+        np.testing.assert_allclose(mine, other, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
+@pytest.mark.parametrize("v", [1, 37, 8500])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_greedy(confidence, v, dtype):
+    logits = logits_of(0, v, dtype)
+    got = scored(kernels, logits, confidence=confidence)
+    assert_same(got, scored(plain, logits, confidence=confidence))
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+@pytest.mark.parametrize("v", [37, 8500])
+def test_everything_at_once(tempered, v):
+    options = dict(
+        unconditional=logits_of(1, v, "float32"), scale=np.array([0, 1, 2.5, 0.5, -1], np.float32), cap=20.0,
+        temperature=np.array([0, 0.7, 1.5, 0.2, 1], np.float32), active=np.array([1, 1, 1, 0, 1], bool),
+        banned=np.array([3, v + 5, -1, v - 1], np.int32), tempered=tempered,
+    )  # fmt: skip
+    logits = logits_of(2, v, "float32")
+    assert_same(scored(kernels, logits, **options), scored(plain, logits, **options))
+
+
+def test_noise_from_outside():
+    logits = logits_of(3, 300, "float32")
+    noise = np.asarray(jax.random.gumbel(jax.random.key(4), logits.shape)) * 30  # beyond any bound of a true draw
+    options = dict(temperature=np.full(R, 0.9, np.float32), noise=noise, counters=False)
+    assert_same(scored(kernels, logits, **options), scored(plain, logits, **options))
+
+
+def test_samples_are_jax_own():
+    """Through the public operation, from a key, under jit."""
+    logits = jax.random.normal(jax.random.key(5), (2, 3, 8200))
+    key = jax.random.key(6)
+    drawn = jnp.argmax(logits / 0.8 + jax.random.gumbel(key, logits.shape), axis=-1)
+    scores = jax.jit(lambda x: score_tokens(x, temperature=0.8, key=key, implementation="triton"))(logits)
+    np.testing.assert_array_equal(scores.token, drawn)
+
+
+def test_a_spoilt_row_says_so_and_spoils_no_other():
+    logits = logits_of(8, 8300, "float32")
+    clean = scored(kernels, logits)
+    for row, (value, where) in enumerate([(np.nan, 8250), (np.inf, 3), (-np.inf, slice(None))]):
+        logits[row, where] = value
+    token, confidence, entropy, _ = scored(kernels, logits)
+    assert np.isnan(confidence[:3]).all() and np.isnan(entropy[:3]).all()
+    assert ((0 <= token) & (token < 8300)).all()
+    np.testing.assert_array_equal(confidence[3:], clean[1][3:])
+
+
+def test_inactive_rows_are_not_read():
+    logits = logits_of(9, 64, "float32")
+    logits[1] = np.nan
+    token, confidence, entropy, logsumexp = scored(kernels, logits, active=np.array([1, 0, 1, 1, 1], bool))
+    assert (token[1], confidence[1], entropy[1], logsumexp[1]) == (-1, -np.inf, np.inf, -np.inf)
+
+
+def test_ties_go_to_the_lowest_id():
+    logits = np.zeros((R, 8400), np.float32)
+    logits[:, [8391, 8200, 50]] = 3
+    token, margin, _, _ = scored(kernels, logits, confidence="margin")
+    assert (token == 50).all() and (margin == 0).all()
+
+
+RULES = {
+    "number": dict(num_unmask=np.array([0, 3, 99], np.int32)),
+    "threshold": dict(threshold=np.array([0.5, 2.0, -1.0], np.float32)),
+    "factor": dict(factor=np.array([0.4, 1.5, 0.0], np.float32)),
+    "entropy": dict(entropy_budget=np.array([0.3, 2.0, -1.0], np.float32)),
+    "number or threshold": dict(num_unmask=np.array([2, 2, 2], np.int32), threshold=np.full(3, 0.7, np.float32)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", [1, 29, 130])
+@pytest.mark.parametrize("edits", [False, True])
+def test_unmasking(rule, length, edits):
+    keys = jax.random.split(jax.random.key(10), 6)
+    shape = (3, length)
+    tokens, proposal = (np.array(jax.random.randint(k, shape, 0, 50, jnp.int32)) for k in keys[:2])
+    # Quarters, so that many tie.
+    confidence = np.array(jnp.round(jax.random.uniform(keys[2], shape) * 8) / 8)
+    confidence[0, ::5] = np.nan
+    entropy = np.asarray(jax.random.uniform(keys[3], shape))
+    eligible, editable = (np.array(jax.random.bernoulli(k, 0.6, shape)) for k in keys[4:])
+    eligible[1] &= length > 1
+    editable &= ~eligible
+    edit = (editable, np.full(3, 0.6, np.float32)) if edits else (None, None)
+    rules = dict.fromkeys(("num_unmask", "threshold", "factor", "entropy_budget")) | RULES[rule]
+    arguments = (tokens, proposal, confidence, entropy, eligible, edit[0], *rules.values(), edit[1])
+    got = kernels.unmask_topk(*arguments)
+    expected = plain.unmask_topk(*arguments)
+    for mine, other, name in zip(got, expected, ("tokens", "unmasked", "count")):
+        np.testing.assert_array_equal(mine, other, err_msg=name)
