@@ -49,7 +49,7 @@ def _parser():
     add("--edit-threshold", type=float, help="replace committed tokens where the model is this sure of another")
     add("--remask", type=float, metavar="SHARE", help="mask this share of doubtful tokens anew after each pass")
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
-    add("--temperature", type=float, help="0 is greedy (default: 0.7, and 0 with --drafts)")
+    add("--temperature", type=float, help="0 is greedy (default: 1, and 0 with --drafts)")
     add("--seed", type=int)
     add("--ban", action="append", default=[], metavar="TEXT", help="use no token that contains TEXT")
     add("--guidance", type=float, help="guidance scale; 1, the default, is none")
@@ -94,7 +94,7 @@ def _parser():
 
     evaluate = command("evaluate", _evaluate, "measure held-out bits per byte and infilling")
     _model(evaluate)
-    evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole of 8 tokens")
+    evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole (default: %(default)s)")
     evaluate.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
     evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s)")
     evaluate.add_argument("--files", type=int, default=None, help="use this many held-out files only")
@@ -124,7 +124,7 @@ def _generate(options):
     if options.drafts and options.html:
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")
     named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
-    named.setdefault("temperature", 0.0 if options.drafts else 0.7)
+    named.setdefault("temperature", 0.0 if options.drafts else 1.0)
     named["length"] = options.block if options.length is None else options.length
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     console = Console()

@@ -169,3 +169,15 @@ def test_decoders_side_by_side(saved):
 def test_parse_share_and_headers():
     assert evaluate.parse_share(["x = 1", "def f(:", "a\0b", "def f():\n    pass"]) == 0.5
     assert evaluate.held_out_headers(["import os\n\ndef f(a):\n    pass\n\nclass A:\n    pass\n"], 5) == ["def f(a):"]
+
+
+def test_the_model_that_comes_with_the_package():
+    """Small, whole, and better than a guess: it closes what Python cannot leave open."""
+    files = {path.name: path.stat().st_size for path in checkpoint.SHIPPED.iterdir()}
+    assert files.keys() == {"model.safetensors", "config.json", "tokenizer.json", "MODEL_CARD.md"}
+    assert sum(files.values()) < 16e6
+    model = checkpoint.load(dtype=np.float32)
+    board = generate.generate(
+        model, ["import os\nimport sys\n\n\ndef main(argv):\n    return<mask:1>argv[1:<mask:1>\n"], steps=1
+    )
+    assert board.texts[0].endswith("[1:]\n")

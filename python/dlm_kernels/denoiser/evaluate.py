@@ -114,13 +114,14 @@ def held_out_headers(texts, most):
     return found[:most]
 
 
-def report(model, texts, *, steps=4, implementation=None):
-    """Everything measured of the model itself, as a dict of numbers."""
-    return {
+def report(model, texts, *, cases=256, steps=4, implementation=None):
+    """Everything measured of the model itself, as a dict; holes of 1, 4 and 8 tokens are filled in at most `steps` passes."""
+    options = dict(implementation=implementation)
+    numbers = {
         "held_out_bytes": sum(len(text.encode()) for text in texts),
-        "bits_per_byte": bits_per_byte(model, texts, implementation=implementation),
-        "autoregressive_bits_per_byte": bits_per_byte(
-            model, texts, block_size=1, draws=1, implementation=implementation
-        ),
-        **infilling(model, texts, steps=steps, implementation=implementation),
+        "bits_per_byte": bits_per_byte(model, texts, **options),
+        "autoregressive_bits_per_byte": bits_per_byte(model, texts, block_size=1, draws=1, **options),
     }
+    for hole in (1, 4, 8):
+        numbers[f"hole_of_{hole}"] = infilling(model, texts, cases=cases, hole=hole, steps=min(hole, steps), **options)
+    return numbers
