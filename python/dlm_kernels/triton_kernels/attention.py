@@ -26,19 +26,24 @@ def _attend(
     query,  # [BLOCK_M, BLOCK_H]
     key, value,  # of this batch row and kv head: [S, H]
     start, stop,  # int32 [BLOCK_M]; the row sees keys in [start, stop)
-    s,  # int32 [BLOCK_N]
+    first,  # the tile's first key
     length,  # S
     key_s, key_h, value_s, value_h, scale,
     SOFT_CAP: tl.constexpr,
     MASKED: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. Where not MASKED, every row sees all of it."""
     h = tl.arange(0, BLOCK_H)
-    at_key = key + s.to(tl.int64)[None, :] * key_s + h[:, None] * key_h
-    at_value = value + s.to(tl.int64)[:, None] * value_s + h[None, :] * value_h
+    lane = tl.arange(0, BLOCK_N)
+    s = first + lane
+    # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
+    wide = tl.cast(first, tl.int64)
+    at_key = key + wide * key_s + (lane[None, :] * key_s + h[:, None] * key_h)
+    at_value = value + wide * value_s + (lane[:, None] * value_s + h[None, :] * value_h)
     if MASKED:
         k = tl.load(at_key, mask=(s < length)[None, :] & (h < H)[:, None], other=0)
     elif H < BLOCK_H:
@@ -110,7 +115,6 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    lane = tl.arange(0, BLOCK_N)
     for pair in range(PAIRS if PAIRS > 0 else 1):
         if PAIRS > 0:
             at_bounds = bounds + b * bounds_b + t.to(tl.int64) * (2 * PAIRS) + 2 * pair
@@ -135,16 +139,16 @@ def _forward_kernel(
         inner_last = tl.maximum(tl.minimum(inner_last, last) // BLOCK_N * BLOCK_N, inner_first)
         for j in range(inner_first, inner_last, BLOCK_N):
             acc, best, total = _attend(
-                acc, best, total, q, key, value, start, stop, j + lane, length, key_s, key_h, value_s, value_h, scale,
-                SOFT_CAP, False, H, BLOCK_H, PRECISION,
+                acc, best, total, q, key, value, start, stop, j, length, key_s, key_h, value_s, value_h, scale,
+                SOFT_CAP, False, H, BLOCK_H, BLOCK_N, PRECISION,
             )  # fmt: skip
         left = tl.maximum(tl.cdiv(tl.minimum(inner_first, last) - first, BLOCK_N), 0)
         right = tl.maximum(tl.cdiv(last - inner_last, BLOCK_N), 0)
         for edge in range(0, left + right):
             j = tl.where(edge < left, first + edge * BLOCK_N, inner_last + (edge - left) * BLOCK_N)
             acc, best, total = _attend(
-                acc, best, total, q, key, value, start, stop, j + lane, length, key_s, key_h, value_s, value_h, scale,
-                SOFT_CAP, True, H, BLOCK_H, PRECISION,
+                acc, best, total, q, key, value, start, stop, j, length, key_s, key_h, value_s, value_h, scale,
+                SOFT_CAP, True, H, BLOCK_H, BLOCK_N, PRECISION,
             )  # fmt: skip
     none = total == 0.0
     acc = acc / tl.where(none, 1.0, total)[:, None]

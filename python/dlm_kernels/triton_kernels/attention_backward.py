@@ -107,10 +107,13 @@ def _dkdv_kernel(
         visible = _visible(bounds, b * bounds_b + t.to(tl.int64) * (2 * PAIRS), real, s, length, PAIRS)
         if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
             inside = real[:, None] & (h < H)[None, :]
-            at = b * query_b + t.to(tl.int64)[:, None] * query_t + n[:, None] * query_n + h[None, :] * query_h
-            q = tl.load(query + at, mask=inside, other=0)
-            at = b * dout_b + t.to(tl.int64)[:, None] * dout_t + n[:, None] * dout_n + h[None, :] * dout_h
-            do = tl.load(dout + at, mask=inside, other=0)
+            # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
+            wide = tl.cast(tile // GROUPS, tl.int64)
+            near = (t - tile // GROUPS)[:, None]
+            at = near * query_t + n[:, None] * query_n + h[None, :] * query_h
+            q = tl.load(query + (b * query_b + wide * query_t) + at, mask=inside, other=0)
+            at = near * dout_t + n[:, None] * dout_n + h[None, :] * dout_h
+            do = tl.load(dout + (b * dout_b + wide * dout_t) + at, mask=inside, other=0)
             at = (b * heads + n) * queries + t
             sums = tl.load(lse + at, mask=real, other=0.0)
             change = tl.load(delta + at, mask=real, other=0.0)
@@ -162,13 +165,15 @@ def _dq_kernel(
     key += b * key_b + kv_head * key_k
     value += b * value_b + kv_head * value_k
     at_bounds = b * bounds_b + t.to(tl.int64) * (2 * PAIRS)
+    lane = tl.arange(0, BLOCK_N)
     for first in range(0, length, BLOCK_N):
-        s = first + tl.arange(0, BLOCK_N)
+        s = first + lane
         visible = _visible(bounds, at_bounds, real, s, length, PAIRS)
         if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
             there = (s < length)[:, None] & (h < H)[None, :]
-            k = tl.load(key + s.to(tl.int64)[:, None] * key_s + h[None, :] * key_h, mask=there, other=0)
-            v = tl.load(value + s.to(tl.int64)[:, None] * value_s + h[None, :] * value_h, mask=there, other=0)
+            wide = tl.cast(first, tl.int64)
+            k = tl.load(key + wide * key_s + (lane[:, None] * key_s + h[None, :] * key_h), mask=there, other=0)
+            v = tl.load(value + wide * value_s + (lane[:, None] * value_s + h[None, :] * value_h), mask=there, other=0)
             _, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION)
             # Zero times the NaN of a key that no row sees would be NaN.
             k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0).to(q.dtype)
@@ -195,8 +200,8 @@ def _tiles(dtype: str, h: int) -> tuple[dict, int, int]:
     if dtype == "float32":
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
     if h > 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}, 8, 1
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}, 4 if h <= 64 else 8, 2
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 1
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}, 8, 2
 
 
 def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *, scale, logits_soft_cap):

@@ -1,0 +1,153 @@
+"""Compiles every kernel and configuration for one chip, with no GPU, and prints what ptxas says of each as JSON.
+
+    python tests/triton/compile_kernels.py 90
+
+Runs as a process of its own: the tests beside it have Triton's interpreter switched on, and that cannot compile.
+"""
+
+import concurrent.futures
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels.triton_kernels import attention, guidance, launch, lm_head, unmask
+
+
+def array(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention_cases():
+    """Model shapes: head sizes of LLaDA (128), small models (64), Gemma (256), one that is padded (96); G of 1, 4 and 8."""
+    for dtype, h, pairs, groups, cap, queries in [
+        ("bfloat16", 64, 1, 1, None, 1024),
+        ("bfloat16", 96, 1, 4, None, 1024),
+        ("bfloat16", 128, 0, 1, None, 1024),
+        ("bfloat16", 128, 1, 4, None, 1024),
+        ("bfloat16", 128, 2, 4, None, 1024),
+        ("bfloat16", 128, 1, 1, None, 32),
+        ("float16", 128, 1, 8, 30.0, 32),
+        ("bfloat16", 256, 2, 8, 50.0, 1024),
+        ("float32", 64, 1, 1, None, 1024),
+        ("float32", 128, 2, 4, None, 1024),
+    ]:
+        query = array(2, queries, 4 * groups, h, dtype=dtype)
+        key = array(2, 2048, 4, h, dtype=dtype)
+        bounds = array(2, queries, 2 * pairs, dtype="int32") if pairs else None
+        lse = array(2, 4 * groups, queries)
+        options = dict(scale=h**-0.5, logits_soft_cap=cap)
+        name = f"{dtype} H={h} pairs={pairs} G={groups} cap={cap} T={queries}"
+        yield f"forward {name}", lambda a=(query, key, key, bounds, None), o=options: attention.attention_forward(*a, **o)
+        if queries > 32:
+            backward = (query, key, key, bounds, None, query, lse, query, lse)
+            yield f"backward {name}", lambda a=backward, o=options: attention.attention_backward(*a, **o)
+
+
+def loss_gradient(*arguments):
+    return lm_head.masked_cross_entropy_backward(*arguments, logits_soft_cap=30.0)
+
+
+def vocabulary_cases():
+    """LLaDA's vocabulary; every option of the pipeline on, or none."""
+    rows, v, d = 128, 126464, 4096
+    per_row, keys = array(rows), array(rows, 2, dtype="uint32")
+    counters, active, banned = array(rows, dtype="int32"), array(rows, dtype="bool"), array(4, dtype="int32")
+    targets = counters
+    for dtype in ("bfloat16", "float32"):
+        logits, hidden, weight = array(rows, v, dtype=dtype), array(rows, d, dtype=dtype), array(v, d, dtype=dtype)
+        few = array(32, d, dtype=dtype)
+        plain = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None)
+        full = dict(confidence="margin", tempered_confidence=True, logits_soft_cap=30.0)
+        nothing = (None,) * 8
+        everything = (logits, per_row, per_row, keys, counters, None, active, banned)
+        sampled = (per_row, keys, counters, None, active, banned)
+        yield f"score {dtype}", lambda a=(logits, *nothing), o=plain: unmask.score_tokens(*a, **o)
+        yield f"score {dtype}, all options", lambda a=(logits, *everything), o=full: unmask.score_tokens(*a, **o)
+        for h in (few, hidden):
+            arguments = (h, weight, *nothing[:6])
+            yield (
+                f"head {dtype} R={h.shape[0]}",
+                lambda a=arguments, o=plain: lm_head.lm_head_scores(*a, **o, logits_dtype=None),
+            )
+        yield (
+            f"head {dtype}, all options",
+            lambda a=(hidden, weight, *sampled), o=full: lm_head.lm_head_scores(*a, **o, logits_dtype="bfloat16"),
+        )
+        loss = (hidden, weight, targets, active)
+        yield f"loss {dtype}", lambda a=loss: lm_head.masked_cross_entropy_forward(*a, logits_soft_cap=30.0)
+        gradient = (*loss, per_row, per_row)
+        yield f"loss gradient {dtype}", lambda a=gradient: jax.eval_shape(loss_gradient, *a)
+        yield f"mix {dtype}", lambda a=(logits, logits, per_row): guidance.mix_guidance(*a)
+        stacked = array(3, rows, v, dtype=dtype), array(3, rows)
+        yield f"combine {dtype}", lambda a=stacked: guidance.combine_guidance(*a)
+    for length in (32, 256, 4096):
+        tokens, sure = array(8, length, dtype="int32"), array(8, length)
+        flags, number, bound = array(8, length, dtype="bool"), array(8, dtype="int32"), array(8)
+        first = (tokens, tokens, sure, None, flags, flags, number, bound, bound, None, bound)
+        second = (tokens, tokens, sure, sure, flags, None, None, None, None, bound, None)
+        yield f"topk L={length}", lambda a=first: unmask.unmask_topk(*a)
+        yield f"topk by entropy L={length}", lambda a=second: unmask.unmask_topk(*a)
+
+
+def launches(function):
+    """What a leaf would launch on these shapes: pairs of a call and the dtypes of its arrays."""
+    found = []
+
+    def record(call, values):
+        dtypes = dict(zip(call.inputs, (str(value.dtype) for value in values)))
+        found.append((call, dtypes | {name: out.dtype for name, out in call.outputs}))
+        return [jnp.zeros(out.shape, out.dtype) for _, out in call.outputs]
+
+    launch._launch_jax = record
+    jax.eval_shape(function)
+    return found
+
+
+def compiled(call, dtypes):
+    kernel = launch.compile_call(call, dtypes)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        tool = launch.triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    ptx = kernel.asm["ptx"]
+    return {
+        "kernel": call.kernel.__name__,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": kernel.metadata.shared,
+        "tensor_core": "wgmma" if "wgmma" in ptx else "tcgen05" if "tcgen05.mma" in ptx else "mma" if "mma.sync" in ptx else "",
+    }
+
+
+def main(arch, wanted=""):
+    launch.arch = lambda: arch
+    seen, rows = set(), []
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pending = []
+        for name, function in [*attention_cases(), *vocabulary_cases()]:
+            if wanted not in name:
+                continue
+            for call, dtypes in launches(function):
+                # Grids and most sizes are not compiled in; Triton's own cache would find them equal, but only after parsing.
+                same = (call.kernel.__name__, call.constants, call.num_warps, call.num_stages, tuple(dtypes.items()))
+                if same not in seen:
+                    seen.add(same)
+                    pending.append((name, pool.submit(compiled, call, dtypes)))
+        for name, future in pending:
+            try:
+                row = {"case": name, **future.result()}
+            except Exception as error:  # the report names the case; the test fails on it
+                row = {"case": name, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
