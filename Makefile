@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# Needs an NVIDIA GPU, and JAX with its CUDA plugin in .venv: .venv/bin/pip install 'jax[cuda13]'.
+test-gpu: $(VENV)/.installed
+	TRITON_INTERPRET=0 JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu tests/triton
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

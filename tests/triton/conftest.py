@@ -1,5 +1,8 @@
-"""Runs the kernels in Triton's interpreter: it reads this variable when a kernel is decorated, at import."""
+"""Runs the kernels in Triton's interpreter: it reads this variable when a kernel is decorated, at import.
+
+`make test-gpu` sets it to 0.
+"""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,1 +1,63 @@
-"""The same operations on torch tensors."""
+"""The same operations on torch tensors: same names, same arguments, torch results.
+
+    from dlm_kernels.torch import attention
+    out = attention(query, key, value, mask=mask)        # torch tensors on the CPU
+
+Tensors are handed to JAX and back through DLPack, without a copy where they are contiguous. CPU tensors only so far, and no
+gradient: a tensor that requires one is refused rather than silently detached. Keys are JAX's (`jax.random.key(0)`).
+"""
+
+import functools
+
+import jax
+import torch
+
+import dlm_kernels
+
+__all__ = [
+    "attention",
+    "combine_guidance",
+    "lm_head_scores",
+    "masked_cross_entropy",
+    "mix_guidance",
+    "score_tokens",
+    "unmask_step",
+    "unmask_topk",
+]
+
+
+def _to_jax(leaf):
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if leaf.device.type != "cpu":
+        raise ValueError(f"dlm_kernels.torch: expected tensors on the CPU, got one on {leaf.device}")
+    if leaf.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "dlm_kernels.torch: expected tensors without requires_grad, or torch.no_grad(): gradients are JAX's only"
+        )
+    if leaf.dtype == torch.int64:
+        leaf = leaf.to(torch.int32)
+    return jax.dlpack.from_dlpack(leaf.detach().contiguous())
+
+
+def _to_torch(leaf):
+    return torch.from_dlpack(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def _on_tensors(operation):
+    @functools.wraps(operation)
+    def call(*args, **kwargs):
+        args, kwargs = jax.tree.map(_to_jax, (args, kwargs), is_leaf=lambda leaf: leaf is None)
+        return jax.tree.map(_to_torch, jax.block_until_ready(operation(*args, **kwargs)))
+
+    return call
+
+
+attention = _on_tensors(dlm_kernels.attention)
+combine_guidance = _on_tensors(dlm_kernels.combine_guidance)
+lm_head_scores = _on_tensors(dlm_kernels.lm_head_scores)
+masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy)
+mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
+score_tokens = _on_tensors(dlm_kernels.score_tokens)
+unmask_step = _on_tensors(dlm_kernels.unmask_step)
+unmask_topk = _on_tensors(dlm_kernels.unmask_topk)

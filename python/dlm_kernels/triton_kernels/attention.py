@@ -201,11 +201,11 @@ def supports_attention_forward(query, key, value, bounds, dense, **static) -> st
 def _tiles(dtype: str, h: int, rows: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages."""
     if dtype == "float32":
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1 if h > 128 else 2
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
     block_m = 64 if rows <= 64 else 128
     if h > 128:
-        return {"BLOCK_M": block_m, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
-    return {"BLOCK_M": block_m, "BLOCK_N": 64, "PRECISION": "ieee"}, 4 if block_m == 64 else 8, 3
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
+    return {"BLOCK_M": block_m, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 4 if block_m == 64 else 8, 3
 
 
 def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):

@@ -198,10 +198,10 @@ def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout
 def _tiles(dtype: str, h: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages."""
     if dtype == "float32":
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
     if h > 128:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 1
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}, 8, 2
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 8, 1
 
 
 def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *, scale, logits_soft_cap):

@@ -1,0 +1,64 @@
+"""The kernels on a real NVIDIA GPU, through the public operations: `make test-gpu`.
+
+Sizes are those of models, so that every tile has neighbours.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels import attention, lm_head_scores, masked_cross_entropy, masks, score_tokens
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("t, s, h", [(300, 1000, 128), (32, 4100, 64), (130, 260, 256)])
+def test_attention_and_its_gradients(dtype, t, s, h):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, t, 8, h), (2, s, 2, h), (2, s, 2, h), (2, t, 8, h)]
+    query, key, value, dout = (jax.random.normal(k, shape).astype(dtype) for k, shape in zip(keys, shapes))
+    stop = jnp.linspace(0, s, t).astype(jnp.int32)[None]
+    mask = masks.KeyIntervals(stop // 3, stop)
+
+    def run(name, *arrays):
+        return jax.vjp(lambda *x: attention(*x, mask=mask, implementation=name), *arrays)
+
+    def results(name, *arrays):
+        out, back = run(name, *arrays)
+        return (out, *back(dout.astype(out.dtype)))
+
+    with jax.default_matmul_precision("highest"):
+        exact = results("xla", *(x.astype(jnp.float32) for x in (query, key, value)))
+    mine, plain = (results(name, query, key, value) for name in ("triton", "xla"))
+    for got, other, truth in zip(mine, plain, exact):
+        size = np.linalg.norm(truth)
+        error = [np.linalg.norm(np.asarray(x, np.float32) - truth) / size for x in (got, other)]
+        assert error[0] <= max(1.5 * error[1], 4e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_scores_of_a_large_vocabulary(dtype, temperature):
+    logits = (4 * jax.random.normal(jax.random.key(1), (2, 40, 126464))).astype(dtype)
+    options = dict(temperature=temperature, key=jax.random.key(2))
+    got, expected = (score_tokens(logits, implementation=name, **options) for name in ("triton", "xla"))
+    # A draw's logarithms round differently: one token in eighty may.
+    assert np.mean(np.asarray(got.token) != np.asarray(expected.token)) <= 1 / 80
+    same = np.asarray(got.token) == np.asarray(expected.token)
+    for mine, other in zip(got[1:], expected[1:]):
+        np.testing.assert_allclose(np.asarray(mine)[same], np.asarray(other)[same], rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_and_the_loss():
+    hidden = jax.random.normal(jax.random.key(3), (1, 200, 512))
+    weight = jax.random.normal(jax.random.key(4), (20000, 512)) / 16
+    targets = jax.random.randint(jax.random.key(5), (1, 200), 0, 20000)
+    weights = jnp.ones((1, 200))
+    with jax.default_matmul_precision("highest"):
+        got, expected = (lm_head_scores(hidden, weight, implementation=name) for name in ("triton", "xla"))
+        np.testing.assert_array_equal(got.token, expected.token)
+        np.testing.assert_allclose(got.logsumexp, expected.logsumexp, rtol=1e-5)
+        loss = jax.grad(lambda h, name: masked_cross_entropy(h, weight, targets, weights, implementation=name))
+        np.testing.assert_allclose(loss(hidden, "triton"), loss(hidden, "xla"), rtol=1e-3, atol=1e-5)
