@@ -160,10 +160,13 @@ def head(result):
     rates = {name: max(row["rates"][name] for row in result["rows"]) for name in result["rows"][0]["rates"]}
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))
+    plain = any(base(row) == "jnp" for row in result["rows"])
     return (
         f"{about['kind']}, {about['threads']} threads; {versions}; commit {commits}.\n"
         f"Measured in the same run: read {rates['read'] / 1e9:.1f} GB/s, copy {rates['copy'] / 1e9:.1f} GB/s, "
         f"products float32 {rates['float32'] / 1e9:.0f} and bfloat16 {rates['bfloat16'] / 1e9:.0f} GFLOP/s.\n"
+        + "Times marked (jnp): our kernel did not run, and the package's plain jax.numpy version stands in its place.\n"
+        * plain
         + "".join(f"Missing peer: {reason}.\n" for reason in result["missing"].values())
     )
 

@@ -63,6 +63,13 @@ def test_measure_times_only_what_is_right_and_there():
     assert row["contenders"]["wrong"]["missing"].startswith("wrong: differs by 0.5")
 
 
+def test_a_case_may_have_only_slow_contenders(monkeypatch):
+    monkeypatch.setattr(harness, "SLOW_SECONDS", 0.0)
+    slow = Contender(lambda x: x + 1, eager=True)
+    row = harness.measure(Case("adding", "1", lambda rng: (jnp.ones(1),), {OURS: slow, "jnp": slow}, read=4), 0.01)
+    assert [len(result["times"]) for result in row["contenders"].values()] == [1, 1]
+
+
 def test_peak_bytes_is_what_a_call_holds_at_one_time():
     def call():
         a = np.ones(20 << 20, np.uint8)
