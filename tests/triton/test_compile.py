@@ -1,4 +1,4 @@
-"""Every kernel and configuration compiles for Hopper, with no GPU: what ptxas says of registers and shared memory.
+"""Every kernel and configuration compiles for Hopper and Blackwell, with no GPU: what ptxas says of registers and shared memory.
 
 A GPU runs nothing here; what this catches is a kernel that does not compile, asks for more shared memory than the chip has,
 misses its tensor cores, or begins to spill.
@@ -12,9 +12,12 @@ import sys
 
 import pytest
 
-SHARED = {90: 227 * 1024}
-# Bytes a thread keeps in local memory. Attention over two intervals still spills a little; nothing else may spill at all.
-STACK = {"_forward_kernel": 128, "_dq_kernel": 104}
+SHARED = {90: 227 * 1024, 100: 227 * 1024}
+# Bytes a thread keeps in local memory. These still spill a little; nothing else may.
+STACK = {
+    90: {"_forward_kernel": 128, "_dq_kernel": 104},
+    100: {"_forward_kernel": 144, "_dq_kernel": 104, "_scores_kernel": 40},
+}
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -30,7 +33,7 @@ def test_compiles(arch):
     for row in rows:
         assert "error" not in row, row
         assert row["shared"] <= SHARED[arch], row
-        assert row["stack"] <= STACK.get(row["kernel"], 0), row
+        assert row["stack"] <= STACK[arch].get(row["kernel"], 0), row
     if arch == 90:
         for kernel in ("_forward_kernel", "_scores_kernel", "_loss_kernel", "_dlogits_kernel", "_product_kernel"):
             halves = [row for row in rows if row["kernel"] == kernel and "float32" not in row["case"]]
