@@ -83,6 +83,30 @@ inline F load(const Float16* p) {
 #endif
 }
 
+// Round to nearest, ties to even; NaN stays NaN.
+inline void store(BFloat16* p, F x) {
+  const U bits = as_bits(x);
+  const U rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  const U quiet = U{} + 0x7FC0u;
+  *(H16Load*)p = __builtin_convertvector((U)select(x != x, as_float(quiet), as_float(rounded)), H16);
+}
+
+inline void store(Float16* p, F x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes; ++i) from_float(x[i], p[i]);
+#endif
+}
+
+// The first n lanes to p; writes nothing past p[n - 1].
+template <typename T>
+inline void store_first(T* p, int64_t n, F x) {
+  for (int i = 0; i < n; ++i) from_float(x[i], p[i]);
+}
+
 // The first n lanes from p (0 <= n <= kLanes), the others `fill`; reads nothing past p[n - 1].
 template <typename T>
 inline F load_first(const T* p, int64_t n, float fill) {

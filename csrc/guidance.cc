@@ -1,0 +1,92 @@
+// Guidance mixing: streams of logits combined element by element.
+#include "guidance.h"
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace dlm::DLM_ISA {
+namespace {
+
+constexpr int64_t kPiece = 16384;  // columns of a row that one tile writes
+
+// Calls body(row, first, n) for every piece [first, first + n) of every row.
+template <typename Body>
+void for_pieces(int64_t rows, int64_t columns, const Parallel& parallel, Body&& body) {
+  const int64_t pieces = (columns + kPiece - 1) / kPiece;
+  parallel(rows * pieces, [&](int64_t index) {
+    const int64_t first = index % pieces * kPiece;
+    body(index / pieces, first, std::min(kPiece, columns - first));
+  });
+}
+
+// out[j] = value(j), a vector, for j < n; value is told how many of its lanes are real.
+template <typename T, typename Value>
+void fill(T* out, int64_t n, Value&& value) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) store(out + j, value(j, (int64_t)kLanes));
+  if (j < n) store_first(out + j, n - j, value(j, n - j));
+}
+
+template <typename T>
+F load_some(const T* p, int64_t n) {
+  return n == kLanes ? load(p) : load_first(p, n, 0.0f);
+}
+
+template <typename T>
+void mix_rows(const MixArgs& args, const Parallel& parallel) {
+  for_pieces(args.r, args.v, parallel, [&](int64_t row, int64_t first, int64_t n) {
+    const int64_t at = row * args.v + first;
+    const T* conditional = static_cast<const T*>(args.logits[0]) + at;
+    const T* unconditional = static_cast<const T*>(args.logits[1]) + at;
+    T* out = static_cast<T*>(args.out) + at;
+    const float scale = args.weights[row];
+    // A stream of weight zero must not matter, even where it is -inf or NaN.
+    if (scale == 0 || scale == 1) {
+      std::copy_n(scale == 0 ? unconditional : conditional, n, out);
+    } else {
+      fill(out, n, [&](int64_t j, int64_t lanes) {
+        return mix(load_some(conditional + j, lanes), load_some(unconditional + j, lanes), scale);
+      });
+    }
+  });
+}
+
+template <typename T>
+void combine_rows(const MixArgs& args, const Parallel& parallel) {
+  for_pieces(args.r, args.v, parallel, [&](int64_t row, int64_t first, int64_t n) {
+    const T* logits = static_cast<const T*>(args.logits[0]) + row * args.v + first;
+    fill(static_cast<T*>(args.out) + row * args.v + first, n, [&](int64_t j, int64_t lanes) {
+      F sum = F{};
+      I forbidden = I{};
+      for (int64_t stream = 0; stream < args.streams; ++stream) {
+        const float weight = args.weights[stream * args.r + row];
+        if (weight == 0) continue;
+        const F x = load_some(logits + stream * args.r * args.v + j, lanes);
+        sum += weight * x;
+        forbidden |= x == -kInfinity;
+      }
+      return select(forbidden, splat(-kInfinity), sum);
+    });
+  });
+}
+
+}  // namespace
+
+void mix_guidance(const MixArgs& args, const Parallel& parallel) {
+  switch (args.dtype) {
+    case DType::kFloat32: return mix_rows<float>(args, parallel);
+    case DType::kBFloat16: return mix_rows<BFloat16>(args, parallel);
+    case DType::kFloat16: return mix_rows<Float16>(args, parallel);
+  }
+}
+
+void combine_guidance(const MixArgs& args, const Parallel& parallel) {
+  switch (args.dtype) {
+    case DType::kFloat32: return combine_rows<float>(args, parallel);
+    case DType::kBFloat16: return combine_rows<BFloat16>(args, parallel);
+    case DType::kFloat16: return combine_rows<Float16>(args, parallel);
+  }
+}
+
+}  // namespace dlm::DLM_ISA

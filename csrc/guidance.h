@@ -1,0 +1,17 @@
+// Classifier-free guidance of one vector of logits.
+#pragma once
+
+#include "simd.h"
+
+namespace dlm::DLM_ISA {
+namespace {
+
+// unconditional + scale * (conditional - unconditional); -inf where either is -inf, which the arithmetic would turn into NaN.
+inline F mix(F conditional, F unconditional, float scale) {
+  const F mixed = unconditional + scale * (conditional - unconditional);
+  const I forbidden = (conditional == -kInfinity) | (unconditional == -kInfinity);
+  return select(forbidden, splat(-kInfinity), mixed);
+}
+
+}  // namespace
+}  // namespace dlm::DLM_ISA

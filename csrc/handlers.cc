@@ -1,0 +1,251 @@
+// The kernels as XLA calls them: each handler unpacks buffers into the kernel's arguments. Shapes were checked in Python; an
+// operand that is absent comes as an array with no elements.
+#include "handlers.h"
+
+#include <stdexcept>
+#include <string_view>
+
+#include "kernels.h"
+#include "xla_parallel.h"
+
+namespace dlm {
+namespace {
+
+namespace ffi = xla::ffi;
+using Operand = ffi::AnyBuffer;
+using Output = ffi::Result<ffi::AnyBuffer>;
+
+DType dtype(const Operand& operand) {
+  switch (operand.element_type()) {
+    case ffi::F32: return DType::kFloat32;
+    case ffi::BF16: return DType::kBFloat16;
+    case ffi::F16: return DType::kFloat16;
+    default: throw std::invalid_argument("expected float32, bfloat16 or float16");
+  }
+}
+
+template <typename T>
+const T* optional(const Operand& operand) {
+  return operand.element_count() == 0 ? nullptr : static_cast<const T*>(operand.untyped_data());
+}
+
+template <typename T>
+T* data(Output& output) {
+  return static_cast<T*>(output->untyped_data());
+}
+
+// Runs `body` and turns what it throws into an error of the call: an exception must not cross XLA's C interface.
+template <typename Body>
+ffi::Error guarded(Body&& body) {
+  try {
+    body();
+    return ffi::Error::Success();
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(error.what());
+  }
+}
+
+AttentionArgs attention_args(const Operand& query, const Operand& key, const Operand& value, const Operand& bounds,
+                             float scale, float soft_cap) {
+  const auto q = query.dimensions(), k = key.dimensions(), bound = bounds.dimensions();
+  AttentionArgs args{};
+  args.dtype = dtype(query);
+  args.b = q[0], args.t = q[1], args.s = k[1], args.n = q[2], args.k = k[2], args.h = q[3];
+  args.query = query.untyped_data(), args.key = key.untyped_data(), args.value = value.untyped_data();
+  args.bounds = optional<int32_t>(bounds);
+  if (args.bounds != nullptr) args.bounds_b = bound[0], args.bounds_width = bound[2];
+  args.scale = scale, args.soft_cap = soft_cap;
+  return args;
+}
+
+ffi::Error attention_forward(ffi::ThreadPool pool, Operand query, Operand key, Operand value, Operand bounds, Output out,
+                             Output lse, float scale, float soft_cap) {
+  return guarded([&] {
+    AttentionArgs args = attention_args(query, key, value, bounds, scale, soft_cap);
+    args.out = data<void>(out), args.lse = data<float>(lse);
+    kernels().attention_forward(args, XlaParallel(pool));
+  });
+}
+
+ffi::Error attention_backward(ffi::ThreadPool pool, Operand query, Operand key, Operand value, Operand bounds, Operand out,
+                              Operand lse, Operand dout, Operand dlse, Output dquery, Output dkey, Output dvalue,
+                              float scale, float soft_cap) {
+  return guarded([&] {
+    AttentionArgs args = attention_args(query, key, value, bounds, scale, soft_cap);
+    args.out = out.untyped_data(), args.lse = static_cast<float*>(lse.untyped_data());
+    args.dout = dout.untyped_data(), args.dlse = optional<float>(dlse);
+    args.dquery = data<void>(dquery), args.dkey = data<void>(dkey), args.dvalue = data<void>(dvalue);
+    kernels().attention_backward(args, XlaParallel(pool));
+  });
+}
+
+Scoring scoring(const Operand& temperature, const Operand& key_data, const Operand& counter_row, const Operand& noise,
+                const Operand& active, const Operand& banned, Output& token, Output& confidence, Output& entropy,
+                Output& logsumexp, std::string_view kind, bool tempered, float soft_cap) {
+  Scoring args{};
+  args.temperature = optional<float>(temperature), args.key_data = optional<uint32_t>(key_data);
+  args.counter_row = optional<int32_t>(counter_row), args.noise = optional<float>(noise);
+  args.active = optional<bool>(active), args.banned = optional<int32_t>(banned);
+  args.banned_count = banned.element_count();
+  using Confidence = Scoring::Confidence;
+  args.confidence = kind == "margin"        ? Confidence::kMargin
+                    : kind == "neg_entropy" ? Confidence::kNegEntropy
+                                            : Confidence::kProbability;
+  args.tempered = tempered, args.soft_cap = soft_cap;
+  args.token = data<int32_t>(token), args.sureness = data<float>(confidence);
+  args.entropy = data<float>(entropy), args.logsumexp = data<float>(logsumexp);
+  return args;
+}
+
+ffi::Error score_tokens(ffi::ThreadPool pool, Operand logits, Operand unconditional, Operand guidance_scale,
+                        Operand temperature, Operand key_data, Operand counter_row, Operand noise, Operand active,
+                        Operand banned, Output token, Output confidence, Output entropy, Output logsumexp,
+                        std::string_view kind, bool tempered, float soft_cap) {
+  return guarded([&] {
+    ScoreArgs args{};
+    args.dtype = dtype(logits);
+    args.r = logits.dimensions()[0], args.v = logits.dimensions()[1];
+    args.logits = logits.untyped_data(), args.unconditional = optional<void>(unconditional);
+    args.guidance_scale = optional<float>(guidance_scale);
+    args.scoring = scoring(temperature, key_data, counter_row, noise, active, banned, token, confidence, entropy, logsumexp,
+                           kind, tempered, soft_cap);
+    kernels().score_tokens(args, XlaParallel(pool));
+  });
+}
+
+ffi::Error unmask_topk(ffi::ThreadPool pool, Operand tokens, Operand proposal, Operand confidence, Operand entropy,
+                       Operand eligible, Operand editable, Operand num_unmask, Operand threshold, Operand factor,
+                       Operand entropy_budget, Operand edit_threshold, Output new_tokens, Output unmasked, Output count) {
+  return guarded([&] {
+    UnmaskArgs args{};
+    args.b = tokens.dimensions()[0], args.l = tokens.dimensions()[1];
+    args.tokens = optional<int32_t>(tokens), args.proposal = optional<int32_t>(proposal);
+    args.confidence = optional<float>(confidence), args.entropy = optional<float>(entropy);
+    args.eligible = optional<bool>(eligible), args.editable = optional<bool>(editable);
+    args.num_unmask = optional<int32_t>(num_unmask), args.threshold = optional<float>(threshold);
+    args.factor = optional<float>(factor), args.entropy_budget = optional<float>(entropy_budget);
+    args.edit_threshold = optional<float>(edit_threshold);
+    args.new_tokens = data<int32_t>(new_tokens), args.unmasked = data<bool>(unmasked), args.count = data<int32_t>(count);
+    kernels().unmask_topk(args, XlaParallel(pool));
+  });
+}
+
+ffi::Error mix_guidance(ffi::ThreadPool pool, Operand conditional, Operand unconditional, Operand scale, Output out) {
+  return guarded([&] {
+    const auto shape = conditional.dimensions();
+    MixArgs args{dtype(conditional), 2, shape[0], shape[1], {conditional.untyped_data(), unconditional.untyped_data()},
+                 optional<float>(scale), data<void>(out)};
+    kernels().mix_guidance(args, XlaParallel(pool));
+  });
+}
+
+ffi::Error combine_guidance(ffi::ThreadPool pool, Operand logits, Operand weights, Output out) {
+  return guarded([&] {
+    const auto shape = logits.dimensions();
+    MixArgs args{dtype(logits), shape[0], shape[1], shape[2], {logits.untyped_data(), nullptr}, optional<float>(weights),
+                 data<void>(out)};
+    kernels().combine_guidance(args, XlaParallel(pool));
+  });
+}
+
+ffi::Error lm_head_scores(ffi::ThreadPool pool, Operand hidden, Operand weight, Operand temperature, Operand key_data,
+                          Operand counter_row, Operand noise, Operand active, Operand banned, Output token,
+                          Output confidence, Output entropy, Output logsumexp, std::string_view kind, bool tempered,
+                          float soft_cap, std::string_view logits_dtype) {
+  return guarded([&] {
+    HeadArgs args{};
+    args.dtype = dtype(hidden);
+    args.r = hidden.dimensions()[0], args.d = hidden.dimensions()[1], args.v = weight.dimensions()[0];
+    args.hidden = hidden.untyped_data(), args.weight = weight.untyped_data();
+    args.round_logits = logits_dtype != "";
+    args.logits_dtype = logits_dtype == "bfloat16"  ? DType::kBFloat16
+                        : logits_dtype == "float16" ? DType::kFloat16
+                                                    : DType::kFloat32;
+    args.scoring = scoring(temperature, key_data, counter_row, noise, active, banned, token, confidence, entropy, logsumexp,
+                           kind, tempered, soft_cap);
+    kernels().lm_head_scores(args, XlaParallel(pool));
+  });
+}
+
+CrossEntropyArgs cross_entropy_args(const Operand& hidden, const Operand& weight, const Operand& targets,
+                                    const Operand& active, float soft_cap) {
+  CrossEntropyArgs args{};
+  args.dtype = dtype(hidden);
+  args.r = hidden.dimensions()[0], args.d = hidden.dimensions()[1], args.v = weight.dimensions()[0];
+  args.hidden = hidden.untyped_data(), args.weight = weight.untyped_data();
+  args.targets = optional<int32_t>(targets), args.active = optional<bool>(active);
+  args.soft_cap = soft_cap;
+  return args;
+}
+
+ffi::Error masked_cross_entropy_forward(ffi::ThreadPool pool, Operand hidden, Operand weight, Operand targets,
+                                        Operand active, Output loss, Output lse, float soft_cap) {
+  return guarded([&] {
+    CrossEntropyArgs args = cross_entropy_args(hidden, weight, targets, active, soft_cap);
+    args.loss = data<float>(loss), args.lse = data<float>(lse);
+    kernels().masked_cross_entropy_forward(args, XlaParallel(pool));
+  });
+}
+
+ffi::Error masked_cross_entropy_backward(ffi::ThreadPool pool, Operand hidden, Operand weight, Operand targets,
+                                         Operand active, Operand lse, Operand dloss, Output dhidden, Output dweight,
+                                         float soft_cap) {
+  return guarded([&] {
+    CrossEntropyArgs args = cross_entropy_args(hidden, weight, targets, active, soft_cap);
+    args.lse = static_cast<float*>(lse.untyped_data()), args.dloss = optional<float>(dloss);
+    args.dhidden = data<void>(dhidden), args.dweight = data<void>(dweight);
+    kernels().masked_cross_entropy_backward(args, XlaParallel(pool));
+  });
+}
+
+auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+// Appends Count operands, or results, to a binding.
+template <int Count, typename Binding>
+auto operands(Binding binding) {
+  if constexpr (Count == 0) return binding;
+  else return operands<Count - 1>(std::move(binding).template Arg<Operand>());
+}
+
+template <int Count, typename Binding>
+auto results(Binding binding) {
+  if constexpr (Count == 0) return binding;
+  else return results<Count - 1>(std::move(binding).template Ret<ffi::AnyBuffer>());
+}
+
+template <int Operands, int Results>
+auto bind_arrays() {
+  return results<Results>(operands<Operands>(bind()));
+}
+
+XLA_FFI_DEFINE_HANDLER(AttentionForward, attention_forward, (bind_arrays<4, 2>().Attr<float>("scale").Attr<float>("soft_cap")));
+XLA_FFI_DEFINE_HANDLER(AttentionBackward, attention_backward, (bind_arrays<8, 3>().Attr<float>("scale").Attr<float>("soft_cap")));
+XLA_FFI_DEFINE_HANDLER(ScoreTokens, score_tokens,
+                       (bind_arrays<9, 4>().Attr<std::string_view>("kind").Attr<bool>("tempered").Attr<float>("soft_cap")));
+XLA_FFI_DEFINE_HANDLER(UnmaskTopk, unmask_topk, (bind_arrays<11, 3>()));
+XLA_FFI_DEFINE_HANDLER(MixGuidance, mix_guidance, (bind_arrays<3, 1>()));
+XLA_FFI_DEFINE_HANDLER(CombineGuidance, combine_guidance, (bind_arrays<2, 1>()));
+XLA_FFI_DEFINE_HANDLER(LmHeadScores, lm_head_scores,
+                       (bind_arrays<8, 4>().Attr<std::string_view>("kind").Attr<bool>("tempered").Attr<float>("soft_cap")
+                            .Attr<std::string_view>("logits_dtype")));
+XLA_FFI_DEFINE_HANDLER(CrossEntropyForward, masked_cross_entropy_forward, (bind_arrays<4, 2>().Attr<float>("soft_cap")));
+XLA_FFI_DEFINE_HANDLER(CrossEntropyBackward, masked_cross_entropy_backward, (bind_arrays<6, 2>().Attr<float>("soft_cap")));
+
+}  // namespace
+
+const std::vector<Handler>& handlers() {
+  static const std::vector<Handler> all = {
+      {"attention_forward", AttentionForward},
+      {"attention_backward", AttentionBackward},
+      {"score_tokens", ScoreTokens},
+      {"unmask_topk", UnmaskTopk},
+      {"mix_guidance", MixGuidance},
+      {"combine_guidance", CombineGuidance},
+      {"lm_head_scores", LmHeadScores},
+      {"masked_cross_entropy_forward", CrossEntropyForward},
+      {"masked_cross_entropy_backward", CrossEntropyBackward},
+  };
+  return all;
+}
+
+}  // namespace dlm

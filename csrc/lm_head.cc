@@ -1,0 +1,71 @@
+// The LM head fused with scoring: each tile of logits is scored while it lies in cache, and never written to memory.
+#include <algorithm>
+#include <memory>
+
+#include "head.h"
+#include "scoring.h"
+
+namespace dlm::DLM_ISA {
+namespace {
+
+// Rounds n logits to what a model that keeps them in that format would have.
+template <typename T>
+void round_to(float* logits, int64_t n) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    T rounded[kLanes];
+    store(rounded, load(logits + j));
+    store(logits + j, load(rounded));
+  }
+}
+
+void round_logits(DType dtype, float* logits, int64_t n) {
+  if (dtype == DType::kBFloat16) round_to<BFloat16>(logits, n);
+  if (dtype == DType::kFloat16) round_to<Float16>(logits, n);
+}
+
+template <typename T>
+void score_head(const HeadArgs& args, const Parallel& parallel) {
+  const HeadRows rows(args.r, [&](int64_t row) { return is_active(args.scoring, row); });
+  const int64_t tiles = (args.v + kHeadColumns - 1) / kHeadColumns, blocks = rows.blocks();
+  const Banned banned(args.scoring);
+  // Statistics of a whole tile, not logits: 1 / 16 of the logits' size, and of a run of tiles less still.
+  const int64_t run = std::max<int64_t>(1, tiles / 64);  // tiles that one row's statistics go through; of V alone
+  const int64_t parts = (tiles + run - 1) / run;
+  std::vector<Statistics> partial(args.r * parts);
+  const std::unique_ptr<std::atomic<float>[]> floors(new std::atomic<float>[args.r]);
+  for (int64_t row = 0; row < args.r; ++row) floors[row].store(-kInfinity, std::memory_order_relaxed);
+
+  // Row blocks of one part follow each other, so that the weight's tiles come from a shared cache.
+  parallel(parts * blocks, [&](int64_t index) {
+    const int64_t part = index / blocks, first = rows.first(index % blocks), count = rows.count(index % blocks);
+    Scratch& scratch = thread_scratch();
+    for (int64_t tile = part * run; tile < std::min(tiles, (part + 1) * run); ++tile) {
+      scratch.reset(kHeadScratch + 4 * kHeadRows * kHeadColumns + 64);
+      float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
+      const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
+      head_tile(static_cast<const T*>(args.hidden), static_cast<const T*>(args.weight), args.d, rows, first, count, column, n,
+                scratch, logits);
+      for (int64_t i = 0; i < count; ++i) {
+        float* row_logits = logits + i * kHeadColumns;
+        const int64_t row = rows[first + i];
+        const RowScorer scorer(args.scoring, row, args.v, floors[row]);
+        if (args.round_logits) round_logits(args.logits_dtype, row_logits, n);
+        finish_logits(args.scoring, scorer, banned, row_logits, n, column);
+        scorer.take(partial[row * parts + part], row_logits, n, column);
+      }
+    }
+  });
+  merge_parts(args.scoring, args.r, parts, partial, parallel);
+}
+
+}  // namespace
+
+void lm_head_scores(const HeadArgs& args, const Parallel& parallel) {
+  switch (args.dtype) {
+    case DType::kFloat32: return score_head<float>(args, parallel);
+    case DType::kBFloat16: return score_head<BFloat16>(args, parallel);
+    case DType::kFloat16: return score_head<Float16>(args, parallel);
+  }
+}
+
+}  // namespace dlm::DLM_ISA

@@ -1,0 +1,45 @@
+// The Gumbel noise of jax.random.gumbel, made in registers: threefry2x32 with 20 rounds in its partitionable form, then
+// -log(-log(u)).
+#pragma once
+
+#include "simd.h"
+
+namespace dlm::DLM_ISA {
+namespace {
+
+constexpr float kMostNoise = 15.95f;  // no draw exceeds -log(-log(1 - 2^-23)) = 15.943
+
+inline U rotate(U x, int by) { return (x << by) | (x >> (32 - by)); }
+
+// Both words of threefry2x32 of the counter (high, low) under key, xored.
+inline U threefry_bits(const uint32_t* key, U high, U low) {
+  constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDAu};
+  U a = high + keys[0], b = low + keys[1];
+#pragma GCC unroll 5
+  for (uint32_t group = 0; group < 5; ++group) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      a += b;
+      b = rotate(b, kRotations[group % 2][i]) ^ a;
+    }
+    a += keys[(group + 1) % 3];
+    b += keys[(group + 2) % 3] + group + 1;
+  }
+  return a ^ b;
+}
+
+// The draws of kLanes consecutive counters from `counter`.
+inline F gumbel(const uint32_t* key, uint64_t counter) {
+  U lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = (uint32_t)i;
+  const U low = lane + (uint32_t)counter;
+  // A lane whose low word wrapped around belongs to the next high word; a true comparison is -1.
+  const U high = (uint32_t)(counter >> 32) - (U)(low < lane);
+  const U mantissa = (threefry_bits(key, high, low) >> 9) | 0x3F800000u;
+  const F uniform = as_float(mantissa) - 1.0f + 0x1p-126f;
+  return -log(-log(uniform));
+}
+
+}  // namespace
+}  // namespace dlm::DLM_ISA
