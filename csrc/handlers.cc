@@ -200,16 +200,16 @@ ffi::Error masked_cross_entropy_backward(ffi::ThreadPool pool, Operand hidden, O
 
 auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
-// Appends Count operands, or results, to a binding.
+// Appends Count operands, or results, to a binding. A binding cannot be moved, only extended, hence no base case that returns it.
 template <int Count, typename Binding>
-auto operands(Binding binding) {
-  if constexpr (Count == 0) return binding;
+auto operands(Binding&& binding) {
+  if constexpr (Count == 1) return std::move(binding).template Arg<Operand>();
   else return operands<Count - 1>(std::move(binding).template Arg<Operand>());
 }
 
 template <int Count, typename Binding>
-auto results(Binding binding) {
-  if constexpr (Count == 0) return binding;
+auto results(Binding&& binding) {
+  if constexpr (Count == 1) return std::move(binding).template Ret<ffi::AnyBuffer>();
   else return results<Count - 1>(std::move(binding).template Ret<ffi::AnyBuffer>());
 }
 

@@ -1,1 +1,65 @@
-"""CPU kernels: registers the FFI targets of csrc with XLA and calls them."""
+"""CPU kernels in C++, one file per operation here as in csrc/. This file alone knows how they reach XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None where the kernels can be called, else the sentence that says why not; registers them with XLA on the first call."""
+    try:
+        from dlm_kernels import _cpu
+    except ImportError as error:
+        return f"the extension dlm_kernels._cpu cannot be imported ({error})"
+    # DLM_KERNELS_ISA is read when the first kernel runs, inside XLA; here its error still reaches the caller as one.
+    try:
+        _cpu.isa()
+    except ValueError as error:
+        return str(error)
+    for name, handler in _cpu.ffi_handlers().items():
+        jax.ffi.register_ffi_target(f"dlm_kernels_{name}", handler, platform="cpu")
+    return None
+
+
+def isa() -> str:
+    """The instruction set that the kernels use on this machine: "portable", "avx2" or "avx512"."""
+    if reason := unavailable():
+        raise RuntimeError(reason)
+    from dlm_kernels import _cpu
+
+    return _cpu.isa()
+
+
+def run(name, outputs, *operands, **attributes):
+    """Calls a handler of csrc/handlers.cc. An operand that is None goes as an array with no elements, an attribute as a scalar."""
+    target = jax.ffi.ffi_call(f"dlm_kernels_{name}", outputs)
+    arrays = [jnp.zeros(0, jnp.int32) if operand is None else operand for operand in operands]
+    return target(*arrays, **attributes)
+
+
+def like(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def vector(n, dtype="float32"):
+    return jax.ShapeDtypeStruct((n,), dtype)
+
+
+def number(value):
+    """A float attribute; kernels take 0 for a soft cap that is absent."""
+    return np.float32(0 if value is None else value)
+
+
+def refuse(*arrays) -> str | None:
+    """Why kernels that take these float arrays cannot run, or None."""
+    if reason := unavailable():
+        return reason
+    for array in arrays:
+        if array.dtype not in FLOATS:
+            return f"expected float32, bfloat16 or float16, got {array.dtype}"
+    return None

@@ -1,0 +1,60 @@
+"""The LM head fused with scoring and with the loss: csrc/lm_head.cc and csrc/cross_entropy.cc."""
+
+import jax.numpy as jnp
+
+from dlm_kernels import cpu_kernels
+from dlm_kernels.cpu_kernels.unmask import scores
+
+
+def supports_lm_head_scores(hidden, *_, **__):
+    return cpu_kernels.refuse(hidden)
+
+
+def lm_head_scores(
+    hidden,
+    weight,
+    temperature,
+    key_data,
+    counter_row,
+    noise,
+    active,
+    banned,
+    *,
+    confidence,
+    tempered_confidence,
+    logits_soft_cap,
+    logits_dtype,
+):
+    """hidden [R,D], weight [V,D], one dtype; the rest and the result as in `unmask.score_tokens`."""
+    return cpu_kernels.run(
+        "lm_head_scores",
+        scores(hidden.shape[0]),
+        *(hidden, weight, temperature, key_data, counter_row, noise, active, banned),
+        kind=confidence,
+        tempered=tempered_confidence,
+        soft_cap=cpu_kernels.number(logits_soft_cap),
+        logits_dtype="" if logits_dtype is None else jnp.dtype(logits_dtype).name,
+    )
+
+
+def supports_masked_cross_entropy_forward(hidden, *_, **__):
+    return cpu_kernels.refuse(hidden)
+
+
+def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
+    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; loss 0 where inactive."""
+    outputs = cpu_kernels.vector(hidden.shape[0]), cpu_kernels.vector(hidden.shape[0])
+    soft_cap = cpu_kernels.number(logits_soft_cap)
+    return cpu_kernels.run("masked_cross_entropy_forward", outputs, hidden, weight, targets, active, soft_cap=soft_cap)
+
+
+def supports_masked_cross_entropy_backward(hidden, *_, **__):
+    return cpu_kernels.refuse(hidden)
+
+
+def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
+    """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
+    outputs = cpu_kernels.like(hidden), cpu_kernels.like(weight)
+    operands = hidden, weight, targets, active, lse, dloss
+    soft_cap = cpu_kernels.number(logits_soft_cap)
+    return cpu_kernels.run("masked_cross_entropy_backward", outputs, *operands, soft_cap=soft_cap)
