@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # Needs an NVIDIA GPU, and JAX with its CUDA plugin in .venv: .venv/bin/pip install 'jax[cuda13]'.
 test-gpu: $(VENV)/.installed

@@ -11,16 +11,16 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 @functools.cache
 def unavailable() -> str | None:
-    """None where the kernels can be called, else the sentence that says why not; registers them with XLA on the first call."""
+    """None where the kernels can be called, else the sentence that says why not; registers them with XLA on the first call.
+
+    Raises ValueError where DLM_KERNELS_ISA names an instruction set that is unknown or not to be had here.
+    """
     try:
         from dlm_kernels import _cpu
     except ImportError as error:
         return f"the extension dlm_kernels._cpu cannot be imported ({error})"
-    # DLM_KERNELS_ISA is read when the first kernel runs, inside XLA; here its error still reaches the caller as one.
-    try:
-        _cpu.isa()
-    except ValueError as error:
-        return str(error)
+    # Else a DLM_KERNELS_ISA that this machine cannot honour would be found out only inside XLA.
+    _cpu.isa()
     for name, handler in _cpu.ffi_handlers().items():
         jax.ffi.register_ffi_target(f"dlm_kernels_{name}", handler, platform="cpu")
     return None

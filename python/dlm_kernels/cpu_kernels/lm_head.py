@@ -6,7 +6,7 @@ from dlm_kernels import cpu_kernels
 from dlm_kernels.cpu_kernels.unmask import scores
 
 
-def supports_lm_head_scores(hidden, *_, **__):
+def supports_lm_head_scores(hidden, **_):
     return cpu_kernels.refuse(hidden)
 
 
@@ -37,7 +37,7 @@ def lm_head_scores(
     )
 
 
-def supports_masked_cross_entropy_forward(hidden, *_, **__):
+def supports_masked_cross_entropy_forward(hidden, **_):
     return cpu_kernels.refuse(hidden)
 
 
@@ -48,7 +48,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
     return cpu_kernels.run("masked_cross_entropy_forward", outputs, hidden, weight, targets, active, soft_cap=soft_cap)
 
 
-def supports_masked_cross_entropy_backward(hidden, *_, **__):
+def supports_masked_cross_entropy_backward(hidden, **_):
     return cpu_kernels.refuse(hidden)
 
 

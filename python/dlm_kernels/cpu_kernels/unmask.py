@@ -8,21 +8,7 @@ def scores(rows):
     return cpu_kernels.vector(rows, "int32"), *(cpu_kernels.vector(rows) for _ in range(3))
 
 
-def supports_score_tokens(
-    logits,
-    unconditional,
-    guidance_scale,
-    temperature,
-    key_data,
-    counter_row,
-    noise,
-    active,
-    banned,
-    *,
-    confidence,
-    tempered_confidence,
-    logits_soft_cap,
-):
+def supports_score_tokens(logits, **_):
     return cpu_kernels.refuse(logits)
 
 
@@ -41,8 +27,10 @@ def score_tokens(
     tempered_confidence,
     logits_soft_cap,
 ):
-    """logits, unconditional [R,V], one dtype; guidance_scale, temperature float32 [R]; key_data uint32 [R,2]; counter_row int32 [R];
-    noise float32 [R,V]; active bool [R]; banned int32 [M]. Returns token int32, confidence, entropy, logsumexp float32, each [R].
+    """logits, unconditional [R,V], one dtype; guidance_scale, temperature float32 [R]; key_data uint32 [R,2];
+    counter_row int32 [R]; noise float32 [R,V]; active bool [R]; banned int32 [M].
+
+    Returns token int32, confidence, entropy, logsumexp float32, each [R].
     """
     arrays = logits, unconditional, guidance_scale, temperature, key_data, counter_row, noise, active, banned
     return cpu_kernels.run(
@@ -55,7 +43,7 @@ def score_tokens(
     )
 
 
-def supports_unmask_topk(tokens, *_, **__):
+def supports_unmask_topk(tokens, **_):
     return cpu_kernels.refuse()
 
 

@@ -117,7 +117,10 @@ def _refusal(leaf, implementation, operands, static):
 
 @functools.cache
 def _installed(name):
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its package is missing
+        return False
 
 
 def _module(implementation, module):
