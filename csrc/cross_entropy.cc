@@ -121,10 +121,8 @@ struct CrossEntropy {
       const int64_t row = rows[first + i], target = args.targets[row] - column;
       float *from = logits + i * kHeadColumns, *to = dlogits + (first + i) * kChunk + at;
       const float dloss = args.dloss[row], lse = args.lse[row];
-      // A target that is no token made the loss NaN, and so makes its gradient.
-      const bool known = args.targets[row] >= 0 && args.targets[row] < args.v;
       for (int64_t j = 0; j < n; j += kLanes) {
-        F x = load(from + j), slope = splat(known ? dloss : NAN);
+        F x = load(from + j), slope = splat(dloss);
         if (args.soft_cap != 0) {
           const F bent = tanh(x / args.soft_cap);
           x = args.soft_cap * bent;

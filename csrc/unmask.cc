@@ -70,8 +70,9 @@ int64_t count_to_unmask(const UnmaskArgs& args, int64_t b, const int32_t* order,
   int64_t n = 0;
   if (args.num_unmask != nullptr) n = std::max<int64_t>(n, args.num_unmask[b]);
   if (args.threshold != nullptr) {
+    // All of them: under an entropy budget the order is not by confidence.
     int64_t above = 0;
-    while (above < eligible && confidence[order[above]] > args.threshold[b]) ++above;
+    for (int64_t k = 0; k < eligible; ++k) above += confidence[order[k]] > args.threshold[b];
     n = std::max<int64_t>({n, above, 1});
   }
   if (args.factor != nullptr) {

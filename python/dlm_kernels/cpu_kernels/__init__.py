@@ -37,6 +37,8 @@ def isa() -> str:
 
 def run(name, outputs, *operands, **attributes):
     """Calls a handler of csrc/handlers.cc. An operand that is None goes as an array with no elements, an attribute as a scalar."""
+    if reason := unavailable():
+        raise RuntimeError(reason)
     target = jax.ffi.ffi_call(f"dlm_kernels_{name}", outputs)
     arrays = [jnp.zeros(0, jnp.int32) if operand is None else operand for operand in operands]
     return target(*arrays, **attributes)

@@ -24,7 +24,9 @@ def lm_head_scores(
     """hidden [R,D]; weight [V,D]; the rest and the result as in `unmask.score_tokens`."""
     logits = _logits(hidden, weight)
     if logits_dtype is not None:
-        logits = logits.astype(logits_dtype)
+        # XLA may drop a pair of casts; this it keeps.
+        format = jnp.finfo(logits_dtype)
+        logits = jax.lax.reduce_precision(logits, exponent_bits=format.nexp, mantissa_bits=format.nmant)
     return unmask.score_tokens(
         logits,
         None,

@@ -1,0 +1,103 @@
+"""Attention and its gradient against the float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels.reference import attention as reference
+
+# (B, T, S, N, K, H, pairs of bounds, soft cap): nothing divides a tile; T below, at and above a tile's rows; every head size class.
+CASES = {
+    "tiny": (1, 1, 1, 1, 1, 32, 0, None),
+    "queries few": (2, 3, 131, 4, 1, 64, 0, None),
+    "queries many": (1, 133, 37, 2, 2, 80, 0, None),
+    "grouped, one interval, cap": (2, 33, 70, 6, 2, 128, 1, 20.0),
+    "two intervals": (2, 17, 150, 4, 2, 96, 2, None),
+    "head 256": (1, 5, 67, 2, 1, 256, 1, None),
+    "head odd": (1, 9, 21, 2, 1, 37, 2, 5.0),
+}
+# Softmax and sums are float32 everywhere; what remains is the rounding of p and of the result to the inputs' dtype: a few ulps
+# (2^-24, 2^-9, 2^-12 of the largest element), more for float32, whose sums over S and H round too.
+TOLERANCE = {"float32": 64 * 2**-24, "bfloat16": 4 * 2**-9, "float16": 4 * 2**-12}
+
+
+def operands(case, dtype, seed=0):
+    b, t, s, n, k, h, pairs, cap = case
+    keys = jax.random.split(jax.random.key(seed), 4)
+    query, dout = (jax.random.normal(key, (b, t, n, h)).astype(dtype) for key in keys[:2])
+    key, value = (jax.random.normal(x, (b, s, k, h)).astype(dtype) for x in keys[2:])
+    bounds = None
+    if pairs:
+        bounds = np.sort(np.random.default_rng(seed).integers(0, s + 1, (b, t, 2 * pairs)), -1).astype(np.int32)
+        bounds[0, 0] = 0  # sees nothing
+    return query, key, value, bounds, dout, dict(scale=h**-0.5, logits_soft_cap=cap)
+
+
+def close(got, expected, dtype):
+    """Each element within the tolerance of the array's largest."""
+    got = np.asarray(got, np.float64)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(got[~finite], expected[~finite])
+    np.testing.assert_allclose(
+        got[finite], expected[finite], rtol=0, atol=TOLERANCE[dtype] * max(1e-3, np.abs(expected[finite]).max(initial=0))
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_forward(leaf, name, dtype):
+    query, key, value, bounds, _, options = operands(CASES[name], dtype)
+    out, lse = leaf("attention", "attention_forward")(query, key, value, bounds, None, **options)
+    expected_out, expected_lse = reference.attention_forward(query, key, value, bounds, None, **options)
+    assert out.dtype == query.dtype
+    close(out, expected_out, dtype)
+    close(lse, expected_lse, "float32")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_backward(leaf, name, dtype):
+    query, key, value, bounds, dout, options = operands(CASES[name], dtype)
+    out, lse = reference.attention_forward(query, key, value, bounds, None, **options)
+    dlse = np.where(np.isneginf(lse), 0, np.asarray(jax.random.normal(jax.random.key(9), lse.shape)))
+    saved = jnp.asarray(out, dtype), jnp.asarray(lse, jnp.float32), dout, jnp.asarray(dlse, jnp.float32)
+    gradients = leaf("attention", "attention_backward")(query, key, value, bounds, None, *saved, **options)
+    expected = reference.attention_backward(query, key, value, bounds, None, None, None, dout, dlse, **options)
+    for got, want in zip(gradients, expected, strict=True):
+        assert got.dtype == query.dtype
+        close(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_nobody_sees_change_no_bit(leaf, dtype):
+    query, key, value, _, dout, options = operands((2, 40, 150, 4, 2, 64, 0, None), dtype)
+    bounds = np.zeros((2, 40, 2), np.int32)
+    bounds[0], bounds[1] = (3, 101), (50, 120)
+    seen = np.zeros((2, 150, 1, 1), bool)
+    seen[0, 3:101], seen[1, 50:120] = True, True
+    forward, backward = leaf("attention", "attention_forward"), leaf("attention", "attention_backward")
+    results = []
+    for poison in (0, np.nan, np.inf):
+        k, v = jnp.where(seen, key, poison).astype(dtype), jnp.where(seen, value, poison).astype(dtype)
+        out, lse = forward(query, k, v, bounds, None, **options)
+        gradients = backward(query, k, v, bounds, None, out, lse, dout, np.zeros_like(lse), **options)
+        results.append([out, lse, *gradients])
+    assert all(np.isfinite(x).all() for x in results[0])
+    for poisoned in results[1:]:
+        for clean, got in zip(results[0], poisoned, strict=True):
+            np.testing.assert_array_equal(clean, got)
+
+
+def test_rows_do_not_depend_on_the_batch(leaf):
+    if leaf.package == "xla":
+        pytest.skip("XLA chooses its own products' order")
+    query, key, value, bounds, _, options = operands((3, 33, 300, 4, 2, 64, 1, None), "float32")
+    forward = leaf("attention", "attention_forward")
+    together = forward(query, key, value, bounds, None, **options)
+    for b in range(3):
+        alone = forward(query[b : b + 1], key[b : b + 1], value[b : b + 1], bounds[b : b + 1], None, **options)
+        for one, all_rows in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one[0], all_rows[b])
+    for again in (forward(query, key, value, bounds, None, **options) for _ in range(3)):
+        np.testing.assert_array_equal(again[0], together[0])

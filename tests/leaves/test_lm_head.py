@@ -1,0 +1,97 @@
+"""The LM head's scores and loss against the float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels.reference import lm_head as reference
+
+# (R, D, V): one of each; below and above the kernels' tiles of rows, columns and depth, dividing none.
+SHAPES = [(1, 1, 1), (3, 16, 50), (65, 100, 1003), (200, 300, 260)]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def operands(r, d, v, dtype):
+    keys = jax.random.split(jax.random.key(r + v), 3)
+    hidden = jax.random.normal(keys[0], (r, d)).astype(dtype)
+    weight = (3 * d**-0.5 * jax.random.normal(keys[1], (v, d))).astype(dtype)
+    targets = jax.random.randint(keys[2], (r,), 0, v)
+    return hidden, weight, targets
+
+
+def rounding(hidden, weight):
+    """How far float32 sums over D may move a logit: D roundings of partial sums, each up to the sum of magnitudes, at random."""
+    magnitudes = np.abs(np.asarray(hidden, np.float64)) @ np.abs(np.asarray(weight, np.float64)).T
+    return hidden.shape[1] ** 0.5 * 2**-24 * np.nanmax(magnitudes)
+
+
+def as_numpy(arrays):
+    return [None if x is None else np.asarray(x) for x in arrays]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
+@pytest.mark.parametrize("every_option", [False, True])
+def test_scores(leaf, shape, dtype, confidence, every_option):
+    hidden, weight, _ = operands(*shape, dtype)
+    r, _, v = shape
+    static = dict(confidence=confidence, tempered_confidence=every_option, logits_soft_cap=None, logits_dtype=None)
+    arrays = [None] * 6
+    if every_option:
+        static["logits_soft_cap"] = 15.0
+        bits = jax.random.bits(jax.random.key(2), (r, 2))
+        arrays = [
+            jnp.linspace(0, 1.5, r),
+            bits,
+            jnp.arange(r, dtype=jnp.int32),
+            None,
+            jnp.arange(r) % 4 != 1,
+            jnp.array([v // 2, -1, v], jnp.int32) if v > 1 else None,
+        ]
+    got = leaf("lm_head", "lm_head_scores")(hidden, weight, *arrays, **static)
+    expected = reference.lm_head_scores(*as_numpy((hidden, weight, *arrays)), **static)
+    np.testing.assert_array_equal(got[0], expected[0])
+    error = rounding(hidden, weight)
+    for result, wanted in zip(got[1:], expected[1:]):
+        np.testing.assert_allclose(result, wanted, rtol=3e-5 + 2 * error, atol=1e-6 + error)
+
+
+def test_logits_rounded_to_a_dtype(leaf):
+    # Multiples of 1/16: exact sums, so that rounding them to bfloat16 has one right result.
+    rng = np.random.default_rng(0)
+    hidden = rng.integers(-9, 10, (5, 40)).astype(np.float32)
+    weight = rng.integers(-9, 10, (300, 40)).astype(np.float32) / 16
+    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=jnp.dtype("bfloat16"))
+    got = leaf("lm_head", "lm_head_scores")(hidden, weight, *[None] * 6, **static)
+    expected = reference.lm_head_scores(hidden, weight, *[None] * 6, **static)
+    np.testing.assert_array_equal(got[0], expected[0])
+    for result, wanted in zip(got[1:], expected[1:]):
+        np.testing.assert_allclose(result, wanted, rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cap", [None, 15.0])
+def test_loss_and_gradient(leaf, shape, dtype, cap):
+    hidden, weight, targets = operands(*shape, dtype)
+    active = jnp.arange(shape[0]) % 5 != 2
+    if shape[0] > 3:
+        targets = targets.at[0].set(shape[2]).at[2].set(-1)  # NaN; ignored, for row 2 is not active
+        hidden = hidden.at[2].set(jnp.nan)
+    arrays = hidden, weight, targets, active
+    loss, lse = leaf("lm_head", "masked_cross_entropy_forward")(*arrays, logits_soft_cap=cap)
+    expected, expected_lse = reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=cap)
+    error = 1e-6 + 2 * rounding(hidden, weight)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=error)
+    np.testing.assert_allclose(lse[np.asarray(active)], expected_lse[np.asarray(active)], rtol=1e-6, atol=error)
+    dloss = jax.random.normal(jax.random.key(4), (shape[0],))
+    wanted = reference.masked_cross_entropy_backward(*as_numpy((*arrays, lse, dloss)), logits_soft_cap=cap)
+    got = leaf("lm_head", "masked_cross_entropy_backward")(*arrays, lse, dloss, logits_soft_cap=cap)
+    tolerance = {"float32": 2e-5, "bfloat16": 2**-8, "float16": 2**-10}[dtype]
+    for result, want, factor in zip(got, wanted, (weight, hidden), strict=True):
+        assert result.dtype == hidden.dtype
+        # p - 1 may cancel to nothing, the rounding of p does not.
+        scale = max(np.abs(want).max(), np.nanmax(np.abs(np.asarray(factor, np.float64))) * np.abs(dloss).max())
+        np.testing.assert_allclose(np.asarray(result, np.float64), want, rtol=0, atol=tolerance * scale)
