@@ -17,6 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2
+	DLM_KERNELS_ISA=portable $(BIN)/python -m pytest -n 2 tests/leaves -k cpu
 
 # Needs an NVIDIA GPU, and JAX with its CUDA plugin in .venv: .venv/bin/pip install 'jax[cuda13]'.
 test-gpu: $(VENV)/.installed
