@@ -1,0 +1,127 @@
+"""The operations under jax's transformations, with the kernels that the CPU takes by default."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import dlm_kernels
+from dlm_kernels import masks
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+KEY = jax.random.key(7)
+# Each takes arrays with the batch first; [4, ...] so that it splits over the 4 devices of conftest.py.
+OPERATIONS = {
+    "attention": (
+        lambda q, k, v: dlm_kernels.attention(q, k, v, mask=masks.block_causal(24, 8)),
+        (normal(1, 4, 24, 4, 32), normal(2, 4, 24, 2, 32), normal(3, 4, 24, 2, 32)),
+    ),
+    "score_tokens": (
+        lambda logits: dlm_kernels.score_tokens(logits, confidence="margin", temperature=0.5, noise=jnp.zeros(logits.shape)),
+        (normal(4, 4, 6, 301),),
+    ),
+    "unmask_step": (
+        lambda logits, tokens: dlm_kernels.unmask_step(logits, tokens, mask_id=300, num_unmask=2),
+        (normal(4, 4, 6, 301), jnp.full((4, 6), 300)),
+    ),
+    "mix_guidance": (lambda c, u: dlm_kernels.mix_guidance(c, u, 1.5), (normal(5, 4, 6, 301), normal(6, 4, 6, 301))),
+    "lm_head_scores": (
+        lambda hidden: dlm_kernels.lm_head_scores(hidden, normal(8, 301, 40)),
+        (normal(7, 4, 6, 40),),
+    ),
+    "masked_cross_entropy": (
+        lambda hidden, targets: dlm_kernels.masked_cross_entropy(
+            hidden, normal(8, 301, 40), targets, jnp.ones(targets.shape), reduction="none"
+        ),
+        (normal(7, 4, 6, 40), jax.random.randint(KEY, (4, 6), 0, 301)),
+    ),
+}
+every_operation = pytest.mark.parametrize("name", OPERATIONS)
+
+
+def same(got, expected):
+    """To the bit: the CPU kernels' rows depend on nothing but themselves."""
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@every_operation
+def test_the_cpu_kernels_are_what_runs(name):
+    function, arrays = OPERATIONS[name]
+    choices = dlm_kernels.explain(function, *arrays)
+    assert choices and all(choice.implementations["cpu"] == "cpu" for choice in choices)
+
+
+@every_operation
+def test_jit(name):
+    function, arrays = OPERATIONS[name]
+    same(jax.jit(function)(*arrays), function(*arrays))
+
+
+@every_operation
+def test_vmap(name):
+    function, arrays = OPERATIONS[name]
+    stacked = [jnp.stack([array, array[::-1]]) for array in arrays]
+    expected = [function(*arrays), function(*(array[::-1] for array in arrays))]
+    same(jax.vmap(function)(*stacked), jax.tree.map(lambda *parts: jnp.stack(parts), *expected))
+
+
+@every_operation
+def test_sharded_batch(name):
+    function, arrays = OPERATIONS[name]
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
+    split = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in arrays]
+    same(jax.jit(function)(*split), function(*arrays))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False)
+    same(jax.jit(mapped)(*arrays), function(*arrays))
+
+
+@every_operation
+def test_export(name):
+    function, arrays = OPERATIONS[name]
+    targets = [
+        f"dlm_kernels_{kernel}"
+        for kernel in ("attention_forward", "score_tokens", "unmask_topk", "mix_guidance", "lm_head_scores")
+        + ("masked_cross_entropy_forward",)
+    ]
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
+    exported = export.export(jax.jit(function), disabled_checks=checks)(*arrays)
+    assert "dlm_kernels_" in exported.mlir_module()
+    assert exported.platforms == ("cpu",)
+    same(jax.tree.leaves(exported.call(*arrays)), jax.tree.leaves(function(*arrays)))
+
+
+@pytest.mark.parametrize("wrt", range(3))
+def test_gradient_of_attention_by_finite_differences(wrt):
+    query, key, value = (x.astype(jnp.float32) for x in (normal(1, 1, 5, 2, 8), normal(2, 1, 7, 1, 8), normal(3, 1, 7, 1, 8)))
+    mask = masks.padding(jnp.array([6]), 5, 7)
+
+    def loss(*arrays):
+        out, lse = dlm_kernels.attention(*arrays, mask=mask, return_lse=True, logits_soft_cap=5.0)
+        return jnp.sum(out * normal(9, *out.shape)) + jnp.sum(lse * normal(10, *lse.shape))
+
+    arrays = [query, key, value]
+    direction = normal(11, *arrays[wrt].shape)
+    slope = jnp.vdot(jax.grad(loss, wrt)(*arrays), direction)
+    step = 1e-2  # float32 differences: rounding 1e-7 / 1e-2, curvature 1e-4
+    ends = [loss(*(a + sign * step * direction if i == wrt else a for i, a in enumerate(arrays))) for sign in (1, -1)]
+    np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), slope, rtol=2e-2, atol=2e-3)
+
+
+def test_gradient_under_jit_and_vmap():
+    hidden, weight, targets = normal(1, 3, 2, 5, 16), normal(2, 50, 16), jax.random.randint(KEY, (3, 2, 5), 0, 50)
+
+    def loss(hidden, weight, targets):
+        return dlm_kernels.masked_cross_entropy(hidden, weight, targets, jnp.ones(targets.shape))
+
+    gradient = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), in_axes=(0, None, 0)))(hidden, weight, targets)
+    for i in range(3):
+        alone = jax.grad(loss, (0, 1))(hidden[i], weight, targets[i])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), [g[i] for g in gradient], list(alone))
