@@ -76,6 +76,42 @@ def test_corrupt_masks_every_count_alike(block_size, config):
         np.testing.assert_allclose(share[1:], 1 / size, atol=0.02)
 
 
+def test_errors_are_other_tokens_of_the_batch_and_checked_with_as_many_intact_ones(config, random):
+    """A quarter of the visible tokens replaced: every other column is checked. Ids below 5 here are special."""
+    tokens = jnp.asarray(random.integers(3, config.vocab, (50, 40)), jnp.int32)
+    noisy, masked, _ = train.corrupt(tokens, jax.random.key(1), config.mask_id, 40)
+    wrong, checked = (np.asarray(x) for x in train.with_errors(tokens, noisy, masked, jax.random.key(2), 0.25, 5))
+    tokens, noisy, masked = (np.asarray(x) for x in (tokens, noisy, masked))
+    changed = wrong != noisy
+    assert not (changed & ~checked).any() and not (checked & masked).any() and (tokens[checked] >= 5).all()
+    assert (wrong[changed] >= 5).all()
+    visible = (~masked).sum()
+    assert 0.4 < checked.sum() / visible < 0.6
+    assert 0.2 < changed.sum() / visible < 0.3  # of the replacements 1 in 50 is the token itself
+    assert 0.8 < (changed.sum(0) / np.maximum((~masked).sum(0), 1)).max() / 0.25 < 2.5  # no column is favoured
+
+
+def test_training_on_errors_rejects_them(config, params, tmp_path, texts):
+    """After training the model prefers the true token to a wrong one in its place; without errors it never learnt to."""
+    small = DenoiserConfig(layers=2, d_model=32, heads=2, kv_heads=1, head_size=16, ffn=48, vocab=300)
+    right = {}
+    for share in (0.0, 0.1):
+        out = tmp_path / str(share)
+        settings = train.TrainConfig(
+            rows=8, length=16, steps=250, learning_rate=1e-2, average=0.9, error_share=share, weight_decay=0.0
+        )
+        train.run(small, settings, out, seed_texts=texts)
+        loaded, trained, tokenizer = checkpoint.load(out, dtype=jnp.float32)
+        (stream, _) = train.prepare(loaded, texts, tokenizer)[1]
+        rows = stream[: 16 * 16].reshape(16, 16)
+        wrong = rows.copy()
+        wrong[:, 8] = np.roll(rows[:, 8], 3)
+        hidden = jax.jit(model.hidden_states, static_argnums=0)(loaded, trained, wrong)
+        best = np.asarray((hidden @ model.head_weight(loaded, trained).T).argmax(-1))
+        right[share] = (best[:, 8] == rows[:, 8])[wrong[:, 8] != rows[:, 8]].mean()
+    assert right[0.1] > 0.5 > right[0.0], right
+
+
 def test_loss_stays_within_documents(config, params):
     """The first of two documents reads nothing of the second, and the other way round."""
     rows = np.array([[9, 4, 31, 17, config.eos_id, 20, 8, 12, 5, 40]], np.int32)
@@ -256,4 +292,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_settings_say_what_is_wrong():
     with pytest.raises(ValueError, match="steps, minutes: expected one of them, got None and None"):
         train.TrainConfig()
+    with pytest.raises(ValueError, match=r"error_share: expected a share in \[0, 0.5\], got 0.7"):
+        train.TrainConfig(steps=1, error_share=0.7)
     assert json.dumps(DenoiserConfig().to_dict())

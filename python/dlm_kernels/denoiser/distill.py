@@ -5,68 +5,98 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels import lm_head_scores, masked_cross_entropy, masks, unmask_topk
-from dlm_kernels.denoiser import checkpoint, data, model, train
+from dlm_kernels import lm_head_scores, masks, unmask_topk
+from dlm_kernels.denoiser import checkpoint, data, divergence, model, train
 
 
-def run(settings, teacher, out, *, teacher_steps, student_steps, seed_texts=None, report=None):
+def run(settings, teacher, out, *, teacher_steps, student_steps, temperature=0.0, seed_texts=None, report=None):
     """Trains a copy of the checkpoint `teacher` into directory `out`: 32 -> 8, then with that as the teacher 8 -> 2, and so on.
 
-    A row of settings.length tokens takes the teacher teacher_steps passes and the student student_steps. Stops, saves and
-    resumes as `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not divide.
+    What takes the teacher teacher_steps passes takes the student student_steps; temperature is that of the teacher's decoding.
+    Stops, saves and resumes as `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not
+    divide.
     """
     if student_steps < 1 or teacher_steps % student_steps or teacher_steps == student_steps:
         raise ValueError(
             f"teacher_steps: expected a multiple of student_steps {student_steps}, above it, got {teacher_steps}"
         )
     config, params, _ = checkpoint.load(teacher, dtype=jnp.float32)
-    objective = functools.partial(student_loss, passes=teacher_steps // student_steps, teacher_steps=teacher_steps)
+    objective = functools.partial(
+        student_loss, teacher_steps=teacher_steps, student_steps=student_steps, temperature=temperature
+    )
     return train.run(
         config, settings, out, initial=teacher, objective=objective, given=params, seed_texts=seed_texts, report=report
     )
 
 
-def student_loss(config, settings, params, teacher, tokens, key, *, passes, teacher_steps):
-    """Cross-entropy of what the teacher drew over `passes` steps, by the student who sees the state before the first.
+def student_loss(config, settings, params, teacher, tokens, key, *, teacher_steps, student_steps, temperature=0.0):
+    """The divergence of the student, who sees a state once, from the teacher, who decodes on from it for several passes.
 
-        noisy = corrupt(tokens)
-        drawn = teacher_draw(teacher, noisy)                                    # each token from the step that revealed it
-        return mean(-log_softmax(head(hidden_states(params, noisy)))[drawn] where masked)
+        noisy, span = student_state(tokens)
+        target = teacher_states(teacher, noisy, ...)                            # each token's, from the pass that revealed it
+        p, q = softmax(head(target)), softmax(head(hidden_states(params, noisy)))
+        return mean(KL(p || q) where masked)
 
-    A draw from the teacher in the place of its distribution: in expectation, over draws, this is the forward KL divergence from
-    teacher to student, plus a constant, and needs no [.., V] array. Source: SDTT (Deschenaux and Gulcehre 2024), whose
-    divergence is reversed.
+    At temperature 0 what the teacher reveals, and so the target, follows from the state: the student can learn it. Source: SDTT
+    (Deschenaux and Gulcehre 2024), whose teacher samples and whose divergence is reversed.
     """
     for_noise, for_draw = jax.random.split(key)
-    noisy, masked, _ = train.corrupt(tokens, for_noise, config.mask_id, tokens.shape[1])
+    noisy, span = student_state(tokens, for_noise, config.mask_id, student_steps)
     document = masks.packed(data.segments(tokens, config.eos_id).astype(jnp.int32))
     options = dict(mask=document, implementation=settings.implementation)
-    drawn = teacher_draw(config, teacher, noisy, for_draw, passes=passes, teacher_steps=teacher_steps, **options)
+    target = teacher_states(
+        config, teacher, noisy, for_draw, passes=teacher_steps // student_steps,
+        quota=-(-span // teacher_steps), temperature=temperature, **options,
+    )  # fmt: skip
     hidden = model.hidden_states(config, params, noisy, **options)
-    weights = masked / masked.sum()
-    head = model.head_weight(config, params)
-    return masked_cross_entropy(hidden, head, drawn, weights, implementation=settings.implementation)
+    masked = (noisy == config.mask_id).reshape(-1)
+    return divergence.divergence(
+        hidden.reshape(-1, config.d_model), model.head_weight(config, params),
+        target.reshape(-1, config.d_model), model.head_weight(config, teacher),
+        masked / jnp.maximum(masked.sum(), 1),
+    )  # fmt: skip
 
 
-def teacher_draw(config, params, tokens, key, *, passes, teacher_steps, mask, implementation=None):
-    """A token for every mask in `tokens` [B, L]: sampled at the step that reveals it, and for those left at the last.
+def student_state(tokens, key, mask_id, student_steps):
+    """A state that a student meets: a span of each row decoded for some of its steps, everything around it given.
 
-    The teacher reveals L / teacher_steps tokens a step, those surest first. Returns int32 [B, L], the given tokens among them.
+    tokens int32 [B, L]. The span's length is uniform on 1..L, its place too, or at the row's end in every other row (a prompt to
+    go on from); of its n tokens k n / student_steps are masked, rounded up, k uniform on 1..student_steps and the tokens anywhere
+    in it. Returns the masked tokens and n, int32 [B].
     """
-    quota = -(-tokens.shape[1] // teacher_steps)
+    b, length = tokens.shape
+    for_length, for_place, for_count, for_order = jax.random.split(key, 4)
+    size = jax.random.randint(for_length, (b,), 1, length + 1)
+    begin = jnp.floor(jax.random.uniform(for_place, (b,)) * (length - size + 1)).astype(jnp.int32)
+    begin = jnp.where(jnp.arange(b) % 2, length - size, begin)
+    left = jax.random.randint(for_count, (b,), 1, student_steps + 1)
+    column = jnp.arange(length)
+    inside = (begin[:, None] <= column) & (column < (begin + size)[:, None])
+    draw = jnp.where(inside, jax.random.uniform(for_order, (b, length)), 2.0)
+    rank = jnp.argsort(jnp.argsort(draw, axis=1), axis=1)
+    masked = rank < (-(-(left * size) // student_steps))[:, None]
+    return jnp.where(masked, mask_id, tokens), size
+
+
+def teacher_states(config, params, tokens, key, *, passes, quota, temperature, mask, implementation=None):
+    """Hidden states [B, L, D], of every mask in `tokens` [B, L] at the pass that reveals it, and at the last for those left.
+
+    The teacher reveals quota[b] tokens a pass, those surest first, greedily or, at a temperature, sampled.
+    """
+    kept = None
+    head = model.head_weight(config, params)
     for step in range(passes):
         active = tokens == config.mask_id
         hidden = model.hidden_states(config, params, tokens, mask=mask, implementation=implementation)
+        kept = hidden if kept is None else jnp.where(active[..., None], hidden, kept)
+        if step == passes - 1:
+            break
+        sampling = dict(temperature=temperature, key=jax.random.fold_in(key, step)) if temperature else {}
         scores = lm_head_scores(
-            hidden,
-            model.head_weight(config, params),
-            temperature=1.0,
-            key=jax.random.fold_in(key, step),
-            active=active,
-            banned_tokens=jnp.asarray([config.mask_id, config.pad_id]),
-            implementation=implementation,
-        )
-        revealed = unmask_topk(tokens, scores, mask_id=config.mask_id, num_unmask=quota, implementation=implementation)
-        drawn = jnp.where(active, scores.token, tokens)
-        tokens = revealed.tokens
-    return jax.lax.stop_gradient(drawn)
+            hidden, head, active=active, banned_tokens=jnp.asarray([config.mask_id, config.pad_id]),
+            implementation=implementation, **sampling,
+        )  # fmt: skip
+        tokens = unmask_topk(
+            tokens, scores, mask_id=config.mask_id, num_unmask=quota, implementation=implementation
+        ).tokens
+    return jax.lax.stop_gradient(kept)

@@ -26,6 +26,7 @@ class TrainConfig:
     clip: float = 1.0
     least_ratio: float = 0.1  # see `loss`
     block_share: float = 0.0  # share of the updates that are `block_loss`, at a random block size
+    error_share: float = 0.0  # share of the visible tokens that the other updates replace, see `with_errors`
     average: float = (
         0.999  # what a step keeps of the running average of the parameters, which is what a checkpoint holds
     )
@@ -38,6 +39,9 @@ class TrainConfig:
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps, minutes: expected one of them, got {self.steps} and {self.minutes}")
+        for name, most in (("block_share", 1), ("error_share", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: expected a share in [0, {most}], got {getattr(self, name)}")
 
 
 def corrupt(tokens, key, mask_id, block_size):
@@ -60,7 +64,25 @@ def corrupt(tokens, key, mask_id, block_size):
     return jnp.where(masked, mask_id, tokens), masked, count / size
 
 
-def loss(config, params, tokens, key, *, least_ratio=0.0, implementation=None):
+def with_errors(tokens, noisy, masked, key, share, special):
+    """Replaces about `share` of the tokens that `corrupt` left visible by tokens from elsewhere in the batch.
+
+    Every (1 / (2 share))-th column of a row, from a random one on, is checked: every other one of these is replaced where it is
+    visible, so that the model learns both to keep and to reject. special: ids below it are never written, nor replaced.
+    Returns the tokens and which are checked, bool [B, L], never a masked one. Source: LLaDA2.1's token-to-token editing.
+    """
+    b, length = tokens.shape
+    period = max(round(0.5 / share), 1)
+    for_offset, for_parity, for_other = jax.random.split(key, 3)
+    column = jnp.arange(length) + jax.random.randint(for_offset, (b, 1), 0, period)
+    checked = (column % period == 0) & ~masked & (tokens >= special)
+    parity = jax.random.randint(for_parity, (b, 1), 0, 2)
+    other = jax.random.permutation(for_other, tokens.reshape(-1)).reshape(b, length)
+    replaced = checked & (column // period % 2 == parity) & (other >= special)
+    return jnp.where(replaced, other, noisy), checked
+
+
+def loss(config, params, tokens, key, *, least_ratio=0.0, error_share=0.0, implementation=None):
     """The bound on -log p per token, in nats, of packed rows [B, L]: cross-entropy of the masked tokens over the masked ratio.
 
         noisy, masked, ratio = corrupt(tokens)
@@ -68,15 +90,23 @@ def loss(config, params, tokens, key, *, least_ratio=0.0, implementation=None):
         return sum(nll[masked] / ratio[masked]) / (B * L)
 
     least_ratio: ratios below it weigh as if they were it. The few tokens of such rows would otherwise carry the gradient of
-    a whole row each; 0 is the bound itself. Source: MDLM, LLaDA.
+    a whole row each; 0 is the bound itself. error_share: see `with_errors`; what it checks is learnt with weight 1, and with any
+    the value is no bound. Source: MDLM, LLaDA.
     """
     b, length = tokens.shape
     noisy, masked, ratio = corrupt(tokens, key, config.mask_id, length)
     document = masks.packed(data.segments(tokens, config.eos_id).astype(jnp.int32))
-    hidden = model.hidden_states(config, params, noisy, mask=document, implementation=implementation)
     weights = masked / (jnp.maximum(ratio, least_ratio) * (b * length))
     # Evenly spread counts add up to at most this many, so the head sees half of the rows, in an array of fixed size.
-    most = min((b + 1) * length // 2 + b, b * length)
+    most = (b + 1) * length // 2 + b
+    if error_share:
+        special = 1 + max(config.pad_id, config.eos_id, config.mask_id)
+        noisy, checked = with_errors(tokens, noisy, masked, jax.random.fold_in(key, 1), error_share, special)
+        weights += checked / (b * length)
+        masked |= checked
+        most += b * (length // max(round(0.5 / error_share), 1) + 1)
+    most = min(most, b * length)
+    hidden = model.hidden_states(config, params, noisy, mask=document, implementation=implementation)
     (index,) = jnp.nonzero(masked.reshape(-1), size=most, fill_value=b * length)
     hidden, targets, weights = (
         x.reshape(b * length, *x.shape[2:]).at[index].get(mode="fill", fill_value=0)[None]
@@ -122,7 +152,8 @@ def optimizer(train):
 
 def whole_objective(config, train, params, given, tokens, key):
     """What `train_step` descends on: `loss`. given: what else an objective needs; nothing here."""
-    return loss(config, params, tokens, key, least_ratio=train.least_ratio, implementation=train.implementation)
+    options = dict(least_ratio=train.least_ratio, error_share=train.error_share, implementation=train.implementation)
+    return loss(config, params, tokens, key, **options)
 
 
 def block_objective(config, train, params, given, tokens, key):
