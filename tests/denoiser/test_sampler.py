@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import masks
-from dlm_kernels.denoiser import model, sampler
+from dlm_kernels.denoiser import guided, model, sampler
 
 RULES = {
     "steps": dict(steps=3),
@@ -152,15 +152,75 @@ def test_guidance_holds_within_its_interval_only(config, params, board):
     assert (plain != guided).any()
 
 
+def test_guidance_goes_from_one_scale_to_another_as_the_block_fills(config, params, board):
+    """The pass over a block all masked has the first scale; the scale of a later one is between, by the share masked."""
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    given = dict(unconditional=other, unconditional_start=board["start"], steps=3)
+    plain = run(config, params, board, steps=3)
+    constant = run(config, params, board, guidance_scale=3.0, guidance_final=3.0, **given)
+    np.testing.assert_array_equal(constant.tokens, run(config, params, board, guidance_scale=3.0, **given).tokens)
+    falling = run(config, params, board, guidance_scale=3.0, guidance_final=-9.0, **given)
+    first = falling.revealed == 0
+    np.testing.assert_array_equal(falling.tokens[first], constant.tokens[first])
+    assert (falling.tokens != constant.tokens).any() and (falling.tokens != plain.tokens).any()
+    todo, inside = jnp.asarray([[True, False, False, True]]), jnp.asarray([[True, True, False, True]])
+    data = dict(guidance_scale=3.0, guidance_final=0.0, guidance_interval=None)
+    np.testing.assert_allclose(guided.scale(data, todo, inside, jnp.zeros(1, jnp.int32)), [[2.0] * 4], rtol=1e-6)
+
+
+def test_guidance_by_the_token(config, params, board):
+    """Scale 1 in a column is no guidance there: with it everywhere but in one block, the others read that block alone."""
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    given = dict(unconditional=other, unconditional_start=board["start"], steps=3)
+    plain = run(config, params, board, steps=3)
+    everywhere = run(config, params, board, guidance_scale=np.full((3, 23), 3.0), **given)
+    np.testing.assert_array_equal(everywhere.tokens, run(config, params, board, guidance_scale=3.0, **given).tokens)
+    late = np.where(np.arange(23) < 14, 1.0, 3.0) * np.ones((3, 1))
+    late = run(config, params, board, guidance_scale=late, **given)
+    np.testing.assert_array_equal(late.tokens[:, :14], plain.tokens[:, :14])
+    assert (late.tokens[:, 14:] != plain.tokens[:, 14:]).any()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(attend="blocks", cache=True), dict(cache=True, refresh=1)])
+def test_the_unconditional_stream_every_so_many_passes(options, config, params, board):
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    given = dict(unconditional=other, unconditional_start=board["start"], guidance_scale=3.0, steps=3) | options
+    together = run(config, params, board, **given)
+    np.testing.assert_array_equal(run(config, params, board, guidance_refresh=1, **given).tokens, together.tokens)
+    # Once a block: its first pass is as before, later ones mix with what that one said.
+    once = run(config, params, board, guidance_refresh=100, **given)
+    first = together.revealed == 0
+    np.testing.assert_array_equal(once.tokens[first], together.tokens[first])
+    assert (once.tokens != together.tokens).any()
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_logit_bias(guidance, config, params, board):
+    """A bias that is the same for every token changes nothing; one token's makes it come everywhere or nowhere."""
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    given = dict(unconditional=other, unconditional_start=board["start"], guidance_scale=2.0) if guidance else {}
+    plain = run(config, params, board, steps=3, **given)
+    even = run(config, params, board, steps=3, logit_bias=np.full(config.vocab, 2.0), **given)
+    np.testing.assert_array_equal(even.tokens, plain.tokens)
+    holes = board["tokens"] == config.mask_id
+    bias = np.zeros(config.vocab)
+    bias[7] = 1e4
+    assert (run(config, params, board, steps=3, logit_bias=bias, **given).tokens[holes] == 7).all()
+    common = np.bincount(plain.tokens[holes]).argmax()
+    bias = np.zeros(config.vocab)
+    bias[common] = -1e4
+    assert not (run(config, params, board, steps=3, logit_bias=bias, **given).tokens[holes] == common).any()
+
+
 def test_adaptive_guidance_masks_the_least_confident_anew(config):
     tokens = jnp.asarray([[9, 5, config.mask_id, 6, 7, 8], [9, config.mask_id, config.mask_id, 3, 4, 5]])
     confidence = jnp.asarray([[0.0, 0.9, 0.0, 0.2, np.nan, 0.2], [0.0, 0.0, 0.0, 0.5, 0.5, 0.6]])
     hole = jnp.asarray([[False, True, True, True, True, True]] * 2)
     decoded = sampler.Decoded(tokens, None, confidence, None)
     m = config.mask_id
-    masked = sampler._without_doubtful(config, 0.5, decoded, hole)  # 2 of 4; 1 of 3
+    masked = guided.without_doubtful(config, 0.5, decoded, hole)  # 2 of 4; 1 of 3
     np.testing.assert_array_equal(masked, [[9, 5, m, m, m, 8], [9, m, m, m, 4, 5]])
-    everything = sampler._without_doubtful(config, 1.0, decoded, hole)
+    everything = guided.without_doubtful(config, 1.0, decoded, hole)
     np.testing.assert_array_equal(everything, np.where(hole, m, tokens))
 
 
@@ -358,6 +418,10 @@ def test_nothing_to_do(config, params):
         (dict(steps=2, attend="left"), "attend: expected 'all' or 'blocks', got 'left'"),
         (dict(steps=2, guidance_scale=2.0), "guidance_scale: expected one with `unconditional`"),
         (dict(steps=2, guidance_interval=(0, 1)), "guidance_interval: expected a guidance_scale"),
+        (dict(steps=2, guidance_refresh=2), "guidance_refresh: expected a guidance_scale"),
+        (dict(steps=2, guidance_final=2.0), "guidance_final: expected a guidance_scale"),
+        (dict(steps=2, guidance_remask=0.5, guidance_scale=np.ones(5)), r"guidance_scale: expected a scalar, \[3\] or"),
+        (dict(steps=2, logit_bias=np.ones(5)), r"logit_bias: expected shape \[53\], got \[5\]"),
         (dict(steps=2, temperature=1.0), "temperature, key: expected both or neither"),
         (dict(steps=2, temperature=1.0, key=jax.random.key(0)), "key: expected a key for each of 3 rows"),
         (dict(steps=2, tokens=np.zeros(5, np.int32)), r"tokens: expected shape \[B, L\]"),

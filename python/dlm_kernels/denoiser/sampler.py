@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels import lm_head_scores, masks, unmask_topk
-from dlm_kernels.denoiser import model
+from dlm_kernels.denoiser import guided, model
 
 
 class Decoded(NamedTuple):
@@ -36,6 +36,7 @@ class _State(NamedTuple):
     block: jax.Array  # int32, the block of the last pass
     step: jax.Array  # int32, passes made on it
     cache: list  # per layer (key, value), or empty
+    other: tuple  # the unconditional stream's (hidden states of the window, cache) where it is not computed every pass, or empty
 
 
 def decode(
@@ -59,9 +60,12 @@ def decode(
     unconditional=None,
     unconditional_start=0,
     guidance_scale=None,
+    guidance_final=None,
     guidance_interval=None,
     guidance_remask=None,
+    guidance_refresh=None,
     banned_tokens=None,
+    logit_bias=None,
     stop_at=None,
     attend="all",
     cache=False,
@@ -91,12 +95,17 @@ def decode(
       confidence: see `score_tokens`. temperature: None for greedy, else a scalar or [B], traced; needs key: a JAX threefry key for
         each row, [B].
       unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
-        tokens for the unconditional stream, from column unconditional_start on; guidance_scale: scalar or [B], 1 is none.
+        tokens for the unconditional stream, from column unconditional_start on; guidance_scale: scalar, [B] or [B, L], 1 is none.
+      guidance_final: the scale, scalar or [B], that a block is nearing as it fills: a mean of the two, in which guidance_scale's
+        weight is the share of the block's holes that are still masked.
       guidance_interval: (low, high), each a scalar or [B]: guide only while the share of the block's holes that are still
         masked is within them, both inclusive.
       guidance_remask: adaptive guidance (A-CFG), in the place of `unconditional`: the unconditional stream keeps the given
         tokens and masks this share of the decoded ones anew, at least one, the least confident (when written) first.
+      guidance_refresh: compute the unconditional stream anew in every so many passes of a block only, and keep its hidden states
+        for those between. Default: every pass, in one batch with the conditional stream.
       banned_tokens: int32 [M], never chosen. The mask and pad tokens always are.
+      logit_bias: [V], added to the logits, after guidance; finite, and rounded to the parameters' dtype.
       stop_at: a token that ends its row: once it and all before it are there, what follows it becomes config.pad_id.
       attend: "all": every position sees the whole canvas. "blocks": its own block and those before (a block-causal model);
         with block 1 that is an autoregressive decoder.
@@ -124,8 +133,12 @@ def decode(
         raise ValueError("unconditional, guidance_remask: expected one unconditional stream, got two")
     if (unconditional is None and guidance_remask is None) != (guidance_scale is None):
         raise ValueError("guidance_scale: expected one with `unconditional` or guidance_remask, and none without")
-    if guidance_scale is None and guidance_interval is not None:
-        raise ValueError("guidance_interval: expected a guidance_scale with it, got none")
+    further = dict(
+        guidance_final=guidance_final, guidance_interval=guidance_interval, guidance_refresh=guidance_refresh
+    )
+    for name, value in further.items():
+        if guidance_scale is None and value is not None:
+            raise ValueError(f"{name}: expected a guidance_scale with it, got none")
     if unconditional is not None and jnp.shape(unconditional) != tokens.shape:
         raise ValueError(
             f"unconditional: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(unconditional))}"
@@ -140,9 +153,13 @@ def decode(
     if guidance_scale is not None:
         columns["unconditional_start"] = start if unconditional is None else unconditional_start
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
+    if guidance_scale is not None and jnp.shape(guidance_scale) not in ((), (b,), tokens.shape):
+        raise ValueError(f"guidance_scale: expected a scalar, [{b}] or {[b, length]}, got {list(jnp.shape(guidance_scale))}")
+    if logit_bias is not None and jnp.shape(logit_bias) != (config.vocab,):
+        raise ValueError(f"logit_bias: expected shape [{config.vocab}], got {list(jnp.shape(logit_bias))}")
     banned = [] if banned_tokens is None else banned_tokens
     banned = jnp.concatenate([jnp.asarray([config.mask_id, config.pad_id]), jnp.asarray(banned, jnp.int32)])
-    data = rules | dict(
+    data = rules | further | dict(
         steps=steps,
         edit_threshold=edit_threshold,
         remask=remask,
@@ -150,9 +167,9 @@ def decode(
         key=key,
         unconditional=unconditional,
         guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
         guidance_remask=guidance_remask,
         banned=banned,
+        logit_bias=None if logit_bias is None else jnp.asarray(logit_bias),
         stop_at=stop_at,
         refresh=refresh,
     )
@@ -172,9 +189,15 @@ def _decode(static, params, tokens, columns, data):
     b, length = tokens.shape
     position = jnp.arange(length, dtype=jnp.int32)[None]
     hole = (tokens == config.mask_id) & (columns["start"][:, None] <= position) & (position < columns["stop"][:, None])
-    streams = b if data["guidance_scale"] is None else 2 * b
+    apart = data["guidance_refresh"] is not None
     dtype = params["embed"].dtype
-    cache = model.empty_cache(config, streams, length, dtype) if static.cached else []
+
+    def empty(rows):
+        return model.empty_cache(config, rows, length, dtype) if static.cached else []
+
+    together = data["guidance_scale"] is not None and not apart
+    cache = empty(2 * b if together else b)
+    other = (jnp.zeros((b, block, config.d_model), dtype), empty(b)) if apart else ()
 
     def masked(state):
         return hole & (state.decoded.tokens == config.mask_id)
@@ -187,7 +210,7 @@ def _decode(static, params, tokens, columns, data):
         begin = columns["first"] + index * block
         # The window that is computed; at the canvas's edge it reaches back before `begin`.
         at = jnp.clip(begin, 0, length - block)
-        hidden, cache = _window_states(static, params, columns, data, state, hole, index, step, at)
+        hidden, cache, other = _both_streams(static, params, columns, data, state, hole, index, step, at)
         inside = at[:, None] + jnp.arange(block)
         inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block)
         inside &= model.read_window(hole, at, block)
@@ -200,9 +223,9 @@ def _decode(static, params, tokens, columns, data):
         decoded = end_rows(config, data["stop_at"], decoded, hole)
         if static.on_pass is not None:
             jax.debug.callback(lambda *fields: static.on_pass(Decoded(*fields)), *decoded, ordered=True)
-        return _State(decoded, index, step, cache)
+        return _State(decoded, index, step, cache, other)
 
-    before = _State(_untouched(config, tokens), jnp.int32(-length - 1), jnp.int32(0), cache)
+    before = _State(_untouched(config, tokens), jnp.int32(-length - 1), jnp.int32(0), cache, other)
     return jax.lax.while_loop(lambda state: masked(state).any(), one_pass, before).decoded
 
 
@@ -212,9 +235,14 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
     b = decoded.tokens.shape[0]
     window = model.read_window(decoded.tokens, at, block)
     todo = inside & (window == config.mask_id)
+    head = model.head_weight(config, params)
+    if data["logit_bias"] is not None:
+        # One more column of the head, which every state reads with weight 1: exact under guidance too, whose weights add up to 1.
+        head = jnp.concatenate([head, data["logit_bias"].astype(head.dtype)[:, None]], axis=1)
+        hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=2)
     guidance = {}
     if data["guidance_scale"] is not None:
-        guidance = dict(unconditional_hidden=hidden[b:], guidance_scale=_scale(data, todo, inside))
+        guidance = dict(unconditional_hidden=hidden[b:], guidance_scale=guided.scale(data, todo, inside, at))
     sampling = {}
     if data["temperature"] is not None:
         # From the block and its step alone: a row draws the same in any batch.
@@ -222,7 +250,7 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         sampling = dict(temperature=data["temperature"], key=keys)
     scores = lm_head_scores(
         hidden[:b],
-        model.head_weight(config, params),
+        head,
         confidence=static.confidence,
         active=todo if data["edit_threshold"] is None else inside,
         banned_tokens=data["banned"],
@@ -258,40 +286,13 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
     )
 
 
-def _scale(data, todo, inside):
-    """The guidance scale of every row, float32 [B]: 1 outside of the interval."""
-    scale = jnp.broadcast_to(jnp.asarray(data["guidance_scale"], jnp.float32), todo.shape[:1])
-    if data["guidance_interval"] is None:
-        return scale
-    low, high = data["guidance_interval"]
-    share = todo.sum(1) / jnp.maximum(inside.sum(1), 1)
-    return jnp.where((low <= share) & (share <= high), scale, 1.0)
-
-
-def _least_confident(known, confidence, count):
-    """bool [B, L]: the count [B] least confident of the positions `known`, the first of equals; NaN is no confidence at all."""
-    sure = jnp.where(known, jnp.where(jnp.isnan(confidence), -jnp.inf, confidence), jnp.inf)
-    position = jnp.arange(sure.shape[1])
-    before = (sure[:, None, :] < sure[:, :, None]) | (
-        (sure[:, None, :] == sure[:, :, None]) & (position < position[:, None])
-    )
-    return known & (before.sum(-1) < count[:, None])
-
-
-def _without_doubtful(config, share, decoded, hole):
-    """The tokens, the least confident `share` of those decoded so far (at least one, if any) masked anew."""
-    known = hole & (decoded.tokens != config.mask_id)
-    count = jnp.maximum(jnp.floor(share * known.sum(1)), 1)
-    return jnp.where(_least_confident(known, decoded.confidence, count), config.mask_id, decoded.tokens)
-
-
 def _remask(config, data, decoded, inside, at, step):
     """Masks anew the least confident share of what earlier passes wrote in the block, unless this was its last pass."""
     block = inside.shape[1]
     tokens, revealed, confidence = (model.read_window(x, at, block) for x in decoded[:3])
     known = inside & (tokens != config.mask_id) & (revealed < decoded.passes - 1)
     count = jnp.where(step < data["steps"] - 1, jnp.floor(data["remask"] * known.sum(1)), 0)
-    tokens = jnp.where(_least_confident(known, confidence, count), config.mask_id, tokens)
+    tokens = jnp.where(guided.least_confident(known, confidence, count), config.mask_id, tokens)
     return decoded._replace(tokens=model.write_window(decoded.tokens, tokens, at))
 
 
@@ -305,20 +306,34 @@ def end_rows(config, stop_at, decoded, hole):
     return decoded._replace(tokens=jnp.where(ended & hole, config.pad_id, decoded.tokens))
 
 
-def _window_states(static, params, columns, data, state, hole, index, step, at):
-    """Hidden states of the window at `at` [B], for both streams under guidance: [B or 2B, block, D]; and the cache."""
+def _both_streams(static, params, columns, data, state, hole, index, step, at):
+    """Hidden states of the window at `at` [B], under guidance of both streams: [B or 2B, block, D]; both states of the carry."""
+    tokens, start, stop, first = state.decoded.tokens, columns["start"], columns["stop"], columns["first"]
+    window = functools.partial(_window_states, static, params, data, state.block, index, step)
+    if data["guidance_scale"] is None:
+        return *window(state.cache, tokens, start, first, stop, at), ()
+    if data["guidance_remask"] is not None:
+        other = guided.without_doubtful(static.config, data["guidance_remask"], state.decoded, hole)
+    else:
+        other = jnp.where(hole, tokens, data["unconditional"])
+    if data["guidance_refresh"] is None:
+        rows = (tokens, other), (start, columns["unconditional_start"]), (first, first), (stop, stop), (at, at)
+        return *window(state.cache, *map(jnp.concatenate, rows)), ()
+    hidden, cache = window(state.cache, tokens, start, first, stop, at)
+    # A block's first pass is always one of these, so the cache of a block-causal model misses no block.
+    kept = jax.lax.cond(
+        step % data["guidance_refresh"] == 0,
+        lambda kept: window(kept[1], other, columns["unconditional_start"], first, stop, at),
+        lambda kept: kept,
+        state.other,
+    )
+    return jnp.concatenate([hidden, kept[0]]), cache, kept
+
+
+def _window_states(static, params, data, before, index, step, cache, tokens, starts, first, stop, at):
+    """Hidden states [rows, block, D] of the window at `at` [rows], and the cache. before: int32, the block of the last pass."""
     config, block, implementation = static.config, static.block, static.implementation
-    tokens, length = state.decoded.tokens, state.decoded.tokens.shape[1]
-    starts = columns["start"]
-    first, stop = columns["first"], columns["stop"]
-    if data["guidance_scale"] is not None:
-        if data["guidance_remask"] is not None:
-            other = _without_doubtful(config, data["guidance_remask"], state.decoded, hole)
-        else:
-            other = jnp.where(hole, tokens, data["unconditional"])
-        tokens = jnp.concatenate([tokens, other])
-        starts = jnp.concatenate([starts, columns["unconditional_start"]])
-        first, stop, at = (jnp.concatenate([x, x]) for x in (first, stop, at))
+    length = tokens.shape[1]
 
     def where(begin, size):
         """Positions (a row's start is 0) and mask of the columns [begin, begin + size)."""
@@ -346,8 +361,8 @@ def _window_states(static, params, columns, data, state, hole, index, step, at):
         return run
 
     if static.attend == "all":
-        return jax.lax.cond(step % data["refresh"] == 0, window(length), window(block), state.cache)
+        return jax.lax.cond(step % data["refresh"] == 0, window(length), window(block), cache)
     # A block's first pass also commits the block before it, whose keys were last computed with masks among its tokens. What
     # lies further back is in the cache already, unless given blocks were skipped: then as at the very start, everything.
-    way = jnp.where(index == state.block, 0, jnp.where(index == state.block + 1, 1, 2))
-    return jax.lax.switch(way, [window(block), window(2 * block), window(length)], state.cache)
+    way = jnp.where(index == before, 0, jnp.where(index == before + 1, 1, 2))
+    return jax.lax.switch(way, [window(block), window(2 * block), window(length)], cache)
