@@ -8,7 +8,8 @@ import sys
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
 GENERATE_OPTIONS = (
     "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "remask", "confidence", "temperature", "seed",
-    "guidance", "negative_prompt", "adaptive", "guidance_interval", "exact", "attend", "cache", "refresh", "drafts",
+    "guidance", "negative_prompt", "style", "adaptive", "guidance_final", "guidance_interval", "guidance_refresh", "eos_bias",
+    "exact", "attend", "cache", "refresh", "drafts",
     "implementation",
 )  # fmt: skip
 
@@ -52,9 +53,14 @@ def _parser():
     add("--temperature", type=float, help="0 is greedy (default: 1, and 0 with --drafts)")
     add("--seed", type=int)
     add("--ban", action="append", default=[], metavar="TEXT", help="use no token that contains TEXT")
+    add("--require", action="append", default=[], metavar="TEXT", help="write TEXT, where it is likeliest")
+    add("--eos-bias", type=float, help="added to end-of-text's logit: below 0 for longer texts, above for shorter")
+    add("--style", metavar="TEXT", help="read TEXT before the prompt; guidance then strengthens what it changes")
     add("--guidance", type=float, help="guidance scale; 1, the default, is none")
     add("--negative-prompt", help="what guidance draws away from (default: no prompt)")
     add("--adaptive", type=float, metavar="SHARE", help="guide away from this share of doubtful tokens masked anew")
+    add("--guidance-final", type=float, help="the scale that guidance is nearing as a block fills")
+    add("--guidance-refresh", type=int, metavar="N", help="run the unconditional stream in every Nth pass of a block only")
     add("--guidance-interval", type=float, nargs=2, help="guide while the share of a block that is masked is in it")
     add("--attend", choices=("all", "blocks"), help="what a token sees: the whole canvas, or the blocks so far")
     add("--cache", action="store_true", default=None, help="keep keys and values, compute the block only")
@@ -75,6 +81,7 @@ def _parser():
     train.add_argument("--length", type=int, default=256)
     train.add_argument("--learning-rate", type=float, default=2e-3)
     train.add_argument("--block-share", type=float, default=0.0, help="share of updates on block-causal denoising")
+    train.add_argument("--error-share", type=float, default=0.0, help="share of visible tokens to replace and correct")
     train.add_argument("--initial", metavar="DIR", help="a checkpoint to start from")
     train.add_argument("--seed", type=int, default=0)
 
@@ -82,9 +89,10 @@ def _parser():
     _model(distill)
     distill.add_argument("out", help="directory of the student; a run that was stopped goes on from there")
     distill.add_argument(
-        "--teacher-steps", type=int, default=32, help="passes over --length tokens (default: %(default)s)"
+        "--teacher-steps", type=int, default=32, help="passes of the teacher over a span (default: %(default)s)"
     )
     distill.add_argument("--student-steps", type=int, default=8, help="of the student (default: %(default)s)")
+    distill.add_argument("--temperature", type=float, default=0.0, help="of the teacher's decoding (default: greedy)")
     distill.add_argument("--minutes", type=float)
     distill.add_argument("--steps", type=int, help="updates")
     distill.add_argument("--rows", type=int, default=16)
@@ -96,13 +104,19 @@ def _parser():
     _model(evaluate)
     evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole (default: %(default)s)")
     evaluate.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
+    evaluate.add_argument("--by-steps", action="store_true", help="compare the model and --students at 32, 8 and 2 passes")
+    evaluate.add_argument("--students", nargs="+", metavar="DIR", default=["student-8", "student-2"])
     evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s)")
     evaluate.add_argument("--files", type=int, default=None, help="use this many held-out files only")
     return parser
 
 
 def _model(command):
-    command.add_argument("--model", metavar="DIR", help="a checkpoint (default: the one that comes with the package)")
+    command.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a checkpoint, or student-8 or student-2, which come with the package (default: their teacher)",
+    )
 
 
 def _load(options):
@@ -110,7 +124,7 @@ def _load(options):
 
     from dlm_kernels.denoiser import checkpoint
 
-    return checkpoint.load(options.model or checkpoint.SHIPPED, dtype=jnp.float32)
+    return checkpoint.load(checkpoint.find(options.model or checkpoint.SHIPPED), dtype=jnp.float32)
 
 
 def _generate(options):
@@ -127,6 +141,7 @@ def _generate(options):
     named.setdefault("temperature", 0.0 if options.drafts else 1.0)
     named["length"] = options.block if options.length is None else options.length
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
+    named["required"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.require]
     console = Console()
     prompt = options.prompt if options.infill is None else options.infill
     prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
@@ -195,6 +210,7 @@ def _train(options):
         length=options.length,
         learning_rate=options.learning_rate,
         block_share=options.block_share,
+        error_share=options.error_share,
         steps=options.steps,
         minutes=options.minutes,
         seed=options.seed,
@@ -219,19 +235,27 @@ def _distill(options):
     with progress.Bar(options.out) as shown:
         distill.run(
             settings,
-            options.model or checkpoint.SHIPPED,
+            checkpoint.find(options.model or checkpoint.SHIPPED),
             options.out,
             teacher_steps=options.teacher_steps,
             student_steps=options.student_steps,
+            temperature=options.temperature,
             report=shown,
         )
 
 
 def _evaluate(options):
-    from dlm_kernels.denoiser import data, evaluate
+    import jax.numpy as jnp
+
+    from dlm_kernels.denoiser import checkpoint, data, evaluate
 
     texts = [text for _, text, held_out in data.files() if held_out][: options.files]
-    if options.decoding:
+    if options.by_steps:
+        models = {"teacher": _load(options)}
+        for name in options.students:
+            models[name] = checkpoint.load(checkpoint.find(name), dtype=jnp.float32)
+        numbers = evaluate.by_steps(models, texts, prompts=options.prompts, implementation=options.implementation)
+    elif options.decoding:
         prompts = evaluate.held_out_headers(texts, options.prompts)
         numbers = evaluate.decoding(_load(options), prompts, implementation=options.implementation)
     else:

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dlm_kernels import cli
-from dlm_kernels.denoiser import checkpoint, evaluate, generate, view
+from dlm_kernels import cli, masks
+from dlm_kernels.denoiser import checkpoint, evaluate, generate, model, view
 
 
 @pytest.fixture
@@ -164,6 +164,36 @@ def test_decoders_side_by_side(saved):
     assert table["block"]["passes"] == 2 and table["block"]["tokens_per_pass"] == 2
     assert 1 <= table["drafts"]["passes"] <= 2
     assert all(row["tokens_per_second"] > 0 and 0 <= row["parse_share"] <= 1 for row in table.values())
+
+
+def test_a_model_and_its_student_by_steps(saved, monkeypatch):
+    """The same model twice gives the same rows; a student's bits are its own, the judge of what it writes is the teacher."""
+    config, params, tokenizer = checkpoint.load(saved, dtype=np.float32)
+    other = (config, params | {"final_norm": params["final_norm"] * 0.5}, tokenizer)
+    text = "def mul(a, b):\n    return a * b\n\n" * 300
+    models = {"teacher": (config, params, tokenizer), "same": (config, params, tokenizer), "other": other}
+    rows = evaluate.by_steps(models, [text], steps=(4, 2), prompts=3, cases=8, length=8)
+    assert [(row["model"], row["passes"]) for row in rows] == [(m, n) for m in models for n in (4, 2)]
+    for a, b in zip(rows[:2], rows[2:4]):
+        assert a == b | {"model": "teacher"}
+    assert rows[0]["bits_per_byte"] != rows[4]["bits_per_byte"]
+    assert all(0 <= row["parse_share"] <= 1 and 1 / 8 <= row["distinct_share"] <= 1 for row in rows)
+
+
+def test_bits_from_left_to_right(saved):
+    """Each of the last tokens given those before it and nothing after, whatever padding stands in front."""
+    config, params, tokenizer = checkpoint.load(saved, dtype=np.float32)
+    row = np.array([9, 14, 31, 17, 22, 60], np.int32)
+    expected = []
+    for i in range(3, 6):
+        seen = np.where(np.arange(6) < i, row, config.mask_id)
+        hidden = model.hidden_states(config, params, seen[None], mask=masks.block_causal(6, 1))
+        logits = np.asarray(hidden @ model.head_weight(config, params).T, np.float64)[0, i]
+        expected.append(np.log2(np.exp(logits).sum()) - logits[row[i]] / np.log(2))
+    padded = np.stack([np.concatenate([np.full(4, config.pad_id), row]), np.concatenate([row[:4], row])]).astype(np.int32)
+    bits = evaluate.left_to_right_bits((config, params, tokenizer), padded[:1], 3)
+    assert bits == pytest.approx(np.mean(expected), rel=1e-5)
+    assert evaluate.left_to_right_bits((config, params, tokenizer), padded, 3) != pytest.approx(bits, rel=1e-3)
 
 
 def test_parse_share_and_headers():

@@ -17,6 +17,12 @@ from dlm_kernels.denoiser.config import DenoiserConfig
 SHIPPED = pathlib.Path(__file__).parent / "weights"
 
 
+def find(name):
+    """The directory of a model: that of a student which comes with the package, "student-8" or "student-2", or a path."""
+    shipped = SHIPPED / str(name)
+    return shipped if str(name).startswith("student-") and shipped.is_dir() else pathlib.Path(name)
+
+
 def save(directory, config, params, tokenizer, *, dtype=jnp.bfloat16):
     """Writes what `load` reads, each file whole or not at all."""
     directory = pathlib.Path(directory)

@@ -3,9 +3,12 @@
 import ast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from dlm_kernels import masked_cross_entropy, masks
 from dlm_kernels.denoiser import data, generate, sampler, train
+from dlm_kernels.denoiser import model as denoiser
 
 
 def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4, seed=1, implementation=None):
@@ -89,6 +92,60 @@ def decoding(model, prompts, *, length=64, decoders=DECODERS, **options):
             "parse_share": parse_share([m.texts[0].rpartition("\n")[0] for m in made]),
         }
     return table
+
+
+def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=64, implementation=None):
+    """What a model and its students write in few passes: a list of dicts, a row for each model and number of steps.
+
+    models: {name: model}. parse_share: of `length` tokens after each of the held-out headers, greedy, one block. hole_of_8 and
+    hole_of_4: see `infilling`, in as many passes as there are tokens at most. teacher_bits_per_token: how probable the first model
+    finds what was written, from left to right; low is fluent, or repetitive, which distinct_share tells: the share of a text's
+    tokens that are the first of their kind.
+    """
+    headers = held_out_headers(texts, prompts)
+    options = dict(implementation=implementation)
+    judge = next(iter(models.values()))
+    rows = []
+    for name, made_by in models.items():
+        bits = bits_per_byte(made_by, texts, **options)
+        for count in steps:
+            made = generate.generate(made_by, headers, length=length, block=length, steps=count, exact=True, **options)
+            row = {"model": name, "steps": count, "passes": made.passes, "bits_per_byte": bits}
+            row["parse_share"] = parse_share([text.rpartition("\n")[0] for text in made.texts])
+            written = made.decoded.tokens[:, -length:]
+            row["teacher_bits_per_token"] = left_to_right_bits(judge, made.decoded.tokens, written.shape[1], **options)
+            row["distinct_share"] = float(np.mean([len(set(tokens)) / len(tokens) for tokens in written.tolist()]))
+            for hole in (8, 4):
+                row[f"hole_of_{hole}"] = infilling(
+                    made_by, texts, cases=cases, hole=hole, steps=min(count, hole), **options
+                )
+            rows.append(row)
+    return rows
+
+
+def left_to_right_bits(model, tokens, last, *, implementation=None):
+    """-log2 p per token of the `last` tokens of each row [B, L], by a model that reads from left to right; pads are not seen."""
+    config, params, _ = model
+    b, length = tokens.shape
+    start = (tokens != config.pad_id).argmax(1)
+    shifted = np.full_like(tokens, config.pad_id)
+    for row, begin in enumerate(start):
+        shifted[row, : length - begin] = tokens[row, begin:]
+    column = np.arange(length) + start[:, None]
+    scored = (column >= length - last) & (column < length) & (shifted != config.pad_id)
+
+    @jax.jit
+    def nats(tokens, weights):
+        # One block each: the noisy half is all masks, the clean half what stands before.
+        hidden = denoiser.hidden_states(
+            config, params, jnp.concatenate([jnp.full_like(tokens, config.mask_id), tokens], axis=1),
+            positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None],
+            mask=masks.block_diffusion(length, 1), implementation=implementation,
+        )[:, :length]  # fmt: skip
+        head = denoiser.head_weight(config, params)
+        return masked_cross_entropy(hidden, head, tokens, weights, implementation=implementation)
+
+    return float(nats(jnp.asarray(shifted), jnp.asarray(scored, jnp.float32))) / np.log(2) / int(scored.sum())
 
 
 def parse_share(texts):

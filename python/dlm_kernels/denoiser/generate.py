@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
-from dlm_kernels.denoiser import sampler, speculative
+from dlm_kernels.denoiser import control, sampler, speculative
 
 HOLE = re.compile(r"<mask:(\d+)>")
 BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
@@ -42,12 +42,13 @@ class Generation:
         return self.tokens / self.seconds
 
 
-def canvas(config, tokenizer, prompts, length):
-    """Each prompt with holes for its marks `<mask:n>`, and `length` holes after it where it has none."""
+def canvas(config, tokenizer, prompts, length, style=""):
+    """Each prompt, after `style`, with holes for its marks `<mask:n>`, and `length` holes after it where it has none."""
+    ahead = tokenizer.encode(style).ids
     rows = []
     for prompt in prompts:
         pieces = HOLE.split(prompt)
-        row = list(tokenizer.encode(pieces[0]).ids)
+        row = ahead + tokenizer.encode(pieces[0]).ids
         for holes, text in zip(pieces[1::2], pieces[2::2]):
             row += [config.mask_id] * int(holes) + tokenizer.encode(text).ids
         rows.append(row if len(pieces) > 1 else row + [config.mask_id] * length)
@@ -92,7 +93,11 @@ def generate(
     guidance=1.0,
     negative_prompt=None,
     adaptive=None,
+    style=None,
     banned=(),
+    required=(),
+    logit_bias=None,
+    eos_bias=0.0,
     exact=False,
     drafts=None,
     on_pass=None,
@@ -108,27 +113,44 @@ def generate(
     exactly n tokens each, any other is continued by at most `length` tokens, until end-of-text. block, steps and options
     (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. guidance: a scale above 1 draws
     away from what the model says without the prompt, or with negative_prompt, or, given `adaptive`, with that share of its own
-    least certain tokens masked anew. banned: token ids. exact: no end-of-text before `length`. drafts: speculate, see
-    `speculative.decode`; it goes with steps alone. Returns Generation; the first, compiling run is not in its seconds.
-    Raises ValueError for options that do not fit.
+    least certain tokens masked anew. style: text that is read before each prompt and is no part of the result; under guidance,
+    what it draws away from is the prompt without it. banned: token ids. required: texts that are written where they are likeliest
+    before anything else, see `control.require`; then the length is exact. logit_bias: {token id: what to add to its logit};
+    eos_bias: likewise for end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before `length`.
+    drafts: speculate, see `speculative.decode`; it goes with steps alone. Returns Generation; the first, compiling run is not in
+    its seconds. Raises ValueError for options that do not fit.
     """
     config, params, tokenizer = model
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
-    board = canvas(config, tokenizer, prompts, length)
+    prefix = len(tokenizer.encode(style).ids) if style else 0
+    board = canvas(config, tokenizer, prompts, length, style or "")
+    for text in required:
+        phrase = tokenizer.encode(text).ids
+        tokens = control.require(
+            config, params, board.tokens, phrase, start=board.start, implementation=options.get("implementation")
+        )
+        board = dataclasses.replace(board, tokens=tokens)
     rules = ("threshold", "factor", "entropy_budget")
     if steps is None and all(options.get(rule) is None for rule in rules):
         steps = max(block // 4, 1)
-    if exact or any(HOLE.search(prompt) for prompt in prompts):
+    if exact or required or any(HOLE.search(prompt) for prompt in prompts):
         banned = [*banned, config.eos_id]
     if temperature:
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
         options |= dict(temperature=temperature, key=keys)
     if adaptive is not None:
         options |= dict(guidance_remask=adaptive, guidance_scale=guidance)
+    elif guidance != 1 and style and negative_prompt is None:
+        options |= dict(unconditional=board.tokens, unconditional_start=board.start + prefix, guidance_scale=guidance)
     elif guidance != 1:
         tokens, start = without_prompt(config, tokenizer, board, negative_prompt)
         options |= dict(unconditional=tokens, unconditional_start=start, guidance_scale=guidance)
+    biases = {} if logit_bias is None else dict(logit_bias)
+    if eos_bias:
+        biases[config.eos_id] = biases.get(config.eos_id, 0.0) + eos_bias
+    if biases:
+        options["logit_bias"] = control.logit_bias(config, biases)
     measured = []  # whether: the rehearsal's passes are not for the viewer
     if on_pass is not None:
         options["on_pass"] = lambda decoded: on_pass(decoded) if measured else None
@@ -141,7 +163,7 @@ def generate(
         decode = speculative.decode
     options |= dict(block=block, start=board.start, first=board.first, stop_at=config.eos_id)
     options |= dict(banned_tokens=np.array(banned, np.int32))
-    begin = time.perf_counter()
+    asked = time.perf_counter()
     # Numbers of passes are data: this compiles the very loop that is measured next.
     rehearsal = options | ({"steps": 1} if steps else {})
     jax.block_until_ready(decode(config, params, board.tokens, **rehearsal))
@@ -153,12 +175,12 @@ def generate(
     end = time.perf_counter()
     made = (board.tokens == config.mask_id) & (decoded.tokens != config.pad_id)
     return Generation(
-        texts=[tokenizer.decode(row[row != config.pad_id].tolist()) for row in decoded.tokens],
+        texts=[tokenizer.decode(row[begin + prefix :].tolist()) for begin, row in zip(board.start, decoded.tokens)],
         decoded=decoded,
         tokens=int(made.sum()),
         passes=int(decoded.passes),
         seconds=end - ready,
-        compile_seconds=ready - begin,
+        compile_seconds=ready - asked,
     )
 
 

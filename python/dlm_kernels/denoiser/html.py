@@ -70,13 +70,13 @@ def write(path, model, prompt, result, frames, options):
 
     Decodes the prompt once more for the right column, one token a pass (block 1, block-causal, cached), with the same sampling.
     """
-    kept = ("length", "temperature", "seed", "banned", "exact", "implementation")
+    kept = ("length", "temperature", "seed", "banned", "required", "style", "exact", "implementation")
     options = {name: options[name] for name in kept if name in options}
     singly = []
     one_by_one = generate.generate(
         model, [prompt], block=1, steps=1, attend="blocks", cache=True, on_pass=singly.append, **options
     )
-    board = generate.canvas(model[0], model[2], [prompt], options["length"])
+    board = generate.canvas(model[0], model[2], [prompt], options["length"], options.get("style") or "")
     runs = [
         run(model, board, "Block by block", result, frames),
         run(model, board, "Token by token", one_by_one, singly),

@@ -1,0 +1,73 @@
+"""Error correction of given text: tokens that the model rejects are replaced, pass after pass, until it has none left."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels import lm_head_scores, masks, unmask_topk
+from dlm_kernels.denoiser import model
+
+
+class Corrected(NamedTuple):
+    tokens: jax.Array  # int32 [B, L]
+    changed: jax.Array  # bool [B, L], where they differ from what was given
+    passes: jax.Array  # int32, forward passes made
+
+
+def correct(config, params, tokens, *, threshold=0.9, passes=8, editable=None, start=0, stop=None, implementation=None):
+    """Replaces every token where the model is surer than `threshold` of another one, until nothing changes.
+
+        for _ in range(passes):
+            p = softmax(head(hidden_states(tokens)))                            # of each token, which it sees
+            tokens = where(editable & (p.max(-1) > threshold), p.argmax(-1), tokens)
+
+    tokens int32 [B, L] without masks to fill (they stay); editable: bool [B, L], default everything but masks and padding;
+    start, stop: int or int32 [B], outside of which is padding. passes, threshold are data. The model must have learnt from errors
+    (`train.with_errors`): another knows nothing about tokens that it sees. Returns Corrected. Source: LLaDA2.1's editing.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
+    if editable is None:
+        editable = jnp.ones(tokens.shape, bool)
+    if jnp.shape(editable) != tokens.shape:
+        raise ValueError(f"editable: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(editable))}")
+    b, length = tokens.shape
+    start, stop = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for x in (start, length if stop is None else stop))
+    threshold, passes = jnp.asarray(threshold, jnp.float32), jnp.asarray(passes, jnp.int32)
+    return _correct(config, implementation, params, tokens, jnp.asarray(editable), start, stop, threshold, passes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _correct(config, implementation, params, tokens, editable, start, stop, threshold, passes):
+    column = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    inside = (start[:, None] <= column) & (column < stop[:, None])
+    editable &= inside & (tokens != config.mask_id)
+    begin = jnp.broadcast_to(start[:, None], tokens.shape)
+    seen = masks.KeyIntervals(begin, jnp.broadcast_to(stop[:, None], tokens.shape))
+    none = jnp.zeros(tokens.shape[0], jnp.int32)
+    given = tokens
+
+    def one_pass(state):
+        tokens, _, done = state
+        hidden = model.hidden_states(
+            config, params, tokens, positions=column - begin, mask=seen, implementation=implementation
+        )
+        scores = lm_head_scores(
+            hidden,
+            model.head_weight(config, params),
+            active=editable,
+            banned_tokens=jnp.asarray([config.mask_id, config.pad_id, config.eos_id]),
+            implementation=implementation,
+        )
+        edited = unmask_topk(
+            tokens, scores, mask_id=config.mask_id, num_unmask=none, candidates=editable,
+            edit_threshold=jnp.broadcast_to(threshold, none.shape), implementation=implementation,
+        ).tokens  # fmt: skip
+        return edited, (edited != tokens).any(), done + 1
+
+    before = (tokens, jnp.bool_(True), jnp.int32(0))
+    tokens, _, done = jax.lax.while_loop(lambda state: state[1] & (state[2] < passes), one_pass, before)
+    return Corrected(tokens, tokens != given, done)
