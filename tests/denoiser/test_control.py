@@ -1,0 +1,88 @@
+"""What must come comes, what is read but not wanted does not; each control's own limit gives the plain decoder back."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels import cli
+from dlm_kernels.denoiser import checkpoint, control, generate, model
+
+
+@pytest.fixture(scope="module")
+def saved_model(saved):
+    return checkpoint.load(saved, dtype=jnp.float32)
+
+
+def test_a_required_phrase_goes_where_it_is_likeliest(config, params, random):
+    """Against every place tried by hand; the holes are in two runs, the first too short, and row 1 is padded."""
+    tokens = random.integers(3, config.vocab, (2, 14)).astype(np.int32)
+    tokens[:, 4:6] = tokens[:, 7:13] = config.mask_id
+    tokens[1, :3] = config.pad_id
+    phrase = [9, 30, 12]
+    placed = control.require(config, params, tokens, phrase, start=np.array([0, 3]))
+    for row, start in enumerate([0, 3]):
+        hidden = model.hidden_states(config, params, tokens[row : row + 1, start:])
+        logits = np.asarray(hidden @ model.head_weight(config, params).T, np.float64)[0]
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total = {at: sum(log_p[at - start + i, phrase[i]] for i in range(3)) for at in range(7, 11)}
+        best = max(total, key=total.get)
+        expected = tokens[row].copy()
+        expected[best : best + 3] = phrase
+        np.testing.assert_array_equal(placed[row], expected)
+    with pytest.raises(ValueError, match="phrase: expected a run of 7 holes in every row, got none in row 0"):
+        control.require(config, params, tokens, [9] * 7, start=0 * tokens[:, 0])
+    with pytest.raises(ValueError, match="phrase: expected at least one token id"):
+        control.require(config, params, tokens, [], start=0 * tokens[:, 0])
+
+
+def test_required_texts_come_all(saved_model):
+    wanted = ["self.items", "return a"]
+    made = generate.generate(saved_model, ["def push("], length=24, block=24, steps=4, required=wanted)
+    given = sum(len(saved_model[2].encode(text).ids) for text in wanted)
+    assert made.tokens == 24 - given and all(text in made.texts[0] for text in wanted)
+    plain = generate.generate(saved_model, ["def push("], length=24, block=24, steps=4, exact=True)
+    assert not any(text in plain.texts[0] for text in wanted)
+
+
+def test_end_of_text_bias_makes_texts_longer_or_shorter(saved_model):
+    def tokens(bias):
+        return generate.generate(saved_model, ["def add("], length=12, block=6, steps=3, eos_bias=bias).tokens
+
+    assert tokens(-1e4) == 12 and tokens(1e4) == 1
+    with pytest.raises(ValueError, match="logit_bias: expected finite numbers, got -inf for token 1"):
+        tokens(-float("inf"))
+    with pytest.raises(ValueError, match=r"logit_bias: expected token ids in \[0, 300\), got 300"):
+        control.logit_bias(saved_model[0].__class__(vocab=300), {300: 1.0})
+
+
+def test_style_is_read_and_not_written(saved_model):
+    """With guidance 0 the stream without the style decides alone, so what comes is what comes without it."""
+    options = dict(length=12, block=12, steps=4, exact=True)
+    plain = generate.generate(saved_model, ["def add(", "x"], **options).texts
+    styled = {
+        scale: generate.generate(saved_model, ["def add(", "x"], style="class Stack:\n", guidance=scale, **options).texts
+        for scale in (0.0, 1.0, 3.0)
+    }
+    assert styled[0.0] == plain
+    assert styled[1.0] != plain and styled[3.0] != styled[1.0]
+    for texts in styled.values():
+        assert texts[0].startswith("def add(") and texts[1].startswith("x")
+
+
+def test_a_negative_prompt_takes_the_prompts_place_and_is_drawn_away_from(saved_model):
+    options = dict(length=12, block=12, steps=4, exact=True)
+    unwanted = generate.generate(saved_model, ["class"], **options).texts[0].removeprefix("class")
+    made = {
+        scale: generate.generate(saved_model, ["def add("], guidance=scale, negative_prompt="class", **options).texts[0]
+        for scale in (0.0, 4.0)
+    }
+    assert made[0.0] == "def add(" + unwanted
+    assert made[4.0] != generate.generate(saved_model, ["def add("], **options).texts[0]
+
+
+def test_the_command_takes_them(saved, capsys):
+    words = ("--require", "return a", "--eos-bias", "-2", "--style", "class", "--guidance", "2", "--guidance-refresh", "2")
+    arguments = ["generate", "x", "--model", str(saved), "--block", "12", "--steps", "2", *words, "--guidance-final", "1"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "return a" in text and text.startswith("x")

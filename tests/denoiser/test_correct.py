@@ -1,0 +1,67 @@
+"""Committed tokens are corrupted and come back; frozen ones stay wrong; a text that is right stays as it is."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels.denoiser import checkpoint, correct, train
+from dlm_kernels.denoiser.config import DenoiserConfig
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, texts):
+    """A model that knows its few texts by heart, and has seen errors in them; and rows of those texts."""
+    config = DenoiserConfig(layers=2, d_model=32, heads=2, kv_heads=1, head_size=16, ffn=48, vocab=300)
+    out = tmp_path_factory.mktemp("trained")
+    settings = train.TrainConfig(
+        rows=8, length=16, steps=600, learning_rate=1e-2, average=0.9, error_share=0.1, weight_decay=0.0
+    )
+    train.run(config, settings, out, seed_texts=texts)
+    config, params, tokenizer = checkpoint.load(out, dtype=jnp.float32)
+    (stream, _) = train.prepare(config, texts, tokenizer)[1]
+    return config, params, stream[: 24 * 16].reshape(24, 16)
+
+
+def test_corrupted_tokens_are_repaired(trained):
+    """Two wrong tokens in each of 24 rows, which are padded on the left by 0 to 5."""
+    config, params, rows = trained
+    random = np.random.default_rng(0)
+    wrong = rows.copy()
+    for column in (6, 11):
+        wrong[:, column] = random.permutation(rows.reshape(-1))[:24]
+    start = np.arange(24) % 6
+    padded = np.where(np.arange(16) < start[:, None], config.pad_id, wrong)
+    intact = np.where(np.arange(16) < start[:, None], config.pad_id, rows)
+    bad = padded != intact
+    fixed = correct.correct(config, params, padded, threshold=0.6, start=start)
+    repaired = (np.asarray(fixed.tokens) == intact)[bad].mean()
+    assert bad.sum() > 30 and repaired > 0.75
+    assert (np.asarray(fixed.tokens) == intact)[~bad].mean() > 0.95
+    np.testing.assert_array_equal(fixed.changed, np.asarray(fixed.tokens) != padded)
+    assert 2 <= fixed.passes <= 8
+    frozen = correct.correct(config, params, padded, threshold=0.6, start=start, editable=np.arange(16) != 6 * np.ones((24, 1)))
+    np.testing.assert_array_equal(np.asarray(frozen.tokens)[:, 6], padded[:, 6])
+    for passes, threshold in ((0, 0.0), (5, 1.0)):
+        same = correct.correct(config, params, padded, passes=passes, threshold=threshold, start=start)
+        np.testing.assert_array_equal(same.tokens, padded)
+        assert same.passes == min(passes, 1)
+
+
+def test_columns_outside_are_nobodys_and_masks_stay(trained):
+    config, params, rows = trained
+    board = rows[:3].copy()
+    board[:, 5] = config.mask_id
+    within = dict(start=2, stop=13, threshold=0.3)
+    fixed = np.asarray(correct.correct(config, params, board, **within).tokens)
+    assert (fixed[:, 5] == config.mask_id).all()
+    other = board.copy()
+    other[:, :2] = other[:, 13:] = 9
+    np.testing.assert_array_equal(np.asarray(correct.correct(config, params, other, **within).tokens)[:, 2:13], fixed[:, 2:13])
+
+
+def test_bad_arguments(trained):
+    config, params, rows = trained
+    with pytest.raises(ValueError, match=r"tokens: expected shape \[B, L\]"):
+        correct.correct(config, params, rows[0])
+    with pytest.raises(ValueError, match=r"editable: expected tokens' shape \[24, 16\], got \[16\]"):
+        correct.correct(config, params, rows, editable=np.ones(16, bool))
