@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu test-browser lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ test: $(VENV)/.installed
 # Needs an NVIDIA GPU, and JAX with its CUDA plugin in .venv: .venv/bin/pip install 'jax[cuda13]'.
 test-gpu: $(VENV)/.installed
 	TRITON_INTERPRET=0 JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu tests/triton
+
+# Opens the page of `generate --html` in a headless browser: needs Chromium on the path.
+test-browser: $(VENV)/.installed
+	$(BIN)/python -m pytest -m browser tests/denoiser
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

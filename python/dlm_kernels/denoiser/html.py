@@ -50,6 +50,12 @@ function show(at) {
   }
 }
 slider.addEventListener("input", () => show(Number(slider.value)));
+// page.html#12 opens at pass 12.
+function open() {
+  slider.value = Number(location.hash.slice(1)) || 0;
+  show(Number(slider.value));
+}
+addEventListener("hashchange", open);
 let timer;
 document.getElementById("play").addEventListener("click", () => {
   clearInterval(timer);
@@ -60,7 +66,7 @@ document.getElementById("play").addEventListener("click", () => {
     show(Number(slider.value));
   }, 120);
 });
-show(0);
+open();
 </script></html>
 """
 
