@@ -9,8 +9,8 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kRows = 96;        // a multiple of every kRowTile
-constexpr int64_t kKeys = 128;       // rows x keys of logits, the key and the value tile share 512 KiB of second-level cache
+constexpr int64_t kRows = 192;       // a multiple of every kRowTile; each key tile is packed once for so many rows
+constexpr int64_t kKeys = 128;       // rows x keys of logits, query, out, the key and the value tile share 512 KiB of second-level cache
 constexpr int64_t kSplitKeys = 4096; // a lone row tile splits its keys in pieces of this; of S alone, so batch-invariant
 
 template <typename T>

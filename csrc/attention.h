@@ -25,7 +25,7 @@ inline void cap(float* row, int64_t n, float soft_cap) {
   for (int64_t j = 0; j < n; j += kLanes) store(row + j, soft_cap * tanh(load(row + j) / soft_cap));
 }
 
-// Which keys of a tile each of up to 96 rows sees.
+// Which keys of a tile each of up to 192 rows sees.
 class RowTile {
  public:
   void init(const AttentionArgs& args, int64_t batch, int64_t first, int64_t count) {
@@ -89,7 +89,7 @@ class RowTile {
 
   int64_t count_, width_, key_, n_;
   bool whole_, every_;         // every row sees every key; every key is seen by some row
-  const int32_t* bounds_[96];  // per row, its [start, stop) pairs
+  const int32_t* bounds_[192];  // per row, its [start, stop) pairs
   uint8_t keep_[kMost];
 };
 

@@ -17,6 +17,9 @@ constexpr int kRowTile = 6;
 #endif
 constexpr int kPanel = 2 * kLanes;
 
+// Packing prefetches rows this far ahead: they lie pages apart, where no hardware prefetcher follows.
+constexpr int64_t kAhead = 8;
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // c[i][j] (+)= sum over p < depth of a[i * a_row + p * a_step] * b[p * kPanel + j], for i < Rows, j < kPanel.
@@ -104,6 +107,7 @@ inline void pack_transposed(const T* in, int64_t in_row, int64_t n, int64_t dept
       for (int i = 0; i < kLanes; ++i) {
         const bool real = j + i < n && (keep == nullptr || keep[j + i]);
         const T* row = in + (j + i) * in_row + p;
+        __builtin_prefetch(row + kLanes * in_row);
         rows[i] = !real ? F{} : left >= kLanes ? load(row) : load_first(row, left, 0.0f);
       }
       transpose(rows);
@@ -120,6 +124,7 @@ inline void pack(const T* in, int64_t in_row, int64_t depth, int64_t n, const ui
     const bool real = keep == nullptr || keep[p];
     for (int64_t j = 0; j < round_up(n, kPanel); j += kLanes) {
       const T* source = in + p * in_row + j;
+      __builtin_prefetch(source + kAhead * in_row);
       const F x = !real || j >= n ? F{} : n - j >= kLanes ? load(source) : load_first(source, n - j, 0.0f);
       store(out + j / kPanel * depth * kPanel + p * kPanel + j % kPanel, x);
     }

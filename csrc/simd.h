@@ -37,7 +37,8 @@ typedef uint16_t H16Load __attribute__((vector_size(kLanes * 2), aligned(2), may
 
 constexpr float kInfinity = __builtin_inff();
 
-inline F splat(float x) { return F{} + x; }
+// x + F{} would cost an addition each time, for it turns -0 into 0.
+inline F splat(float x) { return x - F{}; }
 inline F as_float(U x) { return (F)x; }
 inline U as_bits(F x) { return (U)x; }
 inline F select(I mask, F a, F b) { return (F)(((I)a & mask) | ((I)b & ~mask)); }
@@ -142,10 +143,11 @@ inline float max_lane(F x) {
   return best;
 }
 
-// e^x to 1.5 ulp for x <= 88.7; 0 below -103.97 and for -inf; NaN for NaN. Larger x is for the caller to exclude.
+// e^x to 1.5 ulp for -87.33 <= x <= 88; 0 below, where the result would not be a normal number, and for -inf; NaN for NaN.
+// Larger x is for the caller to exclude.
 inline F exp(F x) {
-  const F clamped = max(splat(-104.0f), x);  // NaN is the second operand, so it stays
-  const F shifter = splat(12582912.0f);      // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const F clamped = max(splat(-87.5f), x);  // NaN is the second operand, so it stays
+  const F shifter = splat(12582912.0f);     // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const F shifted = clamped * 1.44269504f + shifter;
   const F n = shifted - shifter;
   F r = clamped - n * 0.693359375f;
@@ -157,11 +159,8 @@ inline F exp(F x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // 2^n in two factors: below -126 one factor alone would have no exponent.
-  const I half = ((I)as_bits(shifted) - 0x4B400000) >> 1;
-  const I rest = ((I)as_bits(shifted) - 0x4B400000) - half;
-  const F scaled = p * (F)((half + 127) << 23) * (F)((rest + 127) << 23);
-  return select(x < -103.97f, splat(0.0f), scaled);
+  const F power = as_float((as_bits(shifted) << 23) + 0x3F800000u);  // 2^n, n >= -126
+  return select(x < -87.33f, splat(0.0f), p * power);
 }
 
 // ln x to 1 ulp for normal x > 0; the vocabulary's uniforms are all normal.
