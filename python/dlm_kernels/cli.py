@@ -69,6 +69,12 @@ def _parser():
     add("--html", metavar="FILE", help="write a page that replays the passes beside one token at a time")
     add("--json", action="store_true", help="print numbers and text as JSON")
 
+    correct = command("correct", _correct, "replace the tokens of a text that the model rejects")
+    _model(correct)
+    correct.add_argument("text", help="\\n and \\t in it are a newline and a tab; what is in <keep>...</keep> stays")
+    correct.add_argument("--threshold", type=float, default=0.5, help="how sure of another token (default: %(default)s)")
+    correct.add_argument("--passes", type=int, default=8, help="at most (default: %(default)s)")
+
     info = command("info", _info, "tell the device, the instruction set and the implementation of each operation")
     _model(info)
 
@@ -105,6 +111,7 @@ def _parser():
     evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole (default: %(default)s)")
     evaluate.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
     evaluate.add_argument("--by-steps", action="store_true", help="compare the model and --students at 32, 8 and 2 passes")
+    evaluate.add_argument("--markdown", action="store_true", help="print the table of --by-steps in Markdown")
     evaluate.add_argument("--students", nargs="+", metavar="DIR", default=["student-8", "student-2"])
     evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s)")
     evaluate.add_argument("--files", type=int, default=None, help="use this many held-out files only")
@@ -182,6 +189,16 @@ def _generate(options):
     )
 
 
+def _correct(options):
+    from dlm_kernels.denoiser import correct
+
+    text = options.text.replace("\\n", "\n").replace("\\t", "\t")
+    limits = dict(threshold=options.threshold, passes=options.passes, implementation=options.implementation)
+    fixed, changes, passes = correct.correct_text(_load(options), text, **limits)
+    print(fixed)
+    print(f"{len(changes)} tokens replaced in {passes} passes" + "".join(f"; {a!r} by {b!r}" for a, b in changes), file=sys.stderr)
+
+
 def _info(options):
     import jax
 
@@ -255,6 +272,9 @@ def _evaluate(options):
         for name in options.students:
             models[name] = checkpoint.load(checkpoint.find(name), dtype=jnp.float32)
         numbers = evaluate.by_steps(models, texts, prompts=options.prompts, implementation=options.implementation)
+        if options.markdown:
+            print(evaluate.table(numbers))
+            return
     elif options.decoding:
         prompts = evaluate.held_out_headers(texts, options.prompts)
         numbers = evaluate.decoding(_load(options), prompts, implementation=options.implementation)

@@ -172,11 +172,16 @@ def test_a_model_and_its_student_by_steps(saved, monkeypatch):
     other = (config, params | {"final_norm": params["final_norm"] * 0.5}, tokenizer)
     text = "def mul(a, b):\n    return a * b\n\n" * 300
     models = {"teacher": (config, params, tokenizer), "same": (config, params, tokenizer), "other": other}
-    rows = evaluate.by_steps(models, [text], steps=(4, 2), prompts=3, cases=8, length=8)
-    assert [(row["model"], row["passes"]) for row in rows] == [(m, n) for m in models for n in (4, 2)]
-    for a, b in zip(rows[:2], rows[2:4]):
-        assert a == b | {"model": "teacher"}
-    assert rows[0]["bits_per_byte"] != rows[4]["bits_per_byte"]
+    rows = evaluate.by_steps(models, [text], steps=(4, 2), prompts=3, cases=8, length=8, repeats=1)
+    singly = [("teacher", 8)]
+    assert [(row["model"], row["passes"]) for row in rows] == singly + [(m, n) for m in models for n in (4, 2)]
+    speed = "tokens_per_second"
+    for a, b in zip(rows[1:3], rows[3:5]):
+        assert a == b | {"model": "teacher", speed: a[speed]}
+    assert rows[1]["bits_per_byte"] != rows[5]["bits_per_byte"] and "bits_per_byte" not in rows[0]
+    lines = evaluate.table(rows).splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and lines[2].startswith("| teacher, autoregressive | 8 |")
+    assert f"| {rows[1]['bits_per_byte']:.3f} |" in lines[3]
     assert all(0 <= row["parse_share"] <= 1 and 1 / 8 <= row["distinct_share"] <= 1 for row in rows)
 
 

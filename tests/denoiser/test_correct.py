@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_kernels.denoiser import checkpoint, correct, train
+from dlm_kernels import cli
+from dlm_kernels.denoiser import checkpoint, correct, data, train
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 
@@ -57,6 +58,24 @@ def test_columns_outside_are_nobodys_and_masks_stay(trained):
     other = board.copy()
     other[:, :2] = other[:, 13:] = 9
     np.testing.assert_array_equal(np.asarray(correct.correct(config, params, other, **within).tokens)[:, 2:13], fixed[:, 2:13])
+
+
+def test_the_command_repairs_a_text(trained, texts, tmp_path, capsys):
+    config, params, _ = trained
+    tokenizer = data.train_tokenizer([text for _, text, held_out in texts if not held_out], 300)
+    checkpoint.save(tmp_path, config, params, tokenizer)
+    right = "class Stack:\\n    def push(self, x):"
+    wrong = right.replace("Stack:", "Stack.").replace("self", "return")
+
+    def command(text):
+        assert cli.main(["correct", text, "--model", str(tmp_path), "--threshold", "0.6"]) == 0
+        captured = capsys.readouterr()
+        return captured.out.removesuffix("\n").replace("\n", "\\n"), captured.err
+
+    text, said = command(wrong)
+    assert text == right and "2 tokens replaced" in said and "'.' by ':'" in said
+    assert command(wrong.replace(".", "<keep>.</keep>"))[0] == right.replace("Stack:", "Stack.")
+    assert cli.main(["correct", "", "--model", str(tmp_path)]) == 2
 
 
 def test_bad_arguments(trained):

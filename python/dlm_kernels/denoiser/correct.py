@@ -1,13 +1,17 @@
 """Error correction of given text: tokens that the model rejects are replaced, pass after pass, until it has none left."""
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, unmask_topk
 from dlm_kernels.denoiser import model
+
+KEEP = re.compile(r"<keep>(.*?)</keep>", re.DOTALL)
 
 
 class Corrected(NamedTuple):
@@ -38,6 +42,27 @@ def correct(config, params, tokens, *, threshold=0.9, passes=8, editable=None, s
     start, stop = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for x in (start, length if stop is None else stop))
     threshold, passes = jnp.asarray(threshold, jnp.float32), jnp.asarray(passes, jnp.int32)
     return _correct(config, implementation, params, tokens, jnp.asarray(editable), start, stop, threshold, passes)
+
+
+def correct_text(loaded, text, **options):
+    """(the corrected text, [(what stood there, what replaces it), ...], passes) of one text.
+
+    loaded: (config, params, tokenizer) as `checkpoint.load` gives. What is between `<keep>` and `</keep>` is frozen; options go to
+    `correct`. Raises ValueError for a text without a token.
+    """
+    config, params, tokenizer = loaded
+    ids, editable = [], []
+    for i, piece in enumerate(KEEP.split(text)):
+        encoded = tokenizer.encode(piece).ids
+        ids += encoded
+        editable += [i % 2 == 0] * len(encoded)
+    if not ids:
+        raise ValueError("text: expected at least one token, got none")
+    ids = np.array(ids, np.int32)
+    made = correct(config, params, ids[None], editable=np.array([editable]), **options)
+    new = np.asarray(made.tokens[0])
+    changes = [(tokenizer.decode([a]), tokenizer.decode([b])) for a, b in zip(ids.tolist(), new.tolist()) if a != b]
+    return tokenizer.decode(new.tolist()), changes, int(made.passes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

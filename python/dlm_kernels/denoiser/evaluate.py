@@ -1,6 +1,7 @@
 """What a denoiser is worth on held-out text: bits per byte, holes filled right, functions that parse."""
 
 import ast
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -94,33 +95,61 @@ def decoding(model, prompts, *, length=64, decoders=DECODERS, **options):
     return table
 
 
-def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=64, implementation=None):
+AUTOREGRESSIVE = dict(block=1, steps=1, attend="blocks", cache=True)
+
+
+def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=64, repeats=3, implementation=None):
     """What a model and its students write in few passes: a list of dicts, a row for each model and number of steps.
+
+    The first row is the first model writing one token a pass from left to right, with its keys and values cached.
 
     models: {name: model}. parse_share: of `length` tokens after each of the held-out headers, greedy, one block. hole_of_8 and
     hole_of_4: see `infilling`, in as many passes as there are tokens at most. teacher_bits_per_token: how probable the first model
     finds what was written, from left to right; low is fluent, or repetitive, which distinct_share tells: the share of a text's
-    tokens that are the first of their kind.
+    tokens that are the first of their kind. tokens_per_second: at batch 1, the best of `repeats` runs.
     """
     headers = held_out_headers(texts, prompts)
     options = dict(implementation=implementation)
-    judge = next(iter(models.values()))
+    bits = {name: bits_per_byte(made_by, texts, **options) for name, made_by in models.items()}
+    judge, *_ = models
+    ways = [(judge, "autoregressive", AUTOREGRESSIVE)]
+    ways += [(name, count, dict(block=length, steps=count)) for name in models for count in steps]
     rows = []
-    for name, made_by in models.items():
-        bits = bits_per_byte(made_by, texts, **options)
-        for count in steps:
-            made = generate.generate(made_by, headers, length=length, block=length, steps=count, exact=True, **options)
-            row = {"model": name, "steps": count, "passes": made.passes, "bits_per_byte": bits}
-            row["parse_share"] = parse_share([text.rpartition("\n")[0] for text in made.texts])
-            written = made.decoded.tokens[:, -length:]
-            row["teacher_bits_per_token"] = left_to_right_bits(judge, made.decoded.tokens, written.shape[1], **options)
-            row["distinct_share"] = float(np.mean([len(set(tokens)) / len(tokens) for tokens in written.tolist()]))
+    for name, count, way in ways:
+        write = functools.partial(generate.generate, models[name], length=length, exact=True, **way, **options)
+        made = write(headers)
+        written = made.decoded.tokens[:, -length:].tolist()
+        row = {
+            "model": name,
+            "steps": count,
+            "passes": made.passes,
+            "tokens_per_second": max(write(headers[:1]).tokens_per_second for _ in range(repeats)),
+            "parse_share": parse_share([text.rpartition("\n")[0] for text in made.texts]),
+            "teacher_bits_per_token": left_to_right_bits(models[judge], made.decoded.tokens, length, **options),
+            "distinct_share": float(np.mean([len(set(tokens)) / len(tokens) for tokens in written])),
+        }
+        if way is not AUTOREGRESSIVE:
+            row["bits_per_byte"] = bits[name]
             for hole in (8, 4):
-                row[f"hole_of_{hole}"] = infilling(
-                    made_by, texts, cases=cases, hole=hole, steps=min(count, hole), **options
-                )
-            rows.append(row)
+                fill = dict(cases=cases, hole=hole, steps=min(count, hole))
+                row[f"hole_of_{hole}"] = infilling(models[name], texts, **fill, **options)
+        rows.append(row)
     return rows
+
+
+def table(rows):
+    """The rows of `by_steps` in Markdown."""
+    head = "| model | passes | tokens/s | bits/byte | hole of 4 | hole of 8 | parses | bits/token | distinct |"
+    lines = [head, "|---" * 9 + "|"]
+    for row in rows:
+        holes = [row.get(f"hole_of_{hole}") for hole in (4, 8)]
+        filled = [f"{h['token_accuracy']:.1%} / {h['exact_match']:.1%}" if h else "–" for h in holes]
+        bits = f"{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "–"
+        name = f"{row['model']}, autoregressive" if row["steps"] == "autoregressive" else row["model"]
+        cells = [name, row["passes"], f"{row['tokens_per_second']:.0f}", bits, *filled, f"{row['parse_share']:.0%}"]
+        cells += [f"{row['teacher_bits_per_token']:.2f}", f"{row['distinct_share']:.0%}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 def left_to_right_bits(model, tokens, last, *, implementation=None):
