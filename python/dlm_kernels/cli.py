@@ -62,6 +62,8 @@ def _parser():
     add("--guidance-final", type=float, help="the scale that guidance is nearing as a block fills")
     add("--guidance-refresh", type=int, metavar="N", help="run the unconditional stream in every Nth pass of a block only")
     add("--guidance-interval", type=float, nargs=2, help="guide while the share of a block that is masked is in it")
+    add("--classifier", metavar="FILE", help="draw towards what it takes for wanted; see dlm-kernels classify")
+    add("--classifier-scale", type=float, help="how many times the log of its probability counts (default: 10)")
     add("--attend", choices=("all", "blocks"), help="what a token sees: the whole canvas, or the blocks so far")
     add("--cache", action="store_true", default=None, help="keep keys and values, compute the block only")
     add("--refresh", type=int, help="passes between renewals of the cache (default: once a block)")
@@ -74,6 +76,13 @@ def _parser():
     correct.add_argument("text", help="\\n and \\t in it are a newline and a tab; what is in <keep>...</keep> stays")
     correct.add_argument("--threshold", type=float, default=0.5, help="how sure of another token (default: %(default)s)")
     correct.add_argument("--passes", type=int, default=8, help="at most (default: %(default)s)")
+
+    classify = command("classify", _classify, "fit a classifier of wanted texts, for generate --classifier")
+    _model(classify)
+    classify.add_argument("out", help="file to write")
+    for name in ("--wanted", "--unwanted"):
+        classify.add_argument(name, nargs="+", required=True, metavar="FILE", help="UTF-8 texts")
+    classify.add_argument("--length", type=int, default=64, help="tokens that it judges at once (default: %(default)s)")
 
     info = command("info", _info, "tell the device, the instruction set and the implementation of each operation")
     _model(info)
@@ -137,7 +146,7 @@ def _load(options):
 def _generate(options):
     from rich.console import Console
 
-    from dlm_kernels.denoiser import generate, html, view
+    from dlm_kernels.denoiser import classifier, generate, html, view
 
     if (options.prompt is None) == (options.infill is None):
         raise ValueError("expected a prompt or --infill, one of them")
@@ -149,6 +158,11 @@ def _generate(options):
     named["length"] = options.block if options.length is None else options.length
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     named["required"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.require]
+    if options.classifier:
+        scale = 10.0 if options.classifier_scale is None else options.classifier_scale
+        named |= dict(classifier=classifier.load(options.classifier, model[0]), classifier_scale=scale)
+    elif options.classifier_scale is not None:
+        raise ValueError("--classifier-scale: expected a --classifier with it, got none")
     console = Console()
     prompt = options.prompt if options.infill is None else options.infill
     prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
@@ -187,6 +201,17 @@ def _generate(options):
         f"{result.seconds:.2f} s, {result.tokens_per_second:.0f} tokens/s",
         file=sys.stderr,
     )
+
+
+def _classify(options):
+    import pathlib
+
+    from dlm_kernels.denoiser import classifier
+
+    texts = ([pathlib.Path(name).read_text(encoding="utf-8") for name in names] for names in (options.wanted, options.unwanted))
+    found, right = classifier.fit(_load(options), *texts, length=options.length, implementation=options.implementation)
+    classifier.save(options.out, found)
+    print(f"{right:.1%} of the rows right")
 
 
 def _correct(options):

@@ -55,17 +55,18 @@ def init(config, key, dtype=jnp.float32):
     return params
 
 
-def hidden_states(config, params, tokens, *, positions=None, mask=None, implementation=None):
+def hidden_states(config, params, tokens, *, embedded=None, positions=None, mask=None, implementation=None):
     """The states that the LM head reads: logits = hidden_states(...) @ head_weight(config, params).T.
 
-    tokens int32 [B, L]; positions int32 [B or 1, L], default 0, 1, 2, ...; mask as `dlm_kernels.attention` takes it.
+    tokens int32 [B, L]; positions int32 [B or 1, L], default 0, 1, 2, ...; mask as `dlm_kernels.attention` takes it;
+    embedded [B, L, d_model]: what stands in the place of the tokens' embeddings.
     Returns [B, L, d_model] in the parameters' dtype.
     """
 
     def attend(i, query, key, value):
         return attention(query, key, value, mask=mask, implementation=implementation)
 
-    return _states(config, params, tokens, positions, attend)
+    return _states(config, params, tokens, positions, attend, embedded)
 
 
 def empty_cache(config, batch, length, dtype):
@@ -127,13 +128,13 @@ def rotate(x, rotation):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _states(config, params, tokens, positions, attend):
+def _states(config, params, tokens, positions, attend, embedded=None):
     """The layers; attend(i, query, key, value) is layer i's attention, [B, L, heads, head_size]."""
     b, length = tokens.shape
     if positions is None:
         positions = jnp.arange(length, dtype=jnp.int32)[None]
     rotation = rope(positions, config.head_size, config.rope_theta)
-    x = params["embed"][tokens]
+    x = params["embed"][tokens] if embedded is None else embedded
     for i in range(config.layers):
         p = {name: params[f"layers.{i}.{name}"] for name in _layer_names(config)}
         h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)

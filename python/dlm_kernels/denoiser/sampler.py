@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels import lm_head_scores, masks, unmask_topk
+from dlm_kernels.denoiser import classifier as classifiers
 from dlm_kernels.denoiser import guided, model
 
 
@@ -66,6 +67,8 @@ def decode(
     guidance_refresh=None,
     banned_tokens=None,
     logit_bias=None,
+    classifier=None,
+    classifier_scale=None,
     stop_at=None,
     attend="all",
     cache=False,
@@ -106,6 +109,8 @@ def decode(
         for those between. Default: every pass, in one batch with the conditional stream.
       banned_tokens: int32 [M], never chosen. The mask and pad tokens always are.
       logit_bias: [V], added to the logits, after guidance; finite, and rounded to the parameters' dtype.
+      classifier, classifier_scale: guidance towards what a `classifier.Classifier` takes for wanted, whose log p counts
+        classifier_scale times, a scalar or [B]; a forward and a backward pass more, over the whole canvas. For tied embeddings.
       stop_at: a token that ends its row: once it and all before it are there, what follows it becomes config.pad_id.
       attend: "all": every position sees the whole canvas. "blocks": its own block and those before (a block-causal model);
         with block 1 that is an autoregressive decoder.
@@ -153,6 +158,10 @@ def decode(
     if guidance_scale is not None:
         columns["unconditional_start"] = start if unconditional is None else unconditional_start
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
+    if (classifier is None) != (classifier_scale is None):
+        raise ValueError("classifier, classifier_scale: expected both or neither")
+    if classifier is not None and not config.tie_embeddings:
+        raise ValueError("classifier: expected a model whose head is its embedding, got tie_embeddings=False")
     if guidance_scale is not None and jnp.shape(guidance_scale) not in ((), (b,), tokens.shape):
         raise ValueError(f"guidance_scale: expected a scalar, [{b}] or {[b, length]}, got {list(jnp.shape(guidance_scale))}")
     if logit_bias is not None and jnp.shape(logit_bias) != (config.vocab,):
@@ -169,6 +178,8 @@ def decode(
         guidance_scale=guidance_scale,
         guidance_remask=guidance_remask,
         banned=banned,
+        classifier=classifier,
+        classifier_scale=classifier_scale,
         logit_bias=None if logit_bias is None else jnp.asarray(logit_bias),
         stop_at=stop_at,
         refresh=refresh,
@@ -211,6 +222,10 @@ def _decode(static, params, tokens, columns, data):
         # The window that is computed; at the canvas's edge it reaches back before `begin`.
         at = jnp.clip(begin, 0, length - block)
         hidden, cache, other = _both_streams(static, params, columns, data, state, hole, index, step, at)
+        if data["classifier"] is not None:
+            towards = _towards_wanted(static, params, columns, data, state.decoded.tokens, at)
+            # To both streams: their weights add up to 1.
+            hidden += jnp.tile(towards, (hidden.shape[0] // b, 1, 1)).astype(hidden.dtype)
         inside = at[:, None] + jnp.arange(block)
         inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block)
         inside &= model.read_window(hole, at, block)
@@ -328,6 +343,18 @@ def _both_streams(static, params, columns, data, state, hole, index, step, at):
         state.other,
     )
     return jnp.concatenate([hidden, kept[0]]), cache, kept
+
+
+def _towards_wanted(static, params, columns, data, tokens, at):
+    """What classifier guidance adds to the window's hidden states, [B, block, D]."""
+    column = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    start, stop = (jnp.broadcast_to(columns[name][:, None], tokens.shape) for name in ("start", "stop"))
+    towards = classifiers.direction(
+        static.config, params, data["classifier"], tokens, (start <= column) & (column < stop), positions=column - start,
+        mask=masks.KeyIntervals(start, stop), implementation=static.implementation,
+    )  # fmt: skip
+    scale = jnp.asarray(data["classifier_scale"], jnp.float32)[..., None, None]
+    return model.read_window(towards, at, static.block) * scale
 
 
 def _window_states(static, params, data, before, index, step, cache, tokens, starts, first, stop, at):
