@@ -2,10 +2,10 @@
 
     python tests/triton/compile_kernels.py 90
 
-Runs as a process of its own: the tests beside it have Triton's interpreter switched on, and that cannot compile.
+Each is compiled as JAX launches it, with its sizes known, and attention also as torch does, with sizes and strides as
+arguments. Runs as a process of its own: the tests beside it have Triton's interpreter switched on, and that cannot compile.
 """
 
-import concurrent.futures
 import json
 import re
 import subprocess
@@ -14,8 +14,13 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from dlm_kernels.triton_kernels import attention, guidance, launch, lm_head, unmask
+
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "uint32": "u32", "bool": "i1"}
 
 
 def array(*shape, dtype="float32"):
@@ -95,25 +100,46 @@ def vocabulary_cases():
 
 
 def launches(function):
-    """What a leaf would launch on these shapes: pairs of a call and the dtypes of its arrays."""
+    """What a leaf would launch on these shapes: pairs of a call and the dtypes of its present arrays."""
     found = []
 
     def record(call, values):
-        dtypes = dict(zip(call.inputs, (str(value.dtype) for value in values)))
-        found.append((call, dtypes | {name: out.dtype for name, out in call.outputs}))
-        return [jnp.zeros(out.shape, out.dtype) for _, out in call.outputs]
+        dtypes = {name: str(value.dtype) for name, value in zip(call.present, values)}
+        found.append((call, dtypes | {name: out.dtype for name, out in call.wanted.items()}))
+        return [jnp.zeros(out.shape, out.dtype) for out in call.wanted.values()]
 
     launch._launch_jax = record
     jax.eval_shape(function)
     return found
 
 
-def compiled(call, dtypes):
-    kernel = launch.compile_call(call, dtypes)
+def source(call, dtypes, known_sizes):
+    """What Triton compiles for a launch: arrays aligned to 16 bytes, and scalars as constants or specialised as Triton does it."""
+    scalars, constants = dict(call.scalars), {**call.absent, **dict(call.constants)}
+    constants |= {name: value for name, value in scalars.items() if known_sizes or value == 1}
+    signature, attributes = {}, {}
+    for position, name in enumerate(call.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = scalars.get(name)
+        if name in dtypes:
+            signature[name] = "*" + TYPES[dtypes[name]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+        if name in dtypes or (isinstance(value, int) and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(call.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def compiled(call, dtypes, known_sizes):
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    target = GPUTarget("cuda", call.arch, 32)
+    kernel = triton.compile(source(call, dtypes, known_sizes), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        tool = launch.triton.knobs.nvidia.cuobjdump.path
+        tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     ptx = kernel.asm["ptx"]
     return {
@@ -121,33 +147,32 @@ def compiled(call, dtypes):
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": kernel.metadata.shared,
+        # jax-triton passes no scratch memory and launches the warps it is told.
+        "scratch": getattr(kernel.metadata, "global_scratch_size", 0),
+        "warps": kernel.metadata.num_warps == call.num_warps,
         "tensor_core": "wgmma" if "wgmma" in ptx else "tcgen05" if "tcgen05.mma" in ptx else "mma" if "mma.sync" in ptx else "",
     }
 
 
 def main(arch, wanted=""):
     launch.arch = lambda: arch
-    seen, rows = set(), []
-    # One thread: Python 3.11's parser is not safe to call from two, and Triton parses its kernels.
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pending = []
-        for name, function in [*attention_cases(), *vocabulary_cases()]:
-            if wanted not in name:
-                continue
-            for call, dtypes in launches(function):
-                # Grids and most sizes are not compiled in; Triton's own cache would find them equal, but only after parsing.
-                same = (call.kernel.__name__, call.constants, call.num_warps, call.num_stages, tuple(dtypes.items()))
-                if same not in seen:
-                    seen.add(same)
-                    pending.append((name, pool.submit(compiled, call, dtypes)))
-        for name, future in pending:
-            try:
-                row = {"case": name, **future.result()}
-            except Exception as error:  # the report names the case; the test fails on it
-                row = {"case": name, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
+    seen = set()
+    for name, function in [*attention_cases(), *vocabulary_cases()]:
+        if wanted not in name:
+            continue
+        for call, dtypes in launches(function):
+            for known_sizes in (True, False) if "ward" in name else (True,):
+                # The same kernel and tiles in another case: one compilation stands for both.
+                same = (call.kernel.__name__, call.constants, call.num_warps, call.num_stages, tuple(dtypes.items()), known_sizes)
+                if same in seen:
+                    continue
+                seen.add(same)
+                row = {"case": name + ("" if known_sizes else ", sizes unknown")}
+                try:
+                    row |= compiled(call, dtypes, known_sizes)
+                except Exception as error:  # the report names the case; the test fails on it
+                    row["error"] = f"{type(error).__name__}: {str(error)[-300:]}"
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def test_compiles(arch):
     for row in rows:
         assert "error" not in row, row
         assert row["shared"] <= SHARED[arch], row
+        assert row["warps"] and not row["scratch"], row
         assert row["stack"] <= STACK[arch].get(row["kernel"], 0), row
     if arch == 90:
         for kernel in ("_forward_kernel", "_scores_kernel", "_loss_kernel", "_dlogits_kernel", "_product_kernel"):

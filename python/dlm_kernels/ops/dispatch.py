@@ -17,9 +17,10 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 
+from dlm_kernels import triton_kernels
+
 PACKAGES = {"cpu": "cpu_kernels", "triton": "triton_kernels", "pallas": "pallas_kernels", "xla": "xla"}
 PLATFORM_KERNELS = {"cpu": "cpu", "cuda": "triton", "tpu": "pallas"}
-REQUIRES = {"triton": ("triton",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +105,8 @@ def _refusal(leaf, implementation, operands, static):
     """The reason this implementation cannot run the call, or None."""
     if implementation == "xla":
         return None
-    for requirement in REQUIRES.get(implementation, ()):
-        if not _installed(requirement):
-            return f"the Python package {requirement} is not installed (pip install 'dlm_kernels[gpu]')"
+    if implementation == "triton" and (reason := triton_kernels.unavailable()):
+        return reason
     if not _installed(f"dlm_kernels.{PACKAGES[implementation]}.{leaf.module}"):
         return f"{PACKAGES[implementation]} has no {leaf.module}"
     module = _module(implementation, leaf.module)

@@ -5,10 +5,12 @@ A leaf names what its kernel reads and writes and never touches a framework:
     out, lse = launch(kernel, grid, inputs={"query": query}, outputs={"out": Out(shape, dtype), ...},
                       scalars={"length": 5}, constants={"BLOCK": 64}, num_warps=4, num_stages=2)
 
-and this file finds out who is asking. Arrays of JAX go through a primitive that compiles at lowering and
-leaves a custom call that jaxlib itself executes; tensors of torch go through Triton's own launcher; NumPy
-arrays (and JAX arrays, through a callback) run in Triton's interpreter when TRITON_INTERPRET=1 is set.
+and this file finds out who is asking. Arrays of JAX go through jax-triton, tensors of torch through Triton's own
+launcher; NumPy arrays (and JAX arrays, through a callback) run in Triton's interpreter when TRITON_INTERPRET=1 is set.
 There is no autotuning: a kernel's tiles are constants of the call.
+
+Under JAX the scalars are constants too: jax-triton tells the compiler nothing about a scalar, and a stride that is not
+known to be a multiple of 16 bytes costs every wide load. JAX compiles anew for new shapes anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import dataclasses
 import functools
 import os
 import sys
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,28 +26,21 @@ import numpy as np
 
 try:
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 except ImportError as error:
     raise ImportError(
         "the Triton kernels need the triton package, 3.6 or newer: pip install 'dlm_kernels[gpu]'"
     ) from error
 
-# Triton's names of the element types a kernel argument may point to.
-_TRITON_TYPES = {
-    "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "uint32": "u32", "int64": "i64", "bool": "i1",
-}  # fmt: skip
 _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 160, 120: 170}
 _DEFAULT_ARCH = 90
 
 
 @dataclasses.dataclass(frozen=True)
 class Out:
-    """An array that a kernel writes in full. With `alias`, it starts as that input's memory instead of empty."""
+    """An array that a kernel writes in full."""
 
     shape: tuple[int, ...]
     dtype: str
-    alias: str | None = None
 
 
 def dtype_name(array) -> str:
@@ -123,21 +117,24 @@ def launch(
 ) -> tuple:
     """Runs `kernel` over `grid`; returns its outputs in the order given, None where None was asked for.
 
-    Every parameter of the kernel must be named exactly once. An input may be None: the kernel sees a constant None.
+    The kernel's parameters are the inputs, the outputs, the scalars and the constants, each group in the order given and named
+    exactly once. An input may be None where the kernel has a constant HAS_... of its name, which is set here, or reads it under
+    another constant's condition.
     """
-    given = [*inputs, *outputs, *scalars, *constants]
+    asked = {name: inputs[name[4:].lower()] is not None for name in kernel.arg_names if name.startswith("HAS_")}
+    given = [*inputs, *outputs, *scalars, *asked, *constants]
     if sorted(given) != sorted(kernel.arg_names):
         wrong = sorted(set(given) ^ set(kernel.arg_names)) or sorted(name for name in given if given.count(name) > 1)
         raise ValueError(f"launch of {kernel.__name__}: parameters missing, unknown or named twice: {wrong}")
-    arrays = {name: value for name, value in inputs.items() if value is not None}
-    wanted = {name: value for name, value in outputs.items() if value is not None}
-    absent = {name: None for name in (*inputs, *outputs) if name not in arrays and name not in wanted}
-    fixed = {**constants, **absent}
+    arrays = [*inputs, *outputs]
+    if kernel.arg_names[: len(arrays)] != arrays:
+        raise ValueError(f"launch of {kernel.__name__}: expected its parameters to begin with {arrays}")
+    present = {name: value for name, value in inputs.items() if value is not None}
     call = _Call(
-        kernel, grid, tuple(arrays), tuple(wanted.items()), tuple(scalars.items()), tuple(fixed.items()),
-        num_warps, num_stages, arch(),
+        kernel, grid, tuple(inputs), tuple(present), tuple(outputs.items()), tuple(scalars.items()),
+        tuple({**asked, **constants}.items()), num_warps, num_stages, arch(),
     )  # fmt: skip
-    values = list(arrays.values())
+    values = list(present.values())
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(value, torch.Tensor) for value in values):
         results = _launch_torch(call, values, torch)
@@ -145,58 +142,34 @@ def launch(
         results = _interpret(call, *values)
     else:
         results = _launch_jax(call, values)
-    found = dict(zip(wanted, results))
+    found = dict(zip(call.wanted, results))
     return tuple(found.get(name) for name in outputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """All of a launch but its arrays: hashable, so that it can be a parameter of a JAX primitive."""
+    """All of a launch but its arrays."""
 
     kernel: Any
     grid: tuple[int, ...]
     inputs: tuple[str, ...]
-    outputs: tuple[tuple[str, Out], ...]
+    present: tuple[str, ...]  # the inputs that are not None
+    outputs: tuple[tuple[str, Out | None], ...]
     scalars: tuple[tuple[str, int | float], ...]
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
     arch: int
 
+    @property
+    def wanted(self) -> dict[str, Out]:
+        """The outputs that are not None."""
+        return {name: out for name, out in self.outputs if out is not None}
 
-def compile_call(call: _Call, dtypes: Mapping[str, str]):
-    """Compiles a launch for `call.arch` with no GPU needed; Triton caches the result on disk between processes.
-
-    dtypes: element type of every array parameter, inputs and outputs. Returns Triton's compiled kernel.
-    """
-    scalars, constants = dict(call.scalars), dict(call.constants)
-    # As Triton's own launcher does: a stride of 1 must be known, or no load is wider than one element.
-    constants |= {name: value for name, value in scalars.items() if _is_one(value)}
-    signature, attributes = {}, {}
-    for position, name in enumerate(call.kernel.arg_names):
-        if name in dtypes:
-            signature[name] = "*" + _TRITON_TYPES[dtypes[name]]
-            # XLA aligns every buffer to far more than the 16 bytes that a vector load wants.
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif name in constants:
-            signature[name] = "constexpr"
-        else:
-            signature[name] = _scalar_type(scalars[name])
-            if isinstance(scalars[name], int) and scalars[name] % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(call.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", call.arch, 32), options=options)
-
-
-def _is_one(value: int | float) -> bool:
-    return isinstance(value, int) and value == 1
-
-
-def _scalar_type(value: int | float) -> str:
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+    @property
+    def absent(self) -> dict[str, None]:
+        """The inputs and outputs that are None."""
+        return {name: None for name in (*self.inputs, *dict(self.outputs)) if name not in (*self.present, *self.wanted)}
 
 
 # --- JAX ---------------------------------------------------------------------------------------------------------
@@ -206,103 +179,66 @@ def _launch_jax(call: _Call, values: list) -> list:
     import jax
 
     if interpreting():
-        shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for _, out in call.outputs]
+        shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in call.wanted.values()]
         return jax.pure_callback(lambda *arrays: _interpret(call, *map(np.asarray, arrays)), shapes, *values)
-    return _primitive().bind(*values, call=call)
+    present = dict(zip(call.present, values))
+    # jax-triton takes arrays by position: one that is absent needs a stand-in, which the kernel does not touch.
+    outputs = {name: out or Out((1,), "float32") for name, out in call.outputs}
+    results = _jax_triton().triton_call(
+        *(present.get(name, values[0]) for name in call.inputs),
+        kernel=call.kernel,
+        out_shape=[jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs.values()],
+        grid=call.grid,
+        name=call.kernel.__name__.strip("_"),
+        num_warps=call.num_warps,
+        num_stages=call.num_stages,
+        compute_capability=call.arch,
+        **dict(call.scalars),
+        **dict(call.constants),
+    )
+    return [result for name, result in zip(outputs, results) if name in call.wanted]
 
 
 @functools.cache
-def _primitive():
-    import jax
-    from jax.extend.core import Primitive
+def _jax_triton():
     from jax.interpreters import mlir
 
-    primitive = Primitive("dlm_kernels_triton")
-    primitive.multiple_results = True
-    primitive.def_abstract_eval(
-        lambda *_, call: [jax.core.ShapedArray(out.shape, np.dtype(out.dtype)) for _, out in call.outputs]
-    )
+    # Its import empties this variable, and Triton's cache on disk would be lost to torch in the same process.
+    kept = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+    from jax_triton import triton_lib
 
-    @functools.lru_cache(maxsize=1024)
-    def jitted(call):
-        return jax.jit(lambda *values: primitive.bind(*values, call=call))
-
-    primitive.def_impl(lambda *values, call: jitted(call)(*values))
-    mlir.register_lowering(primitive, _lower, platform="cuda")
-    mlir.register_lowering(primitive, _refuse_lowering)
-    return primitive
+    os.environ.pop("TRITON_CACHE_DIR")
+    if kept is not None:
+        os.environ["TRITON_CACHE_DIR"] = kept
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, _refuse_lowering)
+    return jax_triton
 
 
-def _refuse_lowering(context, *_, call: _Call):
+def _refuse_lowering(context, *_, fn, **parameters):
     platforms = ", ".join(context.module_context.platforms)
     raise RuntimeError(
-        f"the Triton kernel {call.kernel.__name__} runs on NVIDIA GPUs, and this computation is for {platforms}; "
+        f"the Triton kernel {fn.__name__} runs on NVIDIA GPUs, and this computation is for {platforms}; "
         "set TRITON_INTERPRET=1 before the first call to run it in Triton's interpreter"
     )
-
-
-def _lower(context, *operands, call: _Call):
-    import jax
-
-    try:
-        # The module registers the custom call when it is imported, and is empty without JAX's CUDA plugin.
-        from jaxlib import gpu_triton
-
-        gpu_triton.TritonKernel  # noqa: B018
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            "lowering a Triton kernel for cuda needs JAX's CUDA plugin: pip install 'jax[cuda13]'"
-        ) from error
-    avals = {**dict(zip(call.inputs, context.avals_in)), **dict(zip(dict(call.outputs), context.avals_out))}
-    compiled = compile_call(call, {name: str(aval.dtype) for name, aval in avals.items()})
-    metadata = compiled.metadata
-    if metadata.num_warps != call.num_warps or getattr(metadata, "global_scratch_size", 0):
-        # jaxlib launches the warps it is told and passes no scratch; such a kernel would hang or write to null.
-        raise RuntimeError(f"{metadata.name}: Triton asks for warps or scratch memory that jaxlib cannot provide")
-    kernel = gpu_triton.TritonKernel(
-        metadata.name, call.num_warps, metadata.num_ctas, metadata.shared, compiled.asm["ptx"], compiled.asm["ttir"],
-        call.arch,
-    )  # fmt: skip
-    scalars = dict(call.scalars)
-    # XLA hands over operands, then results; the kernel's own parameters must be in that order, with scalars between
-    # them wherever they stand. An aliased result shares its operand's memory.
-    parameters = []
-    for name in call.kernel.arg_names:
-        if name in avals:
-            parameters.append(gpu_triton.create_array_parameter(0, 16))
-        elif name in scalars and not _is_one(scalars[name]):
-            parameters.append(gpu_triton.create_scalar_parameter(scalars[name], _scalar_type(scalars[name])))
-    order = [name for name in call.kernel.arg_names if name in avals]
-    if order != list(avals):
-        raise ValueError(f"launch of {metadata.name}: expected inputs and outputs in the order {order}")
-    grid = (*call.grid, 1, 1)[:3]
-    proto = gpu_triton.TritonKernelCall(kernel, *grid, parameters).to_proto(metadata.name, b"")
-    aliases = {call.inputs.index(out.alias): i for i, (_, out) in enumerate(call.outputs) if out.alias}
-    rule = jax.ffi.ffi_lowering(
-        "triton_kernel_call_ffi", api_version=2, backend_config=zlib.compress(proto), operand_output_aliases=aliases
-    )
-    return rule(context, *operands)
 
 
 # --- torch -------------------------------------------------------------------------------------------------------
 
 
 def _launch_torch(call: _Call, values: list, torch) -> list:
-    inputs = dict(zip(call.inputs, values))
     if not interpreting() and not values[0].is_cuda:
         raise ValueError(f"launch of {call.kernel.__name__}: expected CUDA tensors, given one on {values[0].device}")
-    results = {}
-    for name, out in call.outputs:
-        if out.alias:
-            results[name] = inputs[out.alias]
-        else:
-            results[name] = torch.empty(out.shape, dtype=getattr(torch, out.dtype), device=values[0].device)
-    arguments = {**inputs, **results, **dict(call.scalars), **dict(call.constants)}
+    device = values[0].device
+    results = {
+        name: torch.empty(out.shape, dtype=getattr(torch, out.dtype), device=device) for name, out in call.wanted.items()
+    }
+    arguments = {**call.absent, **dict(zip(call.present, values)), **results, **dict(call.scalars), **dict(call.constants)}
     if interpreting():
         call.kernel[call.grid](**arguments)
         return list(results.values())
     # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(values[0].device):
+    with torch.cuda.device(device):
         call.kernel[call.grid](**arguments, num_warps=call.num_warps, num_stages=call.num_stages)
     return list(results.values())
 
@@ -344,16 +280,12 @@ def _interpret(call: _Call, *values: np.ndarray) -> list[np.ndarray]:
     if not interpreting():
         raise ValueError(f"launch of {call.kernel.__name__}: NumPy arrays need Triton's interpreter, TRITON_INTERPRET=1")
     _let_numpy_count()
-    inputs = dict(zip(call.inputs, values))
     results = {}
-    for name, out in call.outputs:
-        if out.alias:
-            results[name] = np.array(inputs[out.alias])
-        else:
-            # Poison, so that an element which the kernel forgets is seen.
-            floating = out.dtype in ("float32", "float16", "bfloat16")
-            results[name] = np.full(out.shape, np.nan if floating else 77, dtype=np.dtype(out.dtype))
-    memory = {name: _Memory(array) for name, array in {**inputs, **results}.items()}
+    for name, out in call.wanted.items():
+        # Poison, so that an element which the kernel forgets is seen.
+        floating = out.dtype in ("float32", "float16", "bfloat16")
+        results[name] = np.full(out.shape, np.nan if floating else 77, dtype=np.dtype(out.dtype))
+    memory = {name: _Memory(array) for name, array in {**dict(zip(call.present, values)), **results}.items()}
     with np.errstate(all="ignore"):
-        call.kernel[call.grid](**memory, **dict(call.scalars), **dict(call.constants))
+        call.kernel[call.grid](**call.absent, **memory, **dict(call.scalars), **dict(call.constants))
     return list(results.values())

@@ -33,6 +33,10 @@ def _scores_kernel(
     rows, vocabulary, width,  # R, V, D
     banned_count,  # M
     hidden_r, hidden_d, weight_v, weight_d, noise_r, noise_v,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    HAS_BANNED: tl.constexpr,
     ROUND: tl.constexpr,  # the dtype that the logits are rounded to, or None
     TEMPERED: tl.constexpr,
     SECOND: tl.constexpr,
@@ -46,7 +50,7 @@ def _scores_kernel(
     start = tl.program_id(1) * BLOCK_V
     tokens = start + tl.arange(0, BLOCK_V)
     wanted = row < rows
-    if active is not None:
+    if HAS_ACTIVE:
         wanted &= tl.load(active + row, mask=wanted, other=0) != 0
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
@@ -58,18 +62,18 @@ def _scores_kernel(
         if SOFT_CAP is not None:
             value = SOFT_CAP * tanh(value / SOFT_CAP)
         value = tl.where((tokens < vocabulary)[None, :], value, float("-inf"))
-        if banned is not None:
+        if HAS_BANNED:
             for i in range(banned_count):
                 ban = tl.load(banned + i)
                 if (ban >= start) & (ban < start + BLOCK_V):
                     value = tl.where((tokens == ban)[None, :], float("-inf"), value)
         at = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        if temperature is not None:
+        if HAS_TEMPERATURE:
             heat = tl.load(temperature + row, mask=wanted, other=0.0)
             tempered = value / tl.where(heat > 0.0, heat, 1.0)[:, None]
             drawn = tempered
             if tl.max(heat, 0) > 0.0:
-                if noise is None:
+                if not HAS_NOISE:
                     key0 = tl.load(key_data + 2 * row, mask=wanted, other=0)[:, None]
                     key1 = tl.load(key_data + 2 * row + 1, mask=wanted, other=0)[:, None]
                     first = tl.load(counter_row + row, mask=wanted, other=0).to(tl.int64) * vocabulary
@@ -324,6 +328,8 @@ def _product_kernel(
     out,  # [M, N]
     m, n, k,  # M, N, K
     left_m, left_k, right_k, right_n,
+    HAS_SEEN: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -339,7 +345,7 @@ def _product_kernel(
     for start in range(0, k, BLOCK_K):
         inside = inner < k - start
         a = tl.load(left_at, mask=(i < m)[:, None] & inside[None, :], other=0)
-        if seen is not None:
+        if HAS_SEEN:
             inside &= tl.load(seen + start + inner, mask=inside, other=0) != 0
         b = tl.load(right_at, mask=inside[:, None] & (j < n)[None, :], other=0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
@@ -347,7 +353,7 @@ def _product_kernel(
         right_at += step * right_k
     at = i.to(tl.int64)[:, None] * n + j[None, :]
     inside = (i < m)[:, None] & (j < n)[None, :]
-    if addend is not None:
+    if HAS_ADDEND:
         total += tl.load(addend + at, mask=inside, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 

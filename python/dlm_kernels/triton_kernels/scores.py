@@ -46,12 +46,14 @@ def _merge_kernel(
     out_confidence, out_entropy, out_logsumexp,  # float32 [R]
     spans,  # SPANS
     vocabulary,  # V
+    HAS_CHOICE: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     wanted = True
-    if active is not None:
+    if HAS_ACTIVE:
         wanted = tl.load(active + row) != 0
     if wanted:
         lane = tl.arange(0, BLOCK)
@@ -68,7 +70,7 @@ def _merge_kernel(
         whole = tl.sum(totals * share, 0)
         mean = tl.sum(moments * share, 0) / whole
         winner = tl.argmax(tops, 0)
-        if choice is None:
+        if not HAS_CHOICE:
             value = best
             chosen = tl.load(token + row * spans + winner)
         else:

@@ -14,18 +14,19 @@ _MAX_LENGTH = 8192  # positions of a row, in registers
 @triton.jit
 def _span_logits(
     logits, unconditional, guidance_scale, banned, row, token, start, vocabulary, banned_count,
-    logits_r, logits_v, unconditional_r, unconditional_v, SOFT_CAP: tl.constexpr, SPAN: tl.constexpr,
+    logits_r, logits_v, unconditional_r, unconditional_v,
+    HAS_UNCONDITIONAL: tl.constexpr, HAS_BANNED: tl.constexpr, SOFT_CAP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """float32 [SPAN]: the logits of a span, mixed, capped and banned; -inf past the vocabulary."""
     inside = token < vocabulary
     value = tl.load(logits + row * logits_r + token * logits_v, mask=inside, other=0).to(tl.float32)
-    if unconditional is not None:
+    if HAS_UNCONDITIONAL:
         other = tl.load(unconditional + row * unconditional_r + token * unconditional_v, mask=inside, other=0)
         value = mixed(value, other.to(tl.float32), tl.load(guidance_scale + row))
     if SOFT_CAP is not None:
         value = SOFT_CAP * tanh(value / SOFT_CAP)
     value = tl.where(inside, value, float("-inf"))
-    if banned is not None:
+    if HAS_BANNED:
         for i in range(banned_count):
             ban = tl.load(banned + i)
             if (ban >= start) & (ban < start + SPAN):
@@ -46,22 +47,26 @@ def _score_kernel(
     vocabulary,  # V
     banned_count,  # M
     logits_r, logits_v, unconditional_r, unconditional_v,
+    HAS_UNCONDITIONAL: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    HAS_BANNED: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SECOND: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     wanted = True
-    if active is not None:
+    if HAS_ACTIVE:
         wanted = tl.load(active + row) != 0
     if wanted:
         start = tl.program_id(0) * SPAN
         tokens = start.to(tl.int64) + tl.arange(0, SPAN)
         value = _span_logits(
             logits, unconditional, guidance_scale, banned, row, tokens, start, vocabulary, banned_count,
-            logits_r, logits_v, unconditional_r, unconditional_v, SOFT_CAP, SPAN,
+            logits_r, logits_v, unconditional_r, unconditional_v, HAS_UNCONDITIONAL, HAS_BANNED, SOFT_CAP, SPAN,
         )  # fmt: skip
-        if temperature is not None:
+        if HAS_TEMPERATURE:
             heat = tl.load(temperature + row)
             value = value / tl.where(heat > 0.0, heat, 1.0)
         at = row * tl.num_programs(0) + tl.program_id(0)
@@ -94,6 +99,10 @@ def _draw_kernel(
     spans,  # SPANS
     banned_count,  # M
     logits_r, logits_v, unconditional_r, unconditional_v, noise_r, noise_v,
+    HAS_UNCONDITIONAL: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    HAS_BANNED: tl.constexpr,
     TEMPERED: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -101,7 +110,7 @@ def _draw_kernel(
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     wanted = True
-    if active is not None:
+    if HAS_ACTIVE:
         wanted = tl.load(active + row) != 0
     if wanted:
         heat = tl.load(temperature + row)
@@ -117,7 +126,7 @@ def _draw_kernel(
             best = best / divisor
         # What the row's greatest logit draws is beaten only by a span that comes within the greatest draw of it.
         reach = best
-        if noise is None:
+        if not HAS_NOISE:
             likely = tl.load(token + row * spans + tl.argmax(tops, 0))
             key0 = tl.load(key_data + 2 * row)
             key1 = tl.load(key_data + 2 * row + 1)
@@ -135,12 +144,12 @@ def _draw_kernel(
             tokens = start.to(tl.int64) + tl.arange(0, SPAN)
             value = _span_logits(
                 logits, unconditional, guidance_scale, banned, row, tokens, start, vocabulary, banned_count,
-                logits_r, logits_v, unconditional_r, unconditional_v, SOFT_CAP, SPAN,
+                logits_r, logits_v, unconditional_r, unconditional_v, HAS_UNCONDITIONAL, HAS_BANNED, SOFT_CAP, SPAN,
             )  # fmt: skip
             tempered = value / divisor
             drawn = tempered
             if hot:
-                if noise is None:
+                if not HAS_NOISE:
                     drawn = tempered + gumbel(key0, key1, first + tokens)
                 else:
                     at_noise = noise + row * noise_r + tokens * noise_v
@@ -235,6 +244,11 @@ def _topk_kernel(
     unmasked,  # bool [B, L]
     count,  # int32 [B]
     length,  # L
+    HAS_EDITABLE: tl.constexpr,
+    HAS_NUM_UNMASK: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_ENTROPY_BUDGET: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least L
     OTHERS: tl.constexpr,
 ):  # fmt: skip
@@ -246,7 +260,7 @@ def _topk_kernel(
     raw = tl.load(confidence + row + at, mask=inside, other=float("-inf"))
     sure = tl.where(raw != raw, float("-inf"), raw)
     order = sure
-    if entropy_budget is not None:
+    if HAS_ENTROPY_BUDGET:
         mine = tl.load(entropy + row + at, mask=inside, other=float("inf"))
         order = tl.where(mine != mine, float("-inf"), -mine)
     rank = tl.zeros([BLOCK], tl.int32)
@@ -255,7 +269,7 @@ def _topk_kernel(
         j = start + tl.arange(0, OTHERS)
         there = j < length
         there &= tl.load(eligible + row + j, mask=there, other=0) != 0
-        if entropy_budget is None:
+        if not HAS_ENTROPY_BUDGET:
             other = tl.load(confidence + row + j, mask=there, other=float("-inf"))
             other = tl.where(other != other, float("-inf"), other)
         else:
@@ -265,25 +279,25 @@ def _topk_kernel(
         first |= (other[None, :] == order[:, None]) & (j[None, :] < at[:, None])
         first &= there[None, :]
         rank += tl.sum(first.to(tl.int32), 1)
-        if entropy_budget is not None:
+        if HAS_ENTROPY_BUDGET:
             spent += tl.sum(tl.where(first, uncertain[None, :], 0.0), 1)
     all_open = tl.sum(open_.to(tl.int32), 0)
     n = 0
-    if num_unmask is not None:
+    if HAS_NUM_UNMASK:
         n = tl.maximum(n, tl.load(num_unmask + b))
-    if threshold is not None:
+    if HAS_THRESHOLD:
         above = open_ & (sure > tl.load(threshold + b))
         n = tl.maximum(n, tl.maximum(1, tl.sum(above.to(tl.int32), 0)))
-    if factor is not None:
+    if HAS_FACTOR:
         failed = open_ & (rank > 0) & (sure < 1.0 - tl.load(factor + b) / (rank + 2).to(tl.float32))
         n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
-    if entropy_budget is not None:
+    if HAS_ENTROPY_BUDGET:
         within = spent <= tl.load(entropy_budget + b)
         failed = open_ & (rank > 0) & (within == 0)
         n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
     taken = open_ & (rank < n)
     changed = taken
-    if editable is not None:
+    if HAS_EDITABLE:
         may = (tl.load(editable + row + at, mask=inside, other=0) != 0) & inside
         changed |= may & (raw > tl.load(edit_threshold + b))
     before = tl.load(tokens + row + at, mask=inside, other=0)
