@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from dlm_kernels import cli, masks
-from dlm_kernels.denoiser import checkpoint, evaluate, generate, model, view
+from dlm_kernels.denoiser import checkpoint, correct, evaluate, generate, model, view
+
+
+SHIPPED = ("teacher",)
 
 
 @pytest.fixture
@@ -206,13 +209,31 @@ def test_parse_share_and_headers():
     assert evaluate.held_out_headers(["import os\n\ndef f(a):\n    pass\n\nclass A:\n    pass\n"], 5) == ["def f(a):"]
 
 
-def test_the_model_that_comes_with_the_package():
-    """Small, whole, and better than a guess: it closes what Python cannot leave open."""
-    files = {path.name: path.stat().st_size for path in checkpoint.SHIPPED.iterdir()}
-    assert files.keys() == {"model.safetensors", "config.json", "tokenizer.json", "MODEL_CARD.md"}
-    assert sum(files.values()) < 16e6
-    model = checkpoint.load(dtype=np.float32)
-    board = generate.generate(
-        model, ["import os\nimport sys\n\n\ndef main(argv):\n    return<mask:1>argv[1:<mask:1>\n"], steps=1
-    )
-    assert board.texts[0].endswith("[1:]\n")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_models_that_come_with_the_package(name):
+    """Small, whole, and better than a guess: they know what Python cannot do without."""
+    folder = checkpoint.SHIPPED if name == "teacher" else checkpoint.find(name)
+    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "MODEL_CARD.md"} == files.keys()
+    assert sum(files.values()) < 13e6  # 40 MB for the three
+    loaded = checkpoint.load(folder, dtype=np.float32)
+    holes = {
+        "for i<mask:1> range(10):\n    print(i)\n": " in",
+        "import os\n<mask:1> sys\n": "import",
+        "class Stack:\n    def push(self<mask:1> x):\n        self.items.append(x)\n": ",",
+        "def main(argv<mask:1>\n    return 1\n": "):",
+        "if x is<mask:1> None:\n    return x\n": " not",
+        "try:\n    x = 1\nexcept ValueError<mask:1>\n    pass\n": ":",
+        "def f(self):\n    return<mask:1>._items\n": " self",
+    }
+    filled = generate.generate(loaded, list(holes), steps=1).texts
+    right = [text == prompt.replace("<mask:1>", word) for text, (prompt, word) in zip(filled, holes.items())]
+    assert sum(right) >= 6, filled
+
+
+def test_the_model_corrects_what_python_cannot_mean():
+    loaded = checkpoint.load(dtype=np.float32)
+    loop, method = "for i in range(10):\n    print(i)\n", "def push(self, x):\n    self.items.append(x)\n"
+    for right, a, b in ((loop, " in", " on"), (method, ", x", ". x")):
+        text, changes, _ = correct.correct_text(loaded, right.replace(a, b), threshold=0.5)
+        assert text == right and len(changes) == 1

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import masked_cross_entropy, masks
-from dlm_kernels.denoiser import data, generate, sampler, train
+from dlm_kernels.denoiser import correct, data, generate, sampler, train
 from dlm_kernels.denoiser import model as denoiser
 
 
@@ -62,6 +62,28 @@ def infilling(model, texts, *, cases=64, hole=8, length=128, steps=4, seed=1, **
     decoded = sampler.decode(config, params, board, block=hole, first=at, steps=steps, **options)
     right = np.asarray(decoded.tokens)[:, holes] == rows[:, holes]
     return {"token_accuracy": float(right.mean()), "exact_match": float(right.all(1).mean())}
+
+
+def correction(model, texts, *, share=0.03, threshold=0.9, rows=64, length=128, seed=1, **options):
+    """What `correct.correct` does to rows of held-out text, of whose tokens a `share` was replaced by tokens from elsewhere in it.
+
+    {"repaired": of the wrong tokens, "noticed": likewise, changed at all, "damaged": of the right ones, changed}.
+    """
+    config, params, tokenizer = model
+    stream = data.stream(tokenizer, texts, config.eos_id)
+    random = np.random.default_rng(seed)
+    begins = random.integers(0, len(stream) - length, rows)
+    right = np.stack([stream[begin : begin + length] for begin in begins])
+    given = np.where(random.random(right.shape) < share, random.permutation(stream)[: right.size].reshape(right.shape), right)
+    wrong = given != right
+    if not wrong.any():
+        raise ValueError(f"share: expected enough of {right.size} tokens to replace one, got {share}")
+    made = np.asarray(correct.correct(config, params, given, threshold=threshold, **options).tokens)
+    return {
+        "repaired": float((made == right)[wrong].mean()),
+        "noticed": float((made != given)[wrong].mean()),
+        "damaged": float((made != right)[~wrong].mean()),
+    }
 
 
 # Ways to write 64 tokens. The first is autoregressive decoding by the same model: it sees what stands before, one token a pass.
@@ -208,6 +230,8 @@ def report(model, texts, *, cases=256, steps=4, implementation=None):
         "bits_per_byte": bits_per_byte(model, texts, **options),
         "autoregressive_bits_per_byte": bits_per_byte(model, texts, block_size=1, draws=1, **options),
     }
+    for threshold in (0.5, 0.9):
+        numbers[f"correction_at_{threshold}"] = correction(model, texts, threshold=threshold, **options)
     for hole in (1, 4, 8):
         numbers[f"hole_of_{hole}"] = infilling(model, texts, cases=cases, hole=hole, steps=min(hole, steps), **options)
     return numbers
