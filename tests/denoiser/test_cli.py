@@ -8,7 +8,6 @@ import pytest
 from dlm_kernels import cli, masks
 from dlm_kernels.denoiser import checkpoint, correct, evaluate, generate, model, view
 
-
 SHIPPED = ("teacher",)
 
 
@@ -233,7 +232,8 @@ def test_the_models_that_come_with_the_package(name):
 
 def test_the_model_corrects_what_python_cannot_mean():
     loaded = checkpoint.load(dtype=np.float32)
-    loop, method = "for i in range(10):\n    print(i)\n", "def push(self, x):\n    self.items.append(x)\n"
+    loop = "for i in range(10):\n    print(i)\n"
+    method = "class Stack:\n    def push(self, x):\n        self.items.append(x)\n"
     for right, a, b in ((loop, " in", " on"), (method, ", x", ". x")):
         text, changes, _ = correct.correct_text(loaded, right.replace(a, b), threshold=0.5)
         assert text == right and len(changes) == 1
