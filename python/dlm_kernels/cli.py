@@ -107,6 +107,7 @@ def _parser():
         "--teacher-steps", type=int, default=32, help="passes of the teacher over a span (default: %(default)s)"
     )
     distill.add_argument("--student-steps", type=int, default=8, help="of the student (default: %(default)s)")
+    distill.add_argument("--guidance", type=float, default=1.0, help="scale of the teacher's guidance, learnt too (default: none)")
     distill.add_argument("--temperature", type=float, default=0.0, help="of the teacher's decoding (default: greedy)")
     distill.add_argument("--minutes", type=float)
     distill.add_argument("--steps", type=int, help="updates")
@@ -282,6 +283,7 @@ def _distill(options):
             teacher_steps=options.teacher_steps,
             student_steps=options.student_steps,
             temperature=options.temperature,
+            guidance=options.guidance,
             report=shown,
         )
 

@@ -83,8 +83,9 @@ def test_the_target_is_the_state_at_the_pass_that_reveals_it(config, params, ran
 def test_states_a_student_meets(config):
     """Of a span of n tokens k n / 4 are masked; every other span ends with its row; k is spread evenly."""
     tokens = jnp.full((400, 24), 7, jnp.int32)
-    noisy, size = (np.asarray(x) for x in distill.student_state(tokens, jax.random.key(3), config.mask_id, 4))
-    masked = noisy == config.mask_id
+    noisy, span = (np.asarray(x) for x in distill.student_state(tokens, jax.random.key(3), config.mask_id, 4))
+    masked, size = noisy == config.mask_id, span.sum(1)
+    assert not (masked & ~span).any()
     count = masked.sum(1)
     done = [(-(-k * size // 4) == count) for k in (1, 2, 3, 4)]
     assert np.any(done, axis=0).all()
@@ -101,19 +102,22 @@ def test_states_a_student_meets(config):
     assert len({tuple(row == config.mask_id) for row in sparse}) == len(sparse)
 
 
-def test_the_loss_is_the_divergence_from_the_teacher(config, params, random):
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_the_loss_is_the_divergence_from_the_teacher(guidance, config, params, random):
     tokens = jnp.asarray(random.integers(3, config.vocab, (4, 12)), jnp.int32)
     key = jax.random.key(11)
-    noisy, size = distill.student_state(tokens, jax.random.split(key)[0], config.mask_id, 2)
-    quota = -(-np.asarray(size) // 4)
-    target = states(config, params, noisy, None, passes=2, quota=quota, temperature=0.0, mask=None)
+    noisy, span = distill.student_state(tokens, jax.random.split(key)[0], config.mask_id, 2)
+    quota = -(-np.asarray(span.sum(1)) // 4)
+    guided = {} if guidance == 1 else dict(guidance=guidance, prompt=~span)
+    target = states(config, params, noisy, None, passes=2, quota=quota, temperature=0.0, mask=None, **guided)
     student = {name: x * 1.1 for name, x in params.items()}
     p = log_p(config, params, target)
     q = log_p(config, student, hidden_states(config, student, noisy))
     masked = np.asarray(noisy) == config.mask_id
     expected = (np.exp(p) * (p - q)).sum(-1)[masked].mean()
     assert masked.sum() > 8 and expected > 0.01
-    loss = functools.partial(distill.student_loss, config, train.TrainConfig(steps=1), teacher_steps=4, student_steps=2)
+    steps = dict(teacher_steps=4, student_steps=2, guidance=guidance)
+    loss = functools.partial(distill.student_loss, config, train.TrainConfig(steps=1), **steps)
     np.testing.assert_allclose(jax.jit(loss)(student, params, tokens, key), expected, rtol=1e-4)
 
 
@@ -133,6 +137,32 @@ def test_a_student_learns_from_its_teacher_alone(temperature, saved, tmp_path, t
     keys = jax.random.split(jax.random.key(99), 10)
     before, after = (np.mean([loss(params, key) for key in keys]) for params in (teacher, student))
     assert after < 0.92 * before
+
+
+def test_guided_states_are_mixed_with_those_without_the_prompt(config, params, random):
+    """One pass: scale * with + (1 - scale) * without, where the prompt is masked and nothing else."""
+    tokens = random.integers(3, config.vocab, (2, 10)).astype(np.int32)
+    tokens[:, 4:8] = config.mask_id
+    prompt = np.zeros((2, 10), bool)
+    prompt[:, :4] = True
+    options = dict(passes=1, quota=np.array([1, 1]), temperature=0.0, mask=None)
+    ours = states(config, params, tokens, None, guidance=2.5, prompt=prompt, **options)
+    with_, without = (hidden_states(config, params, t) for t in (tokens, np.where(prompt, config.mask_id, tokens)))
+    np.testing.assert_allclose(ours, 2.5 * with_ - 1.5 * without, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_learns_guidance(saved, tmp_path, texts):
+    """Alone, without a second stream, it is nearer to the guided teacher than the teacher without guidance is."""
+    settings = train.TrainConfig(rows=8, length=16, steps=120, learning_rate=3e-3, average=0.9, weight_decay=0.0)
+    steps = dict(teacher_steps=2, student_steps=2, guidance=3.0)
+    student = distill.run(settings, saved, tmp_path, seed_texts=texts, **steps)
+    config, teacher, tokenizer = checkpoint.load(saved, dtype=jnp.float32)
+    (stream, _) = train.prepare(config, texts, tokenizer)[1]
+    rows = jnp.asarray(stream[: 16 * 16].reshape(16, 16))
+    loss = jax.jit(lambda params, key: distill.student_loss(config, settings, params, teacher, rows, key, **steps))
+    keys = jax.random.split(jax.random.key(99), 10)
+    before, after = (np.mean([loss(params, key) for key in keys]) for params in (teacher, student))
+    assert after < 0.9 * before
 
 
 @pytest.mark.parametrize("steps", [(8, 3), (8, 8), (2, 8), (8, 0)])

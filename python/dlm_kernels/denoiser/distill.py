@@ -5,35 +5,41 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels import lm_head_scores, masks, unmask_topk
+from dlm_kernels import lm_head_scores, masks, mix_guidance, unmask_topk
 from dlm_kernels.denoiser import checkpoint, data, divergence, model, train
 
 
-def run(settings, teacher, out, *, teacher_steps, student_steps, temperature=0.0, seed_texts=None, report=None):
+def run(
+    settings, teacher, out, *, teacher_steps, student_steps, temperature=0.0, guidance=1.0, seed_texts=None, report=None
+):
     """Trains a copy of the checkpoint `teacher` into directory `out`: 32 -> 8, then with that as the teacher 8 -> 2, and so on.
 
-    What takes the teacher teacher_steps passes takes the student student_steps; temperature is that of the teacher's decoding.
+    What takes the teacher teacher_steps passes takes the student student_steps; temperature is that of the teacher's decoding,
+    guidance its scale: with one the student learns what guidance says and needs no second stream, and the steps may be equal.
     Stops, saves and resumes as `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not
     divide.
     """
-    if student_steps < 1 or teacher_steps % student_steps or teacher_steps == student_steps:
+    if student_steps < 1 or teacher_steps % student_steps or (teacher_steps == student_steps and guidance == 1):
         raise ValueError(
             f"teacher_steps: expected a multiple of student_steps {student_steps}, above it, got {teacher_steps}"
         )
     config, params, _ = checkpoint.load(teacher, dtype=jnp.float32)
     objective = functools.partial(
-        student_loss, teacher_steps=teacher_steps, student_steps=student_steps, temperature=temperature
+        student_loss, teacher_steps=teacher_steps, student_steps=student_steps, temperature=temperature, guidance=guidance
     )
     return train.run(
         config, settings, out, initial=teacher, objective=objective, given=params, seed_texts=seed_texts, report=report
     )
 
 
-def student_loss(config, settings, params, teacher, tokens, key, *, teacher_steps, student_steps, temperature=0.0):
+def student_loss(
+    config, settings, params, teacher, tokens, key, *, teacher_steps, student_steps, temperature=0.0, guidance=1.0
+):
     """The divergence of the student, who sees a state once, from the teacher, who decodes on from it for several passes.
 
         noisy, span = student_state(tokens)
         target = teacher_states(teacher, noisy, ...)                            # each token's, from the pass that revealed it
+                                                                                # guided away from what it says without the rest
         p, q = softmax(head(target)), softmax(head(hidden_states(params, noisy)))
         return mean(KL(p || q) where masked)
 
@@ -46,7 +52,8 @@ def student_loss(config, settings, params, teacher, tokens, key, *, teacher_step
     options = dict(mask=document, implementation=settings.implementation)
     target = teacher_states(
         config, teacher, noisy, for_draw, passes=teacher_steps // student_steps,
-        quota=-(-span // teacher_steps), temperature=temperature, **options,
+        quota=-(-span.sum(1) // teacher_steps), temperature=temperature,
+        guidance=guidance, prompt=None if guidance == 1 else ~span, **options,
     )  # fmt: skip
     hidden = model.hidden_states(config, params, noisy, **options)
     masked = (noisy == config.mask_id).reshape(-1)
@@ -62,7 +69,7 @@ def student_state(tokens, key, mask_id, student_steps):
 
     tokens int32 [B, L]. The span's length is uniform on 1..L, its place too, or at the row's end in every other row (a prompt to
     go on from); of its n tokens k n / student_steps are masked, rounded up, k uniform on 1..student_steps and the tokens anywhere
-    in it. Returns the masked tokens and n, int32 [B].
+    in it. Returns the masked tokens and the span, bool [B, L].
     """
     b, length = tokens.shape
     for_length, for_place, for_count, for_order = jax.random.split(key, 4)
@@ -75,19 +82,26 @@ def student_state(tokens, key, mask_id, student_steps):
     draw = jnp.where(inside, jax.random.uniform(for_order, (b, length)), 2.0)
     rank = jnp.argsort(jnp.argsort(draw, axis=1), axis=1)
     masked = rank < (-(-(left * size) // student_steps))[:, None]
-    return jnp.where(masked, mask_id, tokens), size
+    return jnp.where(masked, mask_id, tokens), inside
 
 
-def teacher_states(config, params, tokens, key, *, passes, quota, temperature, mask, implementation=None):
+def teacher_states(
+    config, params, tokens, key, *, passes, quota, temperature, mask, guidance=1.0, prompt=None, implementation=None
+):
     """Hidden states [B, L, D], of every mask in `tokens` [B, L] at the pass that reveals it, and at the last for those left.
 
-    The teacher reveals quota[b] tokens a pass, those surest first, greedily or, at a temperature, sampled.
+    The teacher reveals quota[b] tokens a pass, those surest first, greedily or, at a temperature, sampled. With `prompt`, bool
+    [B, L], it is guided with that scale, away from what it says where the prompt is masked.
     """
     kept = None
     head = model.head_weight(config, params)
     for step in range(passes):
         active = tokens == config.mask_id
         hidden = model.hidden_states(config, params, tokens, mask=mask, implementation=implementation)
+        if prompt is not None:
+            without = jnp.where(prompt, config.mask_id, tokens)
+            other = model.hidden_states(config, params, without, mask=mask, implementation=implementation)
+            hidden = mix_guidance(hidden, other, guidance, implementation=implementation)
         kept = hidden if kept is None else jnp.where(active[..., None], hidden, kept)
         if step == passes - 1:
             break
