@@ -9,6 +9,9 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h csrc/*
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -e '.[test]'
+# Enough of JAX's CUDA plugin to lower for GPUs with none present; what it depends on is for running there.
+	test "$$(uname)" != Linux || $(BIN)/python -m pip install -q --no-deps \
+	  "jax-cuda13-plugin==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
 	touch $@
 
 demo: $(VENV)/.installed

@@ -1,0 +1,36 @@
+"""On a machine with no GPU, every operation lowers for `cuda` through jax-triton to our kernels, and ptxas takes them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXPECTED = {
+    "attention": {"_forward_kernel"},
+    "attention of few queries": {"_forward_kernel", "_combine_kernel"},
+    "attention gradient": {"_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"},
+    "mix_guidance": {"_mix_kernel"},
+    "combine_guidance": {"_combine_kernel"},
+    "score_tokens": {"_score_kernel", "_merge_kernel"},
+    "score_tokens at a temperature": {"_score_kernel", "_draw_kernel", "_merge_kernel"},
+    "unmask_topk": {"_score_kernel", "_merge_kernel", "_topk_kernel"},
+    "unmask_step": {"_score_kernel", "_draw_kernel", "_merge_kernel", "_topk_kernel"},
+    "lm_head_scores": {"_scores_kernel", "_merge_kernel"},
+    "lm_head_scores at a temperature": {"_scores_kernel", "_merge_kernel"},
+    "masked_cross_entropy gradient": {"_loss_kernel", "_loss_merge_kernel", "_dlogits_kernel", "_product_kernel"},
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_operation_exports_for_cuda(arch):
+    script = pathlib.Path(__file__).with_name("export_operations.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"JAX_PLATFORMS": "cpu", "DLM_KERNELS_CUDA_ARCH": str(arch)}
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = {row["operation"]: row for row in map(json.loads, run.stdout.splitlines())}
+    assert {name: set(row["kernels"]) for name, row in rows.items()} == EXPECTED
+    assert not [row for row in rows.values() if row["errors"]]
