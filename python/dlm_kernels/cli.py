@@ -68,6 +68,7 @@ def _parser():
     add("--cache", action="store_true", default=None, help="keep keys and values, compute the block only")
     add("--refresh", type=int, help="passes between renewals of the cache (default: once a block)")
     add("--drafts", type=int, help="check this many guessed steps in each pass: the same text in fewer passes")
+    add("--drafter", metavar="DIR", help="a student that guesses for the model; needs --drafts")
     add("--html", metavar="FILE", help="write a page that replays the passes beside one token at a time")
     add("--json", action="store_true", help="print numbers and text as JSON")
 
@@ -145,9 +146,10 @@ def _load(options):
 
 
 def _generate(options):
+    import jax.numpy as jnp
     from rich.console import Console
 
-    from dlm_kernels.denoiser import classifier, generate, html, view
+    from dlm_kernels.denoiser import checkpoint, classifier, generate, html, view
 
     if (options.prompt is None) == (options.infill is None):
         raise ValueError("expected a prompt or --infill, one of them")
@@ -164,6 +166,11 @@ def _generate(options):
         named |= dict(classifier=classifier.load(options.classifier, model[0]), classifier_scale=scale)
     elif options.classifier_scale is not None:
         raise ValueError("--classifier-scale: expected a --classifier with it, got none")
+    if options.drafter:
+        drafter = checkpoint.load(checkpoint.find(options.drafter), dtype=jnp.float32)
+        if drafter[0] != model[0]:
+            raise ValueError(f"--drafter: expected a student of the model's shape {model[0]}, got {drafter[0]}")
+        named["drafter"] = drafter[1]
     console = Console()
     prompt = options.prompt if options.infill is None else options.infill
     prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")

@@ -41,10 +41,14 @@ def test_infill_keeps_the_text_around(command, saved):
     assert numbers["text"].startswith("def add(a, b):\n    ") and numbers["text"].endswith("\n    return c")
 
 
-def test_drafts_give_the_same_text_in_no_more_passes(command):
+def test_drafts_give_the_same_text_in_no_more_passes(command, saved):
     options = ("generate", "def add(", "--block", "6", "--steps", "6", "--json", "--temperature", "0")
     plain, drafted = (json.loads(command(*options, *more)[1]) for more in ((), ("--drafts", "3")))
     assert drafted["text"] == plain["text"] and drafted["passes"] <= plain["passes"] == 6
+    # The model as its own drafter is right about the next step, every time; only the first pass has no guess yet.
+    student = json.loads(command(*options, "--drafts", "1", "--drafter", str(saved))[1])
+    assert student["text"] == plain["text"] and student["passes"] == 4
+    assert "drafter: expected drafts" in command(*options, "--drafter", str(saved))[2]
     status, _, err = command(*options, "--drafts", "3", "--cache")
     assert status == 2 and "drafts: goes with steps and greedy decoding alone" in err
 

@@ -33,6 +33,26 @@ def test_equals_stepwise_decoding(drafts, config, params, board):
     assert saved > 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+def test_a_drafter_changes_the_passes_and_not_the_text(scale, config, params, board):
+    """The model itself as its drafter guesses the next step right, always; another one guesses as well as it can."""
+    drafter = {name: x * scale for name, x in params.items()}
+    for row in range(3):
+        alone = {name: array[row : row + 1] for name, array in board.items()}
+        stepwise = sampler.decode(config, params, block=8, steps=8, **alone)
+        drafted = speculative.decode(config, params, block=8, steps=8, drafts=1, drafter=drafter, **alone)
+        np.testing.assert_array_equal(drafted.tokens, stepwise.tokens)
+        assert drafted.steps[0] == stepwise.passes
+        if scale == 1.0:
+            blocks = -(-(board["tokens"][row, 8:] == config.mask_id).sum() // 8)
+            assert drafted.passes <= stepwise.passes // 2 + blocks
+    together = speculative.decode(config, params, block=8, steps=8, drafts=2, drafter=drafter, **board)
+    for row in range(3):
+        alone = {name: array[row : row + 1] for name, array in board.items()}
+        decoded = speculative.decode(config, params, block=8, steps=8, drafts=2, drafter=drafter, **alone)
+        np.testing.assert_array_equal(decoded.tokens[0], together.tokens[row])
+
+
 def test_a_row_does_not_depend_on_its_batch(config, params, board):
     together = speculative.decode(config, params, block=8, steps=8, drafts=3, **board)
     for row in range(3):

@@ -100,6 +100,7 @@ def generate(
     eos_bias=0.0,
     exact=False,
     drafts=None,
+    drafter=None,
     on_pass=None,
     **options,
 ):
@@ -117,8 +118,8 @@ def generate(
     what it draws away from is the prompt without it. banned: token ids. required: texts that are written where they are likeliest
     before anything else, see `control.require`; then the length is exact. logit_bias: {token id: what to add to its logit};
     eos_bias: likewise for end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before `length`.
-    drafts: speculate, see `speculative.decode`; it goes with steps alone. Returns Generation; the first, compiling run is not in
-    its seconds. Raises ValueError for options that do not fit.
+    drafts, drafter: speculate, see `speculative.decode`; it goes with steps alone. Returns Generation; the first, compiling run
+    is not in its seconds. Raises ValueError for options that do not fit.
     """
     config, params, tokenizer = model
     if not prompts:
@@ -155,11 +156,13 @@ def generate(
     if on_pass is not None:
         options["on_pass"] = lambda decoded: on_pass(decoded) if measured else None
     decode = sampler.decode
+    if drafter is not None and not drafts:
+        raise ValueError("drafter: expected drafts with it, got none")
     if drafts:
         given = [name for name, option in options.items() if option is not None and name != "implementation"]
         if given or steps is None:
             raise ValueError(f"drafts: goes with steps and greedy decoding alone, got {given or 'no steps'}")
-        options = dict(drafts=drafts, implementation=options.get("implementation"))
+        options = dict(drafts=drafts, drafter=drafter, implementation=options.get("implementation"))
         decode = speculative.decode
     options |= dict(block=block, start=board.start, first=board.first, stop_at=config.eos_id)
     options |= dict(banned_tokens=np.array(banned, np.int32))

@@ -17,8 +17,8 @@ class Speculated(NamedTuple):
 
 
 def decode(
-    config, params, tokens, *, block, steps, drafts, start=0, first=0, stop=None, banned_tokens=None, stop_at=None,
-    implementation=None,
+    config, params, tokens, *, block, steps, drafts, drafter=None, start=0, first=0, stop=None, banned_tokens=None,
+    stop_at=None, implementation=None,
 ):  # fmt: skip
     """What `sampler.decode(block=block, steps=steps)` decides, token for token, in fewer passes.
 
@@ -27,7 +27,9 @@ def decode(
         while following[i] == states[i + 1]: i += 1                             # a right guess: its own step is true too
         tokens = following[i]
 
-    The guess after j steps is what the last true state's scores would commit in j steps, had they stayed as they were.
+    The guess after j steps is what the last true state's scores would commit in j steps, had they stayed as they were; or, given
+    `drafter`, the parameters of a student of the same shape, what its scores of the new true state would: one pass of it more,
+    over B rows, for all guesses.
     drafts: guesses per pass, static; each widens the batch by B rows. The other arguments are as in `sampler.decode`, greedy.
     Returns Speculated. Raises ValueError for arguments that do not fit. Source: FreeDave (Wu and Zhang 2025).
     """
@@ -42,11 +44,11 @@ def decode(
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
     banned = jnp.asarray([config.mask_id, config.pad_id, *([] if banned_tokens is None else banned_tokens)], jnp.int32)
     static = (config, min(block, length), drafts + 1, implementation)
-    return _decode(static, params, tokens, columns, jnp.asarray(steps, jnp.int32), banned, stop_at)
+    return _decode(static, params, drafter, tokens, columns, jnp.asarray(steps, jnp.int32), banned, stop_at)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(static, params, tokens, columns, steps, banned, stop_at):
+def _decode(static, params, drafter, tokens, columns, steps, banned, stop_at):
     config, block, states, implementation = static
     b, length = tokens.shape
     rows = b * states
@@ -62,6 +64,8 @@ def _decode(static, params, tokens, columns, steps, banned, stop_at):
         mask=masks.KeyIntervals(jnp.broadcast_to(start[:, None], shape), jnp.broadcast_to(stop[:, None], shape)),
         implementation=implementation,
     )
+    each = masks.KeyIntervals(place["mask"].start[::states], place["mask"].stop[::states])
+    one_each = place | dict(positions=place["positions"][::states], mask=each)
     depth = jnp.tile(jnp.arange(states), b)
 
     def block_of(board):
@@ -81,6 +85,11 @@ def _decode(static, params, tokens, columns, steps, banned, stop_at):
         decoded = sampler.Decoded(board, None, None, None)
         return sampler.end_rows(config, stop_at, decoded, hole).tokens
 
+    def score(params, board, place, at, todo):
+        hidden = model.read_window(model.hidden_states(config, params, board, **place), at, block)
+        head = model.head_weight(config, params)
+        return lm_head_scores(hidden, head, active=todo, banned_tokens=banned, implementation=implementation)
+
     def one_pass(carry):
         board, index, step, done, passes = carry  # index, step: of the true state's block
         current = jnp.repeat(block_of(board)[::states], states)
@@ -90,11 +99,8 @@ def _decode(static, params, tokens, columns, steps, banned, stop_at):
         at = jnp.clip(begin, 0, length - block)
         inside = at[:, None] + jnp.arange(block)
         inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block) & model.read_window(hole, at, block)
-        hidden = model.read_window(model.hidden_states(config, params, board, **place), at, block)
         todo = inside & (model.read_window(board, at, block) == config.mask_id)
-        scores = lm_head_scores(
-            hidden, model.head_weight(config, params), active=todo, banned_tokens=banned, implementation=implementation
-        )
+        scores = score(params, board, place, at, todo)
         following = commit(board, scores, at, inside, quota(todo.sum(1), step + depth))
         # State i + 1 is true if it is what follows state i, which is true; a step has to have happened in this very block.
         board_ = board.reshape(b, states, length)
@@ -113,8 +119,14 @@ def _decode(static, params, tokens, columns, steps, banned, stop_at):
         left, count = from_last(todo).sum(1), jnp.zeros(rows, jnp.int32)
         for ahead in range(states):
             count += jnp.where(depth >= ahead, quota(left - count, step + ahead), 0)
-        scores = jax.tree.map(from_last, scores)
-        board = commit(from_last(board), scores, at, from_last(inside), count)
+        scores, board, inside = jax.tree.map(from_last, (scores, board, inside))
+        if drafter is not None:
+            sure = quota(left, step)
+            board = commit(board, scores, at, inside, sure)
+            todo = inside & (model.read_window(board, at, block) == config.mask_id)
+            drafted = score(drafter, board[::states], one_each, at[::states], todo[::states])
+            scores, count = jax.tree.map(lambda x: jnp.repeat(x, states, 0), drafted), count - sure
+        board = commit(board, scores, at, inside, count)
         return board, current, step + 1, done, passes + 1
 
     board = jnp.repeat(tokens, states, 0)
