@@ -7,10 +7,9 @@ import sys
 
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
 GENERATE_OPTIONS = (
-    "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "remask", "confidence", "temperature", "seed",
-    "guidance", "negative_prompt", "style", "adaptive", "guidance_final", "guidance_interval", "guidance_refresh", "eos_bias",
-    "exact", "attend", "cache", "refresh", "drafts",
-    "implementation",
+    "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "remask", "remask_rule", "confidence",
+    "temperature", "seed", "guidance", "negative_prompt", "style", "adaptive", "guidance_final", "guidance_interval",
+    "guidance_refresh", "eos_bias", "exact", "attend", "cache", "refresh", "drafts", "implementation",
 )  # fmt: skip
 
 
@@ -49,6 +48,7 @@ def _parser():
     add("--entropy-budget", type=float, help="commit the most certain while their entropies sum to this")
     add("--edit-threshold", type=float, help="replace committed tokens where the model is this sure of another")
     add("--remask", type=float, metavar="SHARE", help="mask this share of doubtful tokens anew after each pass")
+    add("--remask-rule", choices=("least", "cap", "rescale", "confidence"), help="least certain, or ReMDM's; --remask is its strength")
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
     add("--temperature", type=float, help="0 is greedy (default: 1, and 0 with --drafts)")
     add("--seed", type=int)

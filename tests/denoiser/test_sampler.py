@@ -401,6 +401,34 @@ def test_remasking_takes_doubtful_tokens_back_and_ends_in_time(config, params, b
     np.testing.assert_array_equal(none.tokens, run(config, params, row_of(board, 0), block=15, steps=8).tokens)
 
 
+@pytest.mark.parametrize("rule", ["cap", "rescale", "confidence"])
+def test_remdm_masks_at_random_and_ends_in_time(rule, config, params, board):
+    """8 passes of a block of 15; how many come back follows sigma, which is 0 after the last pass."""
+    frames = []
+    keys = jax.random.split(jax.random.key(8), 40)
+    rows = {name: np.repeat(array[:1], 40, 0) for name, array in board.items()}
+    options = dict(block=15, steps=8, remask=0.3, remask_rule=rule)
+    decoded = run(config, params, rows, key=keys, on_pass=frames.append, **options)
+    jax.effects_barrier()
+    assert decoded.passes == 8 and (decoded.tokens != config.mask_id).all()
+    lost, expected = 0, 0.0
+    for at, (before, after) in enumerate(zip(frames, frames[1:]), 1):
+        known = (np.asarray(before.tokens) != config.mask_id)[:, 8:]
+        now = known & (np.asarray(after.tokens) == config.mask_id)[:, 8:]
+        most = min(1.0, (1 - (at + 1) / 8) / (at / 8))
+        p = min(0.3, most) if rule == "cap" else 0.3 * most
+        expected += (p * known.any(1) if rule == "confidence" else p * known.sum(1)).sum()
+        lost += now.sum()
+        if rule == "confidence":
+            sure = np.asarray(before.confidence)[:, 8:]
+            assert not now.any() or sure[now].mean() < sure[known].mean() + 0.1
+    assert abs(lost - expected) < 4 * np.sqrt(expected)
+    again = run(config, params, rows, key=keys, **options)
+    np.testing.assert_array_equal(again.tokens, decoded.tokens)
+    alone = run(config, params, row_of(rows, 3), key=keys[3:4], **options)
+    np.testing.assert_array_equal(alone.tokens[0], decoded.tokens[3])
+
+
 def test_nothing_to_do(config, params):
     given = np.full((2, 5), 9, np.int32)
     decoded = run(config, params, dict(tokens=given), steps=1)
@@ -415,6 +443,8 @@ def test_nothing_to_do(config, params):
         (dict(), "expected at least one, got none"),
         (dict(steps=2, block=0), "block: expected an int of at least 1, got 0"),
         (dict(threshold=0.5, remask=0.5), "remask: expected steps with it"),
+        (dict(steps=2, remask=0.5, remask_rule="most"), "remask_rule: expected one of"),
+        (dict(steps=2, remask=0.5, remask_rule="cap"), "a key with a random remask_rule"),
         (dict(steps=2, attend="left"), "attend: expected 'all' or 'blocks', got 'left'"),
         (dict(steps=2, guidance_scale=2.0), "guidance_scale: expected one with `unconditional`"),
         (dict(steps=2, guidance_interval=(0, 1)), "guidance_interval: expected a guidance_scale"),

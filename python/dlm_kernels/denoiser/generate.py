@@ -137,9 +137,10 @@ def generate(
         steps = max(block // 4, 1)
     if exact or required or any(HOLE.search(prompt) for prompt in prompts):
         banned = [*banned, config.eos_id]
-    if temperature:
+    random = options.get("remask") is not None and options.get("remask_rule", "least") != "least"
+    if temperature or random:
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
-        options |= dict(temperature=temperature, key=keys)
+        options |= dict(temperature=temperature or None, key=keys)
     if adaptive is not None:
         options |= dict(guidance_remask=adaptive, guidance_scale=guidance)
     elif guidance != 1 and style and negative_prompt is None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dlm_kernels import lm_head_scores, masks, unmask_topk
 from dlm_kernels.denoiser import classifier as classifiers
 from dlm_kernels.denoiser import guided, model
+from dlm_kernels.denoiser import remask as remasking
 
 
 class Decoded(NamedTuple):
@@ -24,6 +25,7 @@ class _Static(NamedTuple):
     config: object
     block: int
     confidence: str
+    remask_rule: str
     attend: str
     cached: bool
     implementation: str | None
@@ -55,6 +57,7 @@ def decode(
     entropy_budget=None,
     edit_threshold=None,
     remask=None,
+    remask_rule="least",
     confidence="probability",
     temperature=None,
     key=None,
@@ -95,6 +98,8 @@ def decode(
       edit_threshold: also replace tokens of the block committed in an earlier pass, where the model is this sure of another.
       remask: after every pass but a block's last, mask anew this share (rounded down) of what earlier passes wrote in it, the least
         confident when written first; the passes left commit so much more. Needs steps.
+      remask_rule: "least", that; or "cap", "rescale" or "confidence", where remask is the strength of ReMDM's random rules, see
+        `remask.sigma`, which need a key.
       confidence: see `score_tokens`. temperature: None for greedy, else a scalar or [B], traced; needs key: a JAX threefry key for
         each row, [B].
       unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
@@ -132,6 +137,8 @@ def decode(
         raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
     if remask is not None and steps is None:
         raise ValueError("remask: expected steps with it, which say when it has to end, got none")
+    if remask_rule not in remasking.RULES:
+        raise ValueError(f"remask_rule: expected one of {remasking.RULES}, got {remask_rule!r}")
     if attend not in ("all", "blocks"):
         raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
     if unconditional is not None and guidance_remask is not None:
@@ -148,8 +155,9 @@ def decode(
         raise ValueError(
             f"unconditional: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(unconditional))}"
         )
-    if (temperature is None) != (key is None):
-        raise ValueError("temperature, key: expected both or neither")
+    random = temperature is not None or (remask is not None and remask_rule != "least")
+    if random != (key is not None):
+        raise ValueError("temperature, key: expected both or neither, and a key with a random remask_rule")
     if key is not None and jnp.shape(key)[:1] != (b,):
         raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
     if 0 in (b, length):
@@ -184,7 +192,7 @@ def decode(
         stop_at=stop_at,
         refresh=refresh,
     )
-    static = _Static(config, min(block, length), confidence, attend, bool(cache), implementation, on_pass)
+    static = _Static(config, min(block, length), confidence, remask_rule, attend, bool(cache), implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
 
 
@@ -234,7 +242,7 @@ def _decode(static, params, tokens, columns, data):
         inside &= todo.any(1, keepdims=True)
         decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
         if data["remask"] is not None:
-            decoded = _remask(config, data, decoded, inside, at, step)
+            decoded = remasking.remask(config, static.remask_rule, data, decoded, inside, at, index, step)
         decoded = end_rows(config, data["stop_at"], decoded, hole)
         if static.on_pass is not None:
             jax.debug.callback(lambda *fields: static.on_pass(Decoded(*fields)), *decoded, ordered=True)
@@ -299,16 +307,6 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         put(decoded.confidence, scores.confidence),
         decoded.passes + 1,
     )
-
-
-def _remask(config, data, decoded, inside, at, step):
-    """Masks anew the least confident share of what earlier passes wrote in the block, unless this was its last pass."""
-    block = inside.shape[1]
-    tokens, revealed, confidence = (model.read_window(x, at, block) for x in decoded[:3])
-    known = inside & (tokens != config.mask_id) & (revealed < decoded.passes - 1)
-    count = jnp.where(step < data["steps"] - 1, jnp.floor(data["remask"] * known.sum(1)), 0)
-    tokens = jnp.where(guided.least_confident(known, confidence, count), config.mask_id, tokens)
-    return decoded._replace(tokens=model.write_window(decoded.tokens, tokens, at))
 
 
 def end_rows(config, stop_at, decoded, hole):
