@@ -48,7 +48,8 @@ def _parser():
     add("--entropy-budget", type=float, help="commit the most certain while their entropies sum to this")
     add("--edit-threshold", type=float, help="replace committed tokens where the model is this sure of another")
     add("--remask", type=float, metavar="SHARE", help="mask this share of doubtful tokens anew after each pass")
-    add("--remask-rule", choices=("least", "cap", "rescale", "confidence"), help="least certain, or ReMDM's; --remask is its strength")
+    rules = ("least", "cap", "rescale", "confidence")
+    add("--remask-rule", choices=rules, help="the least certain, or ReMDM's rules of strength --remask")
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
     add("--temperature", type=float, help="0 is greedy (default: 1, and 0 with --drafts)")
     add("--seed", type=int)
@@ -123,6 +124,7 @@ def _parser():
     evaluate.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
     evaluate.add_argument("--by-steps", action="store_true", help="compare the model and --students at 32, 8 and 2 passes")
     evaluate.add_argument("--markdown", action="store_true", help="print the table of --by-steps in Markdown")
+    evaluate.add_argument("--plot", metavar="FILE", help="draw --by-steps into an SVG file")
     evaluate.add_argument("--students", nargs="+", metavar="DIR", default=["student-8", "student-2"])
     evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s)")
     evaluate.add_argument("--files", type=int, default=None, help="use this many held-out files only")
@@ -298,7 +300,7 @@ def _distill(options):
 def _evaluate(options):
     import jax.numpy as jnp
 
-    from dlm_kernels.denoiser import checkpoint, data, evaluate
+    from dlm_kernels.denoiser import checkpoint, data, evaluate, plot
 
     texts = [text for _, text, held_out in data.files() if held_out][: options.files]
     if options.by_steps:
@@ -306,6 +308,8 @@ def _evaluate(options):
         for name in options.students:
             models[name] = checkpoint.load(checkpoint.find(name), dtype=jnp.float32)
         numbers = evaluate.by_steps(models, texts, prompts=options.prompts, implementation=options.implementation)
+        if options.plot:
+            checkpoint.write_atomic(options.plot, plot.steps_svg(numbers).encode())
         if options.markdown:
             print(evaluate.table(numbers))
             return

@@ -1,12 +1,13 @@
 """The command, from its arguments to what it prints, on a tiny random model."""
 
 import json
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 
 from dlm_kernels import cli, masks
-from dlm_kernels.denoiser import checkpoint, correct, evaluate, generate, model, view
+from dlm_kernels.denoiser import checkpoint, correct, evaluate, generate, model, plot, view
 
 SHIPPED = ("teacher",)
 
@@ -188,6 +189,13 @@ def test_a_model_and_its_student_by_steps(saved, monkeypatch):
     lines = evaluate.table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1 and lines[2].startswith("| teacher, autoregressive | 8 |")
     assert f"| {rows[1]['bits_per_byte']:.3f} |" in lines[3]
+    picture = xml.etree.ElementTree.fromstring(plot.steps_svg(rows))
+    shapes = [element.tag.split("}")[1] for element in picture]
+    # Three panels: a line a model, a dot a measurement, and one in the legend; left to right has no holes to fill.
+    assert (shapes.count("polyline"), shapes.count("circle"), shapes.count("rect")) == (9, 3 * 6 + 3, 2)
+    heights = [float(dot.get("cy")) for dot in picture if dot.tag.endswith("circle")][:6]
+    accuracy = [row["hole_of_4"]["token_accuracy"] for row in rows[1:]]
+    assert np.corrcoef(heights, accuracy)[0, 1] < -0.999 if len(set(accuracy)) > 1 else len(set(heights)) == 1
     assert all(0 <= row["parse_share"] <= 1 and 1 / 8 <= row["distinct_share"] <= 1 for row in rows)
 
 
