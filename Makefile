@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-browser lint clean
+.PHONY: demo test test-gpu test-tpu test-browser lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,11 @@ test-gpu: $(VENV)/.installed
 # Opens the page of `generate --html` in a headless browser: needs Chromium on the path.
 test-browser: $(VENV)/.installed
 	$(BIN)/python -m pytest -m browser tests/denoiser
+
+# Compiles the TPU kernels for every chip with libtpu, the real compiler (0.7 GB); needs no TPU.
+test-tpu: $(VENV)/.installed
+	$(BIN)/python -m pip install -q 'libtpu>=0.0.42'
+	$(BIN)/python -m pytest -n 2 tests/pallas
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

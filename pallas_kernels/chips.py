@@ -1,0 +1,56 @@
+"""What differs between TPU generations, in one table: sizes and limits that tiles are chosen by."""
+
+import dataclasses
+
+import jax
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TensorCore of a generation."""
+
+    topology: str  # the smallest slice that the compiler knows it by
+    vmem: int  # bytes
+    mxu: int  # rows and columns of a matrix unit
+    cores: int  # that share a chip, and over which a parallel grid axis is split
+
+    @property
+    def budget(self):
+        """Bytes of VMEM for a kernel's tiles and scratch; the rest is the compiler's, for what it spills and for its own buffers."""
+        return self.vmem // 2
+
+
+# By the device_kind that JAX reports. Sizes: JAX's own jax/_src/pallas/mosaic/tpu_info.py.
+CHIPS = {
+    "TPU v5 lite": Chip("v5e:2x2", 128 * MIB, 128, 1),
+    "TPU v5": Chip("v5p:2x2x1", 64 * MIB, 128, 2),
+    "TPU v6 lite": Chip("v6e:2x2", 128 * MIB, 256, 1),
+    "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 2),
+}
+# What every generation above can hold: for a chip the table does not know, and where there is none (export on another host).
+UNKNOWN = Chip("", 64 * MIB, 128, 1)
+
+
+def chip():
+    """The chip of this process, or `UNKNOWN`."""
+    if jax.default_backend() != "tpu":
+        return UNKNOWN
+    return CHIPS.get(jax.devices()[0].device_kind, UNKNOWN)
+
+
+def refuse(array):
+    """Why no kernel takes arrays of this dtype, or None."""
+    if array.dtype not in ("float32", "bfloat16"):
+        return f"it takes float32 and bfloat16, the dtypes of the TPU's units, not {array.dtype}"
+    return None
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def tile(size, most, multiple):
+    """The largest extent of a block, a multiple of `multiple` of at most `most`, that is not wider than `size` needs."""
+    return min(most, round_up(size, multiple))

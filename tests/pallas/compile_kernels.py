@@ -1,0 +1,59 @@
+"""Compiles every TPU kernel at the shapes of real models for one chip, with no TPU; prints a JSON line for each.
+
+    python tests/pallas/compile_kernels.py "TPU v5 lite"
+
+libtpu is the real compiler: it fails where a kernel needs more VMEM than the chip has, or tiles that it cannot lay out.
+"""
+
+import json
+import os
+import sys
+
+# No TPU is there to be asked what it is.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import SingleDeviceSharding  # noqa: E402
+
+from dlm_kernels.pallas_kernels import chips, guidance  # noqa: E402
+
+F32, BF16, INT, BOOL = jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_
+# Rows, model width, vocabulary.
+MODELS = {
+    "LLaDA-8B": (128, 4096, 126464),
+    "Dream-7B": (512, 3584, 152064),
+    "SDAR-4B": (16, 2560, 151936),
+    "DiffusionGemma": (256, 2816, 262144),
+}
+
+
+def cases():
+    """(name, function, shapes and dtypes of its operands or None for those it is not given)."""
+    for model, (r, _, v) in MODELS.items():
+        for dtype in (BF16, F32):
+            logits, per_row = ((r, v), dtype), ((r,), F32)
+            name = f"{model} {jnp.dtype(dtype).name}"
+            yield f"{name} mix_guidance", guidance.mix_guidance, (logits, logits, per_row)
+            yield f"{name} combine_guidance", guidance.combine_guidance, (((3, r, v), dtype), ((3, r), F32))
+
+
+def main(kind):
+    device = topologies.get_topology_desc(platform="tpu", topology_name=chips.CHIPS[kind].topology).devices[0]
+    assert device.device_kind == kind, (device.device_kind, kind)
+    chips.chip = lambda: chips.CHIPS[kind]
+    for name, function, operands in cases():
+        arrays = [x and jax.ShapeDtypeStruct(*x, sharding=SingleDeviceSharding(device)) for x in operands]
+        row = {"case": name}
+        try:
+            compiled = jax.jit(function).lower(*arrays).compile()
+            row["kernels"] = compiled.as_text().count("tpu_custom_call")
+        except Exception as error:  # the test tells all that fail, not the first
+            row["error"] = str(error)[:2000]
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
