@@ -18,7 +18,7 @@ class Chip:
 
     @property
     def budget(self):
-        """Bytes of VMEM for a kernel's tiles and scratch; the rest is the compiler's, for what it spills and for its own buffers."""
+        """Bytes of VMEM for a kernel's tiles and scratch; the rest is the compiler's, for what it spills and buffers."""
         return self.vmem // 2
 
 
