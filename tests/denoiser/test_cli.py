@@ -180,21 +180,21 @@ def test_a_model_and_its_student_by_steps(saved, monkeypatch):
     text = "def mul(a, b):\n    return a * b\n\n" * 300
     models = {"teacher": (config, params, tokenizer), "same": (config, params, tokenizer), "other": other}
     rows = evaluate.by_steps(models, [text], steps=(4, 2), prompts=3, cases=8, length=8, repeats=1)
-    singly = [("teacher", 8)]
+    singly = [("teacher", 8), ("teacher", 4)]
     assert [(row["model"], row["passes"]) for row in rows] == singly + [(m, n) for m in models for n in (4, 2)]
     speed = "tokens_per_second"
-    for a, b in zip(rows[1:3], rows[3:5]):
+    for a, b in zip(rows[2:4], rows[4:6]):
         assert a == b | {"model": "teacher", speed: a[speed]}
-    assert rows[1]["bits_per_byte"] != rows[5]["bits_per_byte"] and "bits_per_byte" not in rows[0]
+    assert rows[2]["bits_per_byte"] != rows[6]["bits_per_byte"] and "bits_per_byte" not in rows[0]
     lines = evaluate.table(rows).splitlines()
-    assert len({line.count("|") for line in lines}) == 1 and lines[2].startswith("| teacher, autoregressive | 8 |")
-    assert f"| {rows[1]['bits_per_byte']:.3f} |" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1 and lines[2].startswith("| teacher, left to right | 8 |")
+    assert f"| {rows[2]['bits_per_byte']:.3f} |" in lines[4]
     picture = xml.etree.ElementTree.fromstring(plot.steps_svg(rows))
     shapes = [element.tag.split("}")[1] for element in picture]
     # Three panels: a line a model, a dot a measurement, and one in the legend; left to right has no holes to fill.
-    assert (shapes.count("polyline"), shapes.count("circle"), shapes.count("rect")) == (9, 3 * 6 + 3, 2)
+    assert (shapes.count("polyline"), shapes.count("circle"), shapes.count("rect")) == (9, 3 * 6 + 3, 4)
     heights = [float(dot.get("cy")) for dot in picture if dot.tag.endswith("circle")][:6]
-    accuracy = [row["hole_of_4"]["token_accuracy"] for row in rows[1:]]
+    accuracy = [row["hole_of_4"]["token_accuracy"] for row in rows[2:]]
     assert np.corrcoef(heights, accuracy)[0, 1] < -0.999 if len(set(accuracy)) > 1 else len(set(heights)) == 1
     assert all(0 <= row["parse_share"] <= 1 and 1 / 8 <= row["distinct_share"] <= 1 for row in rows)
 

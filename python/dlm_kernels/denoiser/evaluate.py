@@ -117,13 +117,17 @@ def decoding(model, prompts, *, length=64, decoders=DECODERS, **options):
     return table
 
 
-AUTOREGRESSIVE = dict(block=1, steps=1, attend="blocks", cache=True)
+# Ways to write from left to right, with keys and values cached; the second is in blocks of 16, 4 passes each.
+IN_ORDER = {
+    "left to right": dict(block=1, steps=1, attend="blocks", cache=True),
+    "blocks of 16": dict(block=16, steps=4, attend="blocks", cache=True),
+}
 
 
 def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=64, repeats=3, implementation=None):
     """What a model and its students write in few passes: a list of dicts, a row for each model and number of steps.
 
-    The first row is the first model writing one token a pass from left to right, with its keys and values cached.
+    The first rows are the first model's, IN_ORDER: one token a pass, and block after block.
 
     models: {name: model}. parse_share: of `length` tokens after each of the held-out headers, greedy, one block. hole_of_8 and
     hole_of_4: see `infilling`, in as many passes as there are tokens at most. teacher_bits_per_token: how probable the first model
@@ -134,7 +138,7 @@ def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=6
     options = dict(implementation=implementation)
     bits = {name: bits_per_byte(made_by, texts, **options) for name, made_by in models.items()}
     judge, *_ = models
-    ways = [(judge, "autoregressive", AUTOREGRESSIVE)]
+    ways = [(judge, name, way) for name, way in IN_ORDER.items()]
     ways += [(name, count, dict(block=length, steps=count)) for name in models for count in steps]
     rows = []
     for name, count, way in ways:
@@ -150,7 +154,7 @@ def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=6
             "teacher_bits_per_token": left_to_right_bits(models[judge], made.decoded.tokens, length, **options),
             "distinct_share": float(np.mean([len(set(tokens)) / len(tokens) for tokens in written])),
         }
-        if way is not AUTOREGRESSIVE:
+        if count not in IN_ORDER:
             row["bits_per_byte"] = bits[name]
             for hole in (8, 4):
                 fill = dict(cases=cases, hole=hole, steps=min(count, hole))
@@ -167,7 +171,7 @@ def table(rows):
         holes = [row.get(f"hole_of_{hole}") for hole in (4, 8)]
         filled = [f"{h['token_accuracy']:.1%} / {h['exact_match']:.1%}" if h else "–" for h in holes]
         bits = f"{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "–"
-        name = f"{row['model']}, autoregressive" if row["steps"] == "autoregressive" else row["model"]
+        name = f"{row['model']}, {row['steps']}" if row["steps"] in IN_ORDER else row["model"]
         cells = [name, row["passes"], f"{row['tokens_per_second']:.0f}", bits, *filled, f"{row['parse_share']:.0%}"]
         cells += [f"{row['teacher_bits_per_token']:.2f}", f"{row['distinct_share']:.0%}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -10,9 +10,9 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>dlm-kernels: decoding, pass by pass</title>
 <style>
   body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; background: #16181d; color: #ddd }
-  main { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5em }
+  main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.5em }
   pre { font: 14px/1.55 ui-monospace, monospace; background: #0e0f13; border-radius: 8px; padding: 1em; white-space: pre-wrap;
-        min-height: 16em }
+        overflow-wrap: anywhere; min-height: 16em }
   input { width: 100%; margin: 1em 0 }
   .mask { color: #444 } .given { color: #8ab4f8 } .new { background: #333; border-radius: 3px } small { color: #999 }
 </style>

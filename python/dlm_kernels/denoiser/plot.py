@@ -12,7 +12,7 @@ WIDTH, HEIGHT, LEFT, TOP = 260, 190, 44, 34
 
 
 def steps_svg(rows):
-    """The SVG text. rows: as `evaluate.by_steps` gives; left-to-right decoding is a dot of its own, at its passes."""
+    """The SVG text. rows: as `evaluate.by_steps` gives; the ways IN_ORDER are squares of their own."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     passes = [row["passes"] for row in rows]
     low, high = math.log2(min(passes)), math.log2(max(passes))
@@ -36,12 +36,12 @@ def steps_svg(rows):
             parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{count}</text>')
         for name, colour in zip(models, COLOURS):
             own = [(row, value) for row, value in points if row["model"] == name]
-            line = [place(*point) for point in own if point[0]["steps"] != "autoregressive"]
+            line = [place(*point) for point in own if isinstance(point[0]["steps"], int)]
             path = " ".join(f"{x},{y}" for x, y in line)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
             parts += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in line]
             for point in own:
-                if point[0]["steps"] == "autoregressive":
+                if not isinstance(point[0]["steps"], int):
                     x, y = place(*point)
                     box = f'x="{x - 4}" y="{y - 4}" width="8" height="8" stroke-width="2"'
                     parts.append(f'<rect {box} fill="none" stroke="{colour}"/>')
@@ -49,7 +49,7 @@ def steps_svg(rows):
     for i, (name, colour) in enumerate(zip(models, COLOURS)):
         parts.append(f'<circle cx="{LEFT + 110 * i}" cy="{bottom - 4}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{LEFT + 110 * i + 10}" y="{bottom}">{name}</text>')
-    parts.append(f'<text x="{LEFT + 110 * len(models) + 10}" y="{bottom}">over passes; square: left to right</text>')
+    parts.append(f'<text x="{LEFT + 110 * len(models) + 10}" y="{bottom}">over passes; squares: from left to right</text>')
     size = f'width="{3 * (WIDTH + LEFT) + 10}" height="{bottom + 14}"'
     style = "font-family=\"sans-serif\" font-size=\"12\" fill=\"#777\""
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
