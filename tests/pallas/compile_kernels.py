@@ -5,6 +5,7 @@
 libtpu is the real compiler: it fails where a kernel needs more VMEM than the chip has, or tiles that it cannot lay out.
 """
 
+import functools
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from dlm_kernels.pallas_kernels import chips, guidance  # noqa: E402
+from dlm_kernels.pallas_kernels import chips, guidance, unmask  # noqa: E402
 
 F32, BF16, INT, BOOL = jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_
 # Rows, model width, vocabulary.
@@ -38,6 +39,22 @@ def cases():
             name = f"{model} {jnp.dtype(dtype).name}"
             yield f"{name} mix_guidance", guidance.mix_guidance, (logits, logits, per_row)
             yield f"{name} combine_guidance", guidance.combine_guidance, (((3, r, v), dtype), ((3, r), F32))
+            for confidence in ("probability", "margin", "neg_entropy"):
+                static = dict(confidence=confidence, tempered_confidence=False, logits_soft_cap=None)
+                yield f"{name} greedy {confidence}", functools.partial(unmask.score_tokens, **static), (logits, *[None] * 8)
+            static = dict(confidence="margin", tempered_confidence=True, logits_soft_cap=30.0)
+            sampling = per_row, ((r, 2), jnp.uint32), ((r,), INT)
+            operands = (logits, logits, per_row, *sampling, None, ((r,), BOOL), ((5,), INT))
+            yield f"{name} sampled", functools.partial(unmask.score_tokens, **static), operands
+            operands = (logits, None, None, per_row, None, None, ((r, v), F32), None, None)
+            yield f"{name} given noise", functools.partial(unmask.score_tokens, **static), operands
+    for b, length in ((1, 32), (8, 1024), (2, 8192)):
+        row, rule = ((b, length), F32), ((b,), F32)
+        integers, flags = ((b, length), INT), ((b, length), BOOL)
+        positions = (integers, integers, row, row, flags, flags)
+        yield f"unmask_topk {b} x {length}", unmask.unmask_topk, (*positions, ((b,), INT), rule, rule, rule, rule)
+        few = (integers, integers, row, None, flags, None, ((b,), INT))
+        yield f"unmask_topk {b} x {length}, num_unmask", unmask.unmask_topk, (*few, None, None, None, None)
 
 
 def main(kind):

@@ -1,0 +1,133 @@
+"""Scoring tokens in one pass over the vocabulary; and unmasking, from topk.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dlm_kernels.pallas_kernels import chips, numerics, scores
+from dlm_kernels.pallas_kernels.topk import supports_unmask_topk, unmask_topk
+
+__all__ = ["score_tokens", "supports_score_tokens", "supports_unmask_topk", "unmask_topk"]
+
+ROWS, COLUMNS = 64, 4096
+
+
+def _score_kernel(live, logits, *refs, given, confidence, tempered, soft_cap, vocabulary):
+    """live: int32 [row tiles] in SMEM, 0 where no row is active. logits: [ROWS, COLUMNS].
+
+    refs: the inputs that are `given`, as score_tokens lays them out; the four results [ROWS, 1]; scratch.
+    """
+    inputs = dict.fromkeys(("unconditional", "scale", "temperature", "words", "noise", "active", "banned"))
+    inputs |= dict(zip(given, refs))
+    token, sure, entropy, logsumexp, values, *state = refs[len(given) :]
+    state, rows_tile, step = scores.State(*state), pl.program_id(0), pl.program_id(1)
+
+    def value_of(rows, columns):
+        value = logits[rows, columns].astype(jnp.float32)
+        if inputs["unconditional"] is not None:
+            other = inputs["unconditional"][rows, columns].astype(jnp.float32)
+            value = numerics.mixed(value, other, inputs["scale"][rows, :])
+        return numerics.capped(value, soft_cap)
+
+    @pl.when(step == 0)
+    def _():
+        scores.start(state)
+
+    @pl.when(live[rows_tile] != 0)
+    def _():
+        scores.accumulate(
+            state,
+            value_of,
+            values,
+            *(inputs[name] for name in ("temperature", "words", "noise", "banned")),
+            step * logits.shape[1],
+            vocabulary=vocabulary,
+            tempered=tempered,
+        )
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _():
+        scores.finish(
+            state,
+            *(token, sure, entropy, logsumexp),
+            inputs["active"],
+            vocabulary=vocabulary,
+            confidence=confidence,
+            sampled=inputs["temperature"] is not None,
+        )
+
+
+def supports_score_tokens(logits, **_):
+    return chips.refuse(logits)
+
+
+def score_tokens(
+    logits,
+    unconditional,
+    guidance_scale,
+    temperature,
+    key_data,
+    counter_row,
+    noise,
+    active,
+    banned,
+    *,
+    confidence,
+    tempered_confidence,
+    logits_soft_cap,
+):
+    """logits, unconditional [R,V], one dtype; guidance_scale, temperature float32 [R]; key_data uint32 [R,2];
+    counter_row int32 [R]; noise float32 [R,V]; active bool [R]; banned int32 [M].
+
+    Returns token int32, confidence, entropy, logsumexp float32, each [R]. A tile of rows is not read where none is active.
+    """
+    r, v = logits.shape
+    rows, columns = chips.tile(r, ROWS, scores.GROUP), chips.tile(v, COLUMNS, scores.LANES)
+    row_tiles = pl.cdiv(r, rows)
+    live = jnp.ones(row_tiles, jnp.int32)
+    if active is not None:
+        live = jnp.pad(active, (0, row_tiles * rows - r)).reshape(row_tiles, rows).any(axis=1).astype(jnp.int32)
+
+    # Of a tile that is not live the same block is asked for at each step, and so fetched once.
+    by_both = pl.BlockSpec((rows, columns), lambda i, j, live: (i, j * live[i]))
+    by_token = pl.BlockSpec((1, columns), lambda i, j, live: (0, j))
+
+    def by_row(width):
+        return pl.BlockSpec((rows, width), lambda i, j, live: (i, 0))
+
+    draws = noise is None and temperature is not None
+    inputs = {
+        "unconditional": (unconditional, by_both),
+        "scale": (None if unconditional is None else guidance_scale[:, None], by_row(1)),
+        "temperature": (None if temperature is None else temperature[:, None], by_row(1)),
+        "words": (scores.words(key_data, counter_row, v) if draws else None, by_row(4)),
+        "noise": (None if temperature is None else noise, by_both),
+        "active": (None if active is None else active[:, None].astype(jnp.float32), by_row(1)),
+        "banned": (None if banned is None else scores.banned_row(banned, v), by_token),
+    }
+    given = {name: pair for name, pair in inputs.items() if pair[0] is not None}
+    kernel = functools.partial(
+        _score_kernel,
+        given=tuple(given),
+        confidence=confidence,
+        tempered=tempered_confidence,
+        soft_cap=logits_soft_cap,
+        vocabulary=v,
+    )
+    results = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(row_tiles, pl.cdiv(v, columns)),
+            in_specs=[by_both, *(spec for _, spec in given.values())],
+            out_specs=[by_row(1)] * 4,
+            scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32), *scores.scratch(rows)],
+        ),
+        out_shape=scores.outputs(r),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="score_tokens",
+    )(live, logits, *(array for array, _ in given.values()))
+    return tuple(x[:, 0] for x in results)
