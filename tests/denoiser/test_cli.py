@@ -159,6 +159,19 @@ def test_evaluate_measures_what_it_says(saved):
     assert scores["token_accuracy"] < 0.5 and scores["exact_match"] == 0
 
 
+def test_correction_counts_what_is_changed(saved):
+    """A model that is sure of nothing changes nothing, or with no threshold everything, to its first token but three."""
+    config, params, tokenizer = checkpoint.load(saved, dtype=np.float32)
+    uniform = (config, params | {"final_norm": params["final_norm"] * 0}, tokenizer)
+    texts = ["def mul(a, b):\n    return a * b\n" * 30]
+    options = dict(share=0.2, rows=6, length=20)
+    assert evaluate.correction(uniform, texts, **options) == {"repaired": 0.0, "noticed": 0.0, "damaged": 0.0}
+    everything = evaluate.correction(uniform, texts, threshold=0.0, passes=1, **options)
+    assert everything["noticed"] == everything["damaged"] == 1.0 and everything["repaired"] == 0.0
+    with pytest.raises(ValueError, match="share: expected enough of 120 tokens"):
+        evaluate.correction(uniform, texts, **(options | {"share": 0.0}))
+
+
 def test_decoders_side_by_side(saved):
     model = checkpoint.load(saved, dtype=np.float32)
     decoders = {
