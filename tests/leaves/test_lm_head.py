@@ -58,12 +58,13 @@ def test_scores(leaf, shape, dtype, confidence, every_option):
         np.testing.assert_allclose(result, wanted, rtol=3e-5 + 2 * error, atol=1e-6 + error)
 
 
-def test_logits_rounded_to_a_dtype(leaf):
-    # Multiples of 1/16: exact sums, so that rounding them to bfloat16 has one right result.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_rounded_to_a_dtype(leaf, dtype):
+    # Multiples of 1/16: exact sums, so that rounding them has one right result.
     rng = np.random.default_rng(0)
     hidden = rng.integers(-9, 10, (5, 40)).astype(np.float32)
     weight = rng.integers(-9, 10, (300, 40)).astype(np.float32) / 16
-    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=jnp.dtype("bfloat16"))
+    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=jnp.dtype(dtype))
     got = leaf("lm_head", "lm_head_scores")(hidden, weight, *[None] * 6, **static)
     expected = reference.lm_head_scores(hidden, weight, *[None] * 6, **static)
     np.testing.assert_array_equal(got[0], expected[0])

@@ -1,4 +1,4 @@
-"""Attention in Triton's interpreter, forward and backward, against the plain implementation in float32.
+"""Attention in Triton's interpreter, beyond what tests/leaves asks of every implementation.
 
 70 keys and 45 queries divide no tile; 3 query heads per kv head are packed; a head of 24 is padded to 32; 1100 keys take the
 split path. The interpreter runs a program at a time, so there is one shape of each kind.
@@ -32,7 +32,7 @@ def intervals(pairs, t, s):
 
 @pytest.mark.parametrize("pairs", [0, 1, 2])
 @pytest.mark.parametrize("cap", [None, 2.0])
-@pytest.mark.parametrize("t, s, g", [(T, S, G), (1, S, 1), (3, 1100, G)])
+@pytest.mark.parametrize("t, s, g", [(1, S, 1), (3, 1100, G)])
 def test_forward_and_backward(pairs, cap, t, s, g):
     query, key, value, dout, dlse = inputs(t, s, g)
     bounds = intervals(pairs, t, s) if pairs else None

@@ -1,7 +1,7 @@
-"""Every kernel and configuration compiles for Hopper and Blackwell, with no GPU: what ptxas says of registers and shared memory.
+"""Every kernel and configuration compiles for Ampere, Hopper and Blackwell, with no GPU: what ptxas says of it.
 
-A GPU runs nothing here; what this catches is a kernel that does not compile, asks for more shared memory than the chip has,
-misses its tensor cores, or begins to spill.
+A GPU runs nothing here; what this catches is a kernel that does not compile, spills registers, asks for more shared memory than
+the chip has, or misses its tensor cores.
 """
 
 import json
@@ -12,12 +12,10 @@ import sys
 
 import pytest
 
-SHARED = {90: 227 * 1024, 100: 227 * 1024}
-# Bytes a thread keeps in local memory. These still spill a little; nothing else may.
-STACK = {
-    90: {"_forward_kernel": 128, "_dq_kernel": 104},
-    100: {"_forward_kernel": 144, "_dq_kernel": 104, "_scores_kernel": 40},
-}
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Bytes a thread may keep in local memory: none, but for the one kernel whose two operands, each split in two for float32's
+# products, leave no register. No smaller tile helps.
+SPILL = {("_dq_kernel", "float32 H=128"): 144}
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -34,7 +32,8 @@ def test_compiles(arch):
         assert "error" not in row, row
         assert row["shared"] <= SHARED[arch], row
         assert row["warps"] and not row["scratch"], row
-        assert row["stack"] <= STACK[arch].get(row["kernel"], 0), row
+        allowed = [spill for (kernel, case), spill in SPILL.items() if kernel == row["kernel"] and case in row["case"]]
+        assert row["stack"] <= sum(allowed), row
     if arch == 90:
         for kernel in ("_forward_kernel", "_scores_kernel", "_loss_kernel", "_dlogits_kernel", "_product_kernel"):
             halves = [row for row in rows if row["kernel"] == kernel and "float32" not in row["case"]]

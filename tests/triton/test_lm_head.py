@@ -1,4 +1,4 @@
-"""The fused LM head in Triton's interpreter, against the plain implementation in float32.
+"""The fused LM head in Triton's interpreter, beyond what tests/leaves asks of every implementation.
 
 300 tokens are three spans of 128, the last one short; 37 rows are two row tiles of float32; 40 columns divide no tile.
 """
@@ -22,17 +22,17 @@ def operands(dtype="float32"):
     return hidden, weight, keys
 
 
-@pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
-@pytest.mark.parametrize("case", ["greedy", "sampled", "tempered", "noise", "rounded"])
+@pytest.mark.parametrize("confidence", ["probability", "margin"])
+@pytest.mark.parametrize("case", ["greedy", "tempered", "noise", "rounded"])
 def test_scores(confidence, case):
     hidden, weight, keys = operands()
     active = np.asarray(jax.random.bernoulli(keys[2], 0.8, (R,)))
     hidden[~active] = np.nan
     temperature = key_data = counter_row = noise = None
-    if case in ("sampled", "tempered", "noise"):
+    if case in ("tempered", "noise"):
         temperature = 0.2 + np.asarray(jax.random.uniform(keys[3], (R,)))
         temperature = np.where(np.arange(R) % 4, temperature, 0).astype(np.float32)
-    if case in ("sampled", "tempered"):
+    if case == "tempered":
         key_data = np.asarray(jax.random.key_data(jax.random.split(keys[3], R)))
         counter_row = np.arange(R, dtype=np.int32) * 77
     if case == "noise":

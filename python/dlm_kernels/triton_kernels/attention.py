@@ -12,7 +12,7 @@ from dlm_kernels.triton_kernels.attention_backward import (
     bounds_stride,
     supports_attention_backward,
 )
-from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, strides
 from dlm_kernels.triton_kernels.numerics import tanh
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
@@ -198,13 +198,18 @@ def supports_attention_forward(query, key, value, bounds, dense, **static) -> st
     return None
 
 
-def _tiles(dtype: str, h: int, rows: int) -> tuple[dict, int, int]:
-    """Constants of the tiles, the warps and the stages."""
+def _tiles(dtype: str, h: int, rows: int, pairs: int) -> tuple[dict, int, int]:
+    """Constants of the tiles, the warps and the stages: the largest that spill no register on sm_80, sm_90 and sm_100."""
     if dtype == "float32":
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
+        return {"BLOCK_M": 32 if h <= 64 else 16, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
     block_m = 64 if rows <= 64 else 128
+    ampere = arch() < 90
     if h > 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
+        return {"BLOCK_M": 32 if ampere else 64, "BLOCK_N": 16 if pairs == 2 else 32, "PRECISION": "ieee"}, 8, 2
+    if h > 64 and (pairs == 2 or ampere):
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2 if ampere else 3
+    if ampere:
+        return {"BLOCK_M": block_m, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 3
     return {"BLOCK_M": block_m, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 4 if block_m == 64 else 8, 3
 
 
@@ -216,7 +221,8 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     batch, queries, heads, h = query.shape
     length, kv_heads = key.shape[1:3]
     groups = heads // kv_heads
-    tiles, num_warps, num_stages = _tiles(dtype_name(query), h, queries * groups)
+    pairs = 0 if bounds is None else bounds.shape[-1] // 2
+    tiles, num_warps, num_stages = _tiles(dtype_name(query), h, queries * groups, pairs)
     split, splits = length, 1
     if queries * groups <= 512 and length >= 2 * _SPLIT:
         # At most 64 parts; the merge holds them all in registers.
@@ -238,7 +244,7 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
             **strides(value, "value_b value_s value_k value_h"), "bounds_b": bounds_stride(bounds),
         },
         constants={
-            **tiles, "GROUPS": groups, "PAIRS": 0 if bounds is None else bounds.shape[-1] // 2,
+            **tiles, "GROUPS": groups, "PAIRS": pairs,
             "SOFT_CAP": logits_soft_cap, "H": h, "BLOCK_H": block_h,
         },
         num_warps=num_warps,

@@ -6,7 +6,7 @@ Both compute the weights again from lse. Rows are packed as in the forward kerne
 import triton
 import triton.language as tl
 
-from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, strides
 from dlm_kernels.triton_kernels.numerics import tanh
 
 
@@ -199,7 +199,7 @@ def _tiles(dtype: str, h: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages."""
     if dtype == "float32":
         return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
-    if h > 128:
+    if h > 128 or arch() < 90:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 1
     return {"BLOCK_M": 64, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 8, 1
 

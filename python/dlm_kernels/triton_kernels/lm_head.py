@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import scores
-from dlm_kernels.triton_kernels.launch import Out, concatenate, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.launch import Out, arch, concatenate, dtype_name, launch, strides
 from dlm_kernels.triton_kernels.numerics import gumbel, head_tile, tanh
 
 _SPAN = 128  # tokens per program
@@ -98,12 +98,16 @@ def _scores_kernel(
         tl.store(token + at, start + tl.argmax(value, 1), mask=wanted)
 
 
-def _tiles(dtype: str, rows: int) -> tuple[dict, int, int]:
-    """Constants of a head product, its warps and its stages. The span never depends on the rows: see `scores`."""
+def _tiles(dtype: str, rows: int, sampled: bool = False) -> tuple[dict, int, int]:
+    """Constants of a head product, its warps and its stages: the largest that spill no register, of which noise takes many.
+
+    The span never depends on the rows: see `scores`.
+    """
     if dtype == "float32":
-        return {"BLOCK_R": 32, "BLOCK_V": _SPAN, "BLOCK_D": 32, "PRECISION": "tf32x3"}, 8, 2
-    block = 64 if rows <= 64 else 128
-    return {"BLOCK_R": block, "BLOCK_V": _SPAN, "BLOCK_D": 64, "PRECISION": "ieee"}, 4 if block == 64 else 8, 3
+        return {"BLOCK_R": 16 if sampled else 32, "BLOCK_V": _SPAN, "BLOCK_D": 32, "PRECISION": "tf32x3"}, 8, 2
+    block = 64 if rows <= 64 or sampled else 128
+    num_warps = 4 if rows <= 64 and not sampled and arch() >= 90 else 8
+    return {"BLOCK_R": block, "BLOCK_V": _SPAN, "BLOCK_D": 64, "PRECISION": "ieee"}, num_warps, 3
 
 
 def supports_lm_head_scores(
@@ -132,7 +136,7 @@ def lm_head_scores(
     """hidden [R,D]; weight [V,D]; the rest and the result as in `unmask.score_tokens`."""
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
-    tiles, num_warps, num_stages = _tiles(dtype_name(hidden), rows)
+    tiles, num_warps, num_stages = _tiles(dtype_name(hidden), rows, temperature is not None)
     spans = triton.cdiv(vocabulary, _SPAN)
     per_span = {**scores.STATISTICS, **scores.CHOICES}
     outputs = {name: Out((rows, spans), dtype) for name, dtype in per_span.items()}
