@@ -207,7 +207,7 @@ def _tiles(dtype: str, h: int, rows: int, pairs: int) -> tuple[dict, int, int]:
     if h > 128:
         return {"BLOCK_M": 32 if ampere else 64, "BLOCK_N": 16 if pairs == 2 else 32, "PRECISION": "ieee"}, 8, 2
     if h > 64 and (pairs == 2 or ampere):
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2 if ampere else 3
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 4 if pairs == 0 else 8, 2 if ampere else 3
     if ampere:
         return {"BLOCK_M": block_m, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 3
     return {"BLOCK_M": block_m, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 4 if block_m == 64 else 8, 3
