@@ -1,13 +1,17 @@
 """The same operations on torch tensors: same names, same arguments, torch results.
 
     from dlm_kernels.torch import attention
-    out = attention(query, key, value, mask=mask)        # torch tensors on the CPU
+    out = attention(query, key, value, mask=mask)
 
-Tensors are handed to JAX and back through DLPack, without a copy where they are contiguous. CPU tensors only so far, and no
-gradient: a tensor that requires one is refused rather than silently detached. Keys are JAX's (`jax.random.key(0)`).
+Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`); attention and masked_cross_entropy have
+gradients there. Tensors on the CPU are handed to JAX and back through DLPack, without a copy where they are contiguous, and
+without gradients: a tensor that requires one is refused rather than silently detached. Keys are JAX's (`jax.random.key(0)`).
+The first call with a new kind of arguments compiles its kernels, in seconds; Triton keeps them in TRITON_CACHE_DIR.
 """
 
 import functools
+import importlib
+import importlib.util
 
 import jax
 import torch
@@ -30,7 +34,7 @@ def _to_jax(leaf):
     if not isinstance(leaf, torch.Tensor):
         return leaf
     if leaf.device.type != "cpu":
-        raise ValueError(f"dlm_kernels.torch: expected tensors on the CPU, got one on {leaf.device}")
+        raise ValueError(f"dlm_kernels.torch: expected all tensors on one device, the CPU or a GPU, got one on {leaf.device}")
     if leaf.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "dlm_kernels.torch: expected tensors without requires_grad, or torch.no_grad(): gradients are JAX's only"
@@ -47,10 +51,19 @@ def _to_torch(leaf):
 def _on_tensors(operation):
     @functools.wraps(operation)
     def call(*args, **kwargs):
+        tensors = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if tensors and tensors[0].is_cuda:
+            return getattr(_native(), operation.__name__)(*args, **kwargs)
         args, kwargs = jax.tree.map(_to_jax, (args, kwargs), is_leaf=lambda leaf: leaf is None)
         return jax.tree.map(_to_torch, jax.block_until_ready(operation(*args, **kwargs)))
 
     return call
+
+
+def _native():
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("dlm_kernels.torch: tensors on a GPU need the triton package: pip install 'dlm_kernels[gpu]'")
+    return importlib.import_module("dlm_kernels.torch.native")
 
 
 attention = _on_tensors(dlm_kernels.attention)

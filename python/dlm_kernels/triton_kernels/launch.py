@@ -235,6 +235,7 @@ def _launch_torch(call: _Call, values: list, torch) -> list:
     }
     arguments = {**call.absent, **dict(zip(call.present, values)), **results, **dict(call.scalars), **dict(call.constants)}
     if interpreting():
+        _let_numpy_count()
         call.kernel[call.grid](**arguments)
         return list(results.values())
     # Triton launches on the current device, which need not be the tensors'.

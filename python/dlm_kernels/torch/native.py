@@ -1,0 +1,285 @@
+"""The operations on CUDA tensors: the Triton kernels by Triton's own launcher, in torch's stream, with torch's gradients.
+
+Arguments mean what they mean to the JAX operation of the same name, which checks them by shape alone. With TRITON_INTERPRET=1
+these functions run on CPU tensors too, in Triton's interpreter; the tests do so.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import torch
+
+import dlm_kernels
+from dlm_kernels import masks
+from dlm_kernels.ops import unmask as ops
+from dlm_kernels.triton_kernels import attention as attention_kernels
+from dlm_kernels.triton_kernels import guidance as guidance_kernels
+from dlm_kernels.triton_kernels import lm_head as head_kernels
+from dlm_kernels.triton_kernels import unmask as unmask_kernels
+
+
+def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None, return_lse=False, implementation=None):
+    _check(dlm_kernels.attention, implementation, query, key, value, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap)
+    b, t, n, h = query.shape
+    if 0 in (b, t, n, key.shape[1]):
+        out, lse = torch.zeros_like(query), query.new_full((b, n, t), -torch.inf, dtype=torch.float32)
+        return (out, lse) if return_lse else out
+    dense = None if mask is None or isinstance(mask, masks.KeyIntervals) else mask
+    if reason := attention_kernels.supports_attention_forward(query, key, value, None, dense):
+        raise ValueError(f"dlm_kernels.torch: attention on {query.device} cannot run this call: {reason}")
+    bounds = None if mask is None else _bounds(mask, key.shape[1], query.device)
+    scale = h**-0.5 if scale is None else float(scale)
+    out, lse = _Attention.apply(query, key, value, bounds, scale, _number(logits_soft_cap))
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(context, query, key, value, bounds, scale, soft_cap):
+        context.options = dict(scale=scale, logits_soft_cap=soft_cap)
+        out, lse = attention_kernels.attention_forward(query, key, value, bounds, None, **context.options)
+        context.save_for_backward(query, key, value, bounds, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(context, dout, dlse):
+        query, key, value, bounds, out, lse = context.saved_tensors
+        gradients = attention_kernels.attention_backward(
+            query, key, value, bounds, None, out, lse, dout, dlse.contiguous(), **context.options
+        )
+        return *gradients, None, None, None
+
+
+def masked_cross_entropy(
+    hidden, weight, targets, weights, *, reduction="sum", logits_soft_cap=None, implementation=None
+):
+    _check(
+        dlm_kernels.masked_cross_entropy, implementation, hidden, weight, targets, weights,
+        reduction=reduction, logits_soft_cap=logits_soft_cap,
+    )  # fmt: skip
+    weights = weights.float()
+    if hidden.numel() == 0:
+        loss = torch.zeros_like(weights)
+    else:
+        active = (weights != 0).reshape(-1)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        loss = _Loss.apply(rows, weight, _ints(targets).reshape(-1), active, _number(logits_soft_cap)).reshape(weights.shape)
+    return torch.sum(weights * loss) if reduction == "sum" else weights * loss
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(context, hidden, weight, targets, active, soft_cap):
+        context.options = dict(logits_soft_cap=soft_cap)
+        loss, lse = head_kernels.masked_cross_entropy_forward(hidden, weight, targets, active, **context.options)
+        context.save_for_backward(hidden, weight, targets, active, lse)
+        return loss
+
+    @staticmethod
+    def backward(context, dloss):
+        dhidden, dweight = head_kernels.masked_cross_entropy_backward(
+            *context.saved_tensors, dloss.contiguous(), **context.options
+        )
+        return dhidden, dweight, None, None, None
+
+
+@torch.no_grad()
+def mix_guidance(conditional, unconditional, scale, *, implementation=None):
+    _check(dlm_kernels.mix_guidance, implementation, conditional, unconditional, scale)
+    _refuse_gradients(conditional, unconditional, scale)
+    if conditional.numel() == 0:
+        return conditional
+    width = conditional.shape[-1]
+    scale = _rows(scale, conditional.shape[:-1], conditional.device)
+    mixed = guidance_kernels.mix_guidance(conditional.reshape(-1, width), unconditional.reshape(-1, width), scale)
+    return mixed.reshape(conditional.shape)
+
+
+@torch.no_grad()
+def combine_guidance(logits, weights, *, implementation=None):
+    _check(dlm_kernels.combine_guidance, implementation, logits, weights)
+    _refuse_gradients(logits, weights)
+    if logits.numel() == 0:
+        return logits.new_zeros(logits.shape[1:])
+    streams, *lead, width = logits.shape
+    weights = weights.float().reshape(weights.shape + (1,) * (1 + len(lead) - weights.ndim)).expand(streams, *lead)
+    mixed = guidance_kernels.combine_guidance(logits.reshape(streams, -1, width), weights.reshape(streams, -1).contiguous())
+    return mixed.reshape(logits.shape[1:])
+
+
+@torch.no_grad()
+def score_tokens(logits, *, implementation=None, **options):
+    _check(dlm_kernels.score_tokens, implementation, logits, **options)
+    b, length, v = logits.shape
+    unconditional, scale = options.pop("unconditional", None), options.pop("guidance_scale", None)
+    if unconditional is not None:
+        unconditional, scale = unconditional.reshape(-1, v), _rows(scale, (b, length), logits.device)
+
+    def score(*sampling, **static):
+        return unmask_kernels.score_tokens(logits.reshape(-1, v), unconditional, scale, *sampling, **static)
+
+    return _scores(score, b, length, v, logits.device, **options)
+
+
+@torch.no_grad()
+def lm_head_scores(hidden, weight, *, implementation=None, **options):
+    _check(dlm_kernels.lm_head_scores, implementation, hidden, weight, **options)
+    unconditional, scale = options.pop("unconditional_hidden", None), options.pop("guidance_scale", None)
+    logits_dtype = options.pop("logits_dtype", None)
+    if unconditional is not None:
+        hidden = mix_guidance(hidden, unconditional, scale)
+    b, length, d = hidden.shape
+
+    def score(*sampling, **static):
+        return head_kernels.lm_head_scores(
+            hidden.reshape(-1, d), weight, *sampling, **static, logits_dtype=_dtype(logits_dtype)
+        )
+
+    return _scores(score, b, length, weight.shape[0], hidden.device, **options)
+
+
+def _scores(score, b, length, v, device, *, confidence="probability", temperature=0.0, tempered_confidence=False,
+            key=None, noise=None, active=None, banned_tokens=None, logits_soft_cap=None):  # fmt: skip
+    """What the two scoring operations share: sampling's arguments by rows, and the results by [B, L]."""
+    if b * length == 0:
+        return dlm_kernels.TokenScores(*(torch.zeros((b, length), device=device, dtype=d) for d in _RESULTS))
+    key_data = counter_row = None
+    if isinstance(temperature, (int, float)) and temperature == 0:
+        temperature = noise = None
+    else:
+        temperature = _rows(temperature, (b, length), device)
+        if noise is None:
+            key_data, counter_row = (torch.from_numpy(np.array(x)).to(device) for x in ops._counters(key, b, length))
+        else:
+            noise = noise.float().reshape(-1, v)
+    rows_active = None if active is None else active.reshape(-1).contiguous()
+    banned = None if banned_tokens is None else _ints(banned_tokens)
+    results = score(
+        temperature, key_data, counter_row, noise, rows_active, banned,
+        confidence="probability" if confidence == "random" else confidence,
+        tempered_confidence=bool(tempered_confidence), logits_soft_cap=_number(logits_soft_cap),
+    )  # fmt: skip
+    scores = dlm_kernels.TokenScores(*(x.reshape(b, length) for x in results))
+    if confidence == "random":
+        draw = ops.token_scores([np.zeros((b, length), np.float32)] * 4, b, length, confidence, key, None).confidence
+        sure = torch.from_numpy(np.array(draw)).to(device)
+        scores = scores._replace(confidence=sure if active is None else torch.where(active, sure, -torch.inf))
+    return scores
+
+
+_RESULTS = (torch.int32, torch.float32, torch.float32, torch.float32)
+_RULES = ("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold")
+
+
+@torch.no_grad()
+def unmask_topk(tokens, scores, *, mask_id, candidates=None, implementation=None, **rules):
+    _check(dlm_kernels.unmask_topk, implementation, tokens, scores, mask_id=mask_id, candidates=candidates, **rules)
+    tokens, device = _ints(tokens), tokens.device
+    allowed, masked = _candidates(candidates, tokens), tokens == mask_id
+    if tokens.numel() == 0:
+        return dlm_kernels.UnmaskResult(tokens, masked, tokens.new_zeros((tokens.shape[0],)))
+    values = {}
+    for name in _RULES:
+        rule = rules.get(name)
+        dtype = torch.int32 if name == "num_unmask" else torch.float32
+        values[name] = None if rule is None else _rows(rule, tokens.shape[:1], device, dtype)
+    entropy = None if values["entropy_budget"] is None else scores.entropy.float().contiguous()
+    editable = None if values["edit_threshold"] is None else ~masked & allowed
+    results = unmask_kernels.unmask_topk(
+        tokens, _ints(scores.token), scores.confidence.float().contiguous(), entropy, masked & allowed, editable,
+        *values.values(),
+    )  # fmt: skip
+    return dlm_kernels.UnmaskResult(*results)
+
+
+@torch.no_grad()
+def unmask_step(logits, tokens, *, mask_id, candidates=None, implementation=None, **options):
+    _check(
+        dlm_kernels.unmask_step, implementation, logits, tokens, mask_id=mask_id, candidates=candidates, **options
+    )
+    rules = {name: options.pop(name) for name in _RULES if name in options}
+    active = _candidates(candidates, tokens)
+    if rules.get("edit_threshold") is None:
+        active = active & (tokens == mask_id)
+    scores = score_tokens(logits, active=active, **options)
+    return unmask_topk(tokens, scores, mask_id=mask_id, candidates=candidates, **rules)
+
+
+# --- From torch's arguments to the kernels' ------------------------------------------------------------------------
+
+
+def _check(operation, implementation, *args, **kwargs):
+    """Raises what the JAX operation raises for these shapes and dtypes. Remembers what it has checked: it takes a trace."""
+    if implementation not in (None, "triton"):
+        raise ValueError(f"implementation: expected 'triton' or None for tensors on a GPU, got {implementation!r}")
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    _checked(operation, tree, tuple(_abstract(leaf) for leaf in leaves))
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(operation, tree, leaves):
+    args, kwargs = jax.tree.unflatten(tree, leaves)
+    dlm_kernels.explain(operation, *args, **kwargs)
+
+
+def _abstract(leaf):
+    if isinstance(leaf, torch.Tensor):
+        dtype = "int32" if leaf.dtype == torch.int64 else str(leaf.dtype).removeprefix("torch.")
+        return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf
+
+
+def _refuse_gradients(*tensors):
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+        raise ValueError("dlm_kernels.torch: expected tensors without requires_grad; detach them, or mix in torch")
+
+
+def _bounds(mask, length, device):
+    """`masks.bounds` on tensors: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order."""
+    ends = (mask.start, mask.stop, mask.start2, mask.stop2)
+    ends = [None if x is None else _tensor(x, device).clamp(0, length).int() for x in ends]
+    start, stop = ends[0], torch.maximum(ends[0], ends[1])
+    if ends[2] is None:
+        return torch.stack([start, stop], -1).contiguous()
+    start2, stop2 = ends[2], torch.maximum(ends[2], ends[3])
+    swap = start2 < start
+    start, stop, start2, stop2 = (torch.where(swap, b, a) for a, b in (
+        (start, start2), (stop, stop2), (start2, start), (stop2, stop)
+    ))  # fmt: skip
+    # Now in order of their starts: what the first covers is the first's.
+    start2 = torch.maximum(start2, torch.minimum(stop, stop2))
+    return torch.stack([start, stop, start2, stop2], -1).contiguous()
+
+
+def _candidates(candidates, tokens):
+    if candidates is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if isinstance(candidates, tuple):
+        start, stop = (_rows(end, tokens.shape[:1], tokens.device, torch.int32)[:, None] for end in candidates)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        return (start <= position) & (position < stop)
+    return candidates
+
+
+def _rows(value, shape, device, dtype=torch.float32):
+    """A scalar, [B] or [B, L] as one value per row, [B] or [B * L]."""
+    value = _tensor(value, device).to(dtype)
+    value = value.reshape(value.shape + (1,) * (len(shape) - value.ndim if value.ndim else 0))
+    return value.expand(tuple(shape)).reshape(-1).contiguous()
+
+
+def _tensor(value, device):
+    return torch.as_tensor(np.array(value) if isinstance(value, jax.Array) else value, device=device)
+
+
+def _ints(tensor):
+    return tensor.to(torch.int32).contiguous()
+
+
+def _number(value):
+    return None if value is None else float(value)
+
+
+def _dtype(dtype):
+    return None if dtype is None else str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else np.dtype(dtype).name
