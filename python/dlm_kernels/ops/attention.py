@@ -37,7 +37,8 @@ def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None,
       scale: a number, default H ** -0.5.
       logits_soft_cap: None, or the bound c of c * tanh(logits / c).
       return_lse: also return the natural log-sum-exp of the masked logits.
-      implementation: "cpu", "triton", "pallas", "xla", or None to take the one for the platform the call is lowered to.
+      implementation: "cpu", "triton", "pallas", "xla", or None to take the one for the platform the call is lowered to; or
+        "cudnn", on a GPU, without mask and without gradient, whose lse is as precise as query's dtype.
 
     Returns [B, T, N, H] in query's dtype, and with return_lse also float32 [B, N, T]. Accumulates in float32. A query that sees no
     key gives zeros and lse -inf, with zero gradients. NaN or infinity in a key or value that no query may see has no effect.

@@ -19,7 +19,13 @@ from jax.sharding import NamedSharding
 
 from dlm_kernels import triton_kernels
 
-PACKAGES = {"cpu": "cpu_kernels", "triton": "triton_kernels", "pallas": "pallas_kernels", "xla": "xla"}
+PACKAGES = {
+    "cpu": "cpu_kernels",
+    "triton": "triton_kernels",
+    "cudnn": "cudnn",
+    "pallas": "pallas_kernels",
+    "xla": "xla",
+}
 PLATFORM_KERNELS = {"cpu": "cpu", "cuda": "triton", "tpu": "pallas"}
 
 
