@@ -22,9 +22,14 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 	DLM_KERNELS_ISA=portable $(BIN)/python -m pytest -n 2 tests/leaves -k cpu
 
-# Needs an NVIDIA GPU, and JAX with its CUDA plugin in .venv: .venv/bin/pip install 'jax[cuda13]'.
+# Needs an NVIDIA GPU, and JAX with its CUDA plugin in .venv: .venv/bin/pip install 'jax[cuda13]'; torch too, for its tests.
+test-gpu: export TRITON_INTERPRET = 0
+test-gpu: export JAX_PLATFORMS = cuda,cpu
+test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 test-gpu: $(VENV)/.installed
-	TRITON_INTERPRET=0 JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu tests/triton
+	$(BIN)/python -m pytest -m gpu tests/triton
+	$(BIN)/python -m pytest tests/leaves -k triton
+	$(BIN)/python -m pytest tests/torch/test_native.py
 
 # Opens the page of `generate --html` in a headless browser: needs Chromium on the path.
 test-browser: $(VENV)/.installed

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas
 
-# Triton reads this when a kernel is decorated, at import: here its kernels run in its interpreter.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton reads this when a kernel is decorated, at import: here its kernels run in its interpreter. `make test-gpu` sets 0.
+INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "1") == "1"
 
 PACKAGES = {"cpu": "cpu_kernels", "xla": "xla", "triton": "triton_kernels", "pallas": "pallas_kernels"}
 
@@ -26,7 +26,7 @@ def leaf(request, monkeypatch):
         function = getattr(importlib.import_module(f"dlm_kernels.{package}.{module}"), name)
 
         def run(*operands, **static):
-            if request.param == "triton":
+            if request.param == "triton" and INTERPRETED:
                 results = function(*(None if x is None else np.array(x) for x in operands), **static)
             else:
                 results = jax.jit(functools.partial(function, **static))(*operands)
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config, items):
 def _is_not_for_tritons_interpreter(item):
     """Its bfloat16 products and roundings are wrong; and it takes a minute for what tests/triton has in small."""
     parameters = getattr(item, "callspec", None) and item.callspec.params
-    if not parameters or parameters.get("leaf") != "triton":
+    if not INTERPRETED or not parameters or parameters.get("leaf") != "triton":
         return False
     reads_only = item.originalname in ("test_greedy", "test_every_option")
     slow = "test_keys_nobody_sees_change_no_bit", "test_rows_do_not_depend_on_the_batch"

@@ -1,6 +1,7 @@
 """What runs on CUDA tensors, here on CPU tensors in Triton's interpreter, gives what the JAX operations give, gradients too.
 
-The kernels are tested elsewhere; these tests are of what lies between torch and them: layouts, masks, scalars, keys, autograd.
+`make test-gpu` runs it on CUDA tensors. The kernels are tested elsewhere; these tests are of what lies between torch and them:
+layouts, masks, scalars, keys, autograd.
 """
 
 import os
@@ -13,7 +14,7 @@ import pytest
 import dlm_kernels
 from dlm_kernels import masks
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+DEVICE = "cpu" if os.environ.setdefault("TRITON_INTERPRET", "1") == "1" else "cuda"
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
 B, L, V, D = 2, 5, 40, 16
@@ -23,7 +24,8 @@ B, L, V, D = 2, 5, 40, 16
 def native():
     from dlm_kernels.torch import native
 
-    return native
+    with torch.device(DEVICE):
+        yield native
 
 
 def draw(seed, *shape):
@@ -32,7 +34,7 @@ def draw(seed, *shape):
 
 def same(got, expected):
     for mine, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(mine.detach().numpy(), other, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(mine.detach().cpu().numpy(), other, rtol=2e-5, atol=2e-6)
 
 
 def test_attention_and_its_gradients_with_overlapping_intervals(native):
