@@ -9,7 +9,7 @@ import pytest
 from dlm_kernels import cli, masks
 from dlm_kernels.denoiser import checkpoint, correct, evaluate, generate, model, plot, view
 
-SHIPPED = ("teacher",)
+SHIPPED = ("teacher", "student-8", "student-2")
 
 
 @pytest.fixture
