@@ -6,8 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 EXPECTED = {
     "attention": {"_forward_kernel"},
     "attention of few queries": {"_forward_kernel", "_combine_kernel"},
@@ -24,11 +22,10 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_every_operation_exports_for_cuda(arch):
+def test_every_operation_exports_for_cuda():
     script = pathlib.Path(__file__).with_name("export_operations.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"JAX_PLATFORMS": "cpu", "DLM_KERNELS_CUDA_ARCH": str(arch)}
+    environment |= {"JAX_PLATFORMS": "cpu", "DLM_KERNELS_CUDA_ARCH": "90"}
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = {row["operation"]: row for row in map(json.loads, run.stdout.splitlines())}
