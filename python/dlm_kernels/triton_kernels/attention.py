@@ -205,7 +205,8 @@ def _tiles(dtype: str, h: int, rows: int, pairs: int) -> tuple[dict, int, int]:
     block_m = 64 if rows <= 64 else 128
     ampere = arch() < 90
     if h > 128:
-        return {"BLOCK_M": 32 if ampere else 64, "BLOCK_N": 16 if pairs == 2 else 32, "PRECISION": "ieee"}, 8, 2
+        num_stages = 1 if pairs == 2 and arch() >= 100 else 2
+        return {"BLOCK_M": 32 if ampere else 64, "BLOCK_N": 16 if pairs == 2 else 32, "PRECISION": "ieee"}, 8, num_stages
     if h > 64 and (pairs == 2 or ampere):
         return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 4 if pairs == 0 else 8, 2 if ampere else 3
     if ampere:
