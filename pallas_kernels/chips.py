@@ -3,6 +3,8 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 MIB = 2**20
 
@@ -54,3 +56,15 @@ def round_up(n, multiple):
 def tile(size, most, multiple):
     """The largest extent of a block, a multiple of `multiple` of at most `most`, that is not wider than `size` needs."""
     return min(most, round_up(size, multiple))
+
+
+def dot(left, right, contracted):
+    """The float32 product of two matrices over an axis of each; float32 factors count with all their bits."""
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def parameters(*semantics):
+    """Compiler parameters of a grid whose axes are "parallel" or "arbitrary" (in order); all of VMEM but a little is allowed."""
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=chip().vmem * 7 // 8)

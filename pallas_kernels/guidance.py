@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import chips, numerics
 
@@ -51,7 +50,7 @@ def mix_guidance(conditional, unconditional, scale):
         in_specs=[block, block, pl.BlockSpec((rows, 1), lambda i, j: (i, 0))],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct((r, v), conditional.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=chips.parameters("parallel", "parallel"),
         name="mix_guidance",
     )(conditional, unconditional, scale[:, None])
 
@@ -75,6 +74,6 @@ def combine_guidance(logits, weights):
         ],
         out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((r, v), logits.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=chips.parameters("parallel", "parallel"),
         name="combine_guidance",
     )(logits, weights[:, :, None])

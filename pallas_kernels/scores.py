@@ -198,7 +198,7 @@ def words(key_data, counter_row, vocabulary):
 
 
 def banned_row(banned, vocabulary):
-    """float32 [1, V]: 1 where the token is banned. An id outside the vocabulary is ignored; below zero it would count from the end."""
+    """float32 [1, V]: 1 where the token is banned. An id below zero would count from the end, one past it is ignored."""
     places = jnp.where(banned < 0, vocabulary, banned)
     return jnp.zeros((1, vocabulary), jnp.float32).at[0, places].set(1.0, mode="drop")
 

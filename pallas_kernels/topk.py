@@ -117,7 +117,7 @@ def unmask_topk(
             scratch_shapes=[pltpu.VMEM((1, positions), jnp.float32)] * 2,
         ),
         out_shape=[jax.ShapeDtypeStruct((b, 1, positions), jnp.int32)] * 2,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=chips.parameters("parallel"),
         name="unmask_topk",
     )(*scalars, *integers, *floats, columns)
     unmasked = unmasked[:, 0, :length] != 0

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -127,7 +126,7 @@ def score_tokens(
             scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32), *scores.scratch(rows)],
         ),
         out_shape=scores.outputs(r),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=chips.parameters("parallel", "arbitrary"),
         name="score_tokens",
     )(live, logits, *(array for array, _ in given.values()))
     return tuple(x[:, 0] for x in results)
