@@ -100,10 +100,12 @@ struct Forward {
     // A row that has seen nothing yet: -inf - -inf would be NaN.
     const float base = now == -kInfinity ? 0.0f : now;
     F added = F{};
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const F p = exp(load(row + j) - base);
-      store(row + j, p);
-      added += p;
+    for (int64_t j = 0; j < n; j += kPanel) {
+      F p[2] = {load(row + j) - base, load(row + j + kLanes) - base};
+      exp_each<2>(p);
+      store(row + j, p[0]);
+      store(row + j + kLanes, p[1]);
+      added += p[0] + p[1];
     }
     const float rescale = before == now ? 1.0f : std::exp(before - base);
     greatest = now;

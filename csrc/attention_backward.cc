@@ -74,12 +74,16 @@ struct Backward {
           tile.hide(i, row, padded);
           // A row that sees nothing has lse -inf; its logits are all -inf, so any finite number gives weights of zero.
           const float base = lse[i] == -kInfinity ? 0.0f : lse[i];
-          for (int64_t j = 0; j < padded; j += kLanes) {
-            const F p = exp(load(row + j) - base);
-            F d = p * (load(dlogits + i * kKeys + j) - delta[i]);
-            if (args.soft_cap != 0) d = d * load(slope + j);
-            store(row + j, p);
-            store(dlogits + i * kKeys + j, d);
+          for (int64_t j = 0; j < padded; j += kPanel) {
+            F p[2] = {load(row + j) - base, load(row + j + kLanes) - base};
+            exp_each<2>(p);
+            for (int half = 0; half < 2; ++half) {
+              const int64_t at = j + half * kLanes;
+              F d = p[half] * (load(dlogits + i * kKeys + at) - delta[i]);
+              if (args.soft_cap != 0) d = d * load(slope + at);
+              store(row + at, p[half]);
+              store(dlogits + i * kKeys + at, d);
+            }
           }
         }
         multiply(weights, 1, kKeys, n, dout_panels, count, width, dvalue, width, true);

@@ -73,8 +73,9 @@ class RowScorer {
   // By which the caller divides logits before they come here: the temperature where the distribution is a tempered one.
   float logit_divisor() const { return logit_divisor_; }
 
-  // Adds columns [column, column + n) of the row. logits holds -inf from n up to the next multiple of kLanes.
-  void take(Statistics& row, const float* logits, int64_t n, int64_t column) const {
+  // Adds columns [column, column + n) of the row. logits holds -inf from n up to the next multiple of kLanes. What lies at
+  // `ahead` is fetched meanwhile: the exponentials leave the memory idle.
+  void take(Statistics& row, const float* logits, int64_t n, int64_t column, const float* ahead) const {
     const float before = row.greatest;
     const float greatest = greatest_of(logits, n);
     int64_t at = 0;
@@ -84,7 +85,7 @@ class RowScorer {
     }
     if (margin_) row.second = second_of(logits, n, before, row.second);
     if (greatest > before) row.rebase(greatest);
-    add(row, logits, n);
+    add(row, logits, n, ahead);
     if (samples_) sample(row, logits, n, column, at / kLanes * kLanes, greatest);
   }
 
@@ -123,16 +124,33 @@ class RowScorer {
     return second;
   }
 
-  static void add(Statistics& row, const float* logits, int64_t n) {
+  template <int N>
+  static void add_vectors(const float* logits, float base, F* totals, F* weighteds) {
+    F p[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = load(logits + i * kLanes) - base;
+    exp_each<N>(p);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      totals[i] += p[i];
+      const F distance = max(splat(-104.0f), load(logits + i * kLanes) - base);  // NaN stays; -inf * 0 would be one
+      weighteds[i] += distance * p[i];
+    }
+  }
+
+  static void add(Statistics& row, const float* logits, int64_t n, const float* ahead) {
     // A row that has seen only -inf: -inf - -inf would be NaN.
     const float base = row.greatest == -kInfinity ? 0.0f : row.greatest;
-    F total = F{}, weighted = F{};
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const F distance = max(splat(-104.0f), load(logits + j) - base);  // NaN stays; -inf * 0 would be one
-      const F p = exp(distance);
-      total += p;
-      weighted += distance * p;
+    constexpr int kEach = 4;
+    F totals[kEach] = {}, weighteds[kEach] = {};
+    int64_t j = 0;
+    for (; j + kEach * kLanes <= n; j += kEach * kLanes) {
+      for (int i = 0; i < kEach; i += 2) __builtin_prefetch(ahead + j + i * kLanes);
+      add_vectors<kEach>(logits + j, base, totals, weighteds);
     }
+    for (; j < n; j += kLanes) add_vectors<1>(logits + j, base, totals, weighteds);
+    const F total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
+    const F weighted = (weighteds[0] + weighteds[1]) + (weighteds[2] + weighteds[3]);
     row.total += sum(total);
     row.weighted += sum(weighted);
   }

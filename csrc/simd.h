@@ -143,24 +143,32 @@ inline float max_lane(F x) {
   return best;
 }
 
-// e^x to 1.5 ulp for -87.33 <= x <= 88; 0 below, where the result would not be a normal number, and for -inf; NaN for NaN.
-// Larger x is for the caller to exclude.
+// Each of N vectors becomes e^x, to 1.5 ulp for -87.33 <= x <= 88; 0 below, where the result would not be a normal number, and
+// for -inf; NaN for NaN. Larger x is for the caller to exclude. One vector alone waits for itself at every step: several in
+// turn take half the time.
+template <int N>
+inline void exp_each(F* x) {
+  const F shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  F shifted[N], r[N], p[N];
+#define DLM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
+  DLM_EACH r[i] = max(splat(-87.5f), x[i]);  // NaN is the second operand, so it stays
+  DLM_EACH shifted[i] = r[i] * 1.44269504f + shifter;
+  DLM_EACH r[i] = r[i] - (shifted[i] - shifter) * 0.693359375f;
+  DLM_EACH r[i] = r[i] - (shifted[i] - shifter) * -2.12194440e-4f;
+  DLM_EACH p[i] = splat(1.9875691500e-4f) * r[i] + 1.3981999507e-3f;
+  DLM_EACH p[i] = p[i] * r[i] + 8.3334519073e-3f;
+  DLM_EACH p[i] = p[i] * r[i] + 4.1665795894e-2f;
+  DLM_EACH p[i] = p[i] * r[i] + 1.6666665459e-1f;
+  DLM_EACH p[i] = p[i] * r[i] + 5.0000001201e-1f;
+  DLM_EACH p[i] = p[i] * (r[i] * r[i]) + r[i] + 1.0f;
+  DLM_EACH p[i] = p[i] * as_float((as_bits(shifted[i]) << 23) + 0x3F800000u);  // 2^n, n >= -126
+  DLM_EACH x[i] = select(x[i] < -87.33f, splat(0.0f), p[i]);
+#undef DLM_EACH
+}
+
 inline F exp(F x) {
-  const F clamped = max(splat(-87.5f), x);  // NaN is the second operand, so it stays
-  const F shifter = splat(12582912.0f);     // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const F shifted = clamped * 1.44269504f + shifter;
-  const F n = shifted - shifter;
-  F r = clamped - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  F p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const F power = as_float((as_bits(shifted) << 23) + 0x3F800000u);  // 2^n, n >= -126
-  return select(x < -87.33f, splat(0.0f), p * power);
+  exp_each<1>(&x);
+  return x;
 }
 
 // ln x to 1 ulp for normal x > 0; the vocabulary's uniforms are all normal.

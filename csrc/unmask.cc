@@ -57,7 +57,9 @@ void score_rows(const ScoreArgs& args, const Parallel& parallel) {
     Statistics statistics;
     for (int64_t column = first; column < stop; column += kChunk) {
       const int64_t n = std::min(kChunk, stop - column);
-      scorer.take(statistics, prepare<T>(args, scorer, banned, row, column, n, buffer), n, column);
+      const T* next = static_cast<const T*>(args.logits) + row * args.v + column + n;
+      scorer.take(statistics, prepare<T>(args, scorer, banned, row, column, n, buffer), n, column,
+                  reinterpret_cast<const float*>(next));
     }
     partial[index] = statistics;
   });
