@@ -16,7 +16,7 @@ class Chip:
     topology: str  # the smallest slice that the compiler knows it by
     vmem: int  # bytes
     mxu: int  # rows and columns of a matrix unit
-    cores: int  # that share a chip, and over which a parallel grid axis is split
+    cores: int  # that share a device of JAX, and over which a parallel grid axis is split
 
     @property
     def budget(self):
@@ -29,7 +29,7 @@ CHIPS = {
     "TPU v5 lite": Chip("v5e:2x2", 128 * MIB, 128, 1),
     "TPU v5": Chip("v5p:2x2x1", 64 * MIB, 128, 2),
     "TPU v6 lite": Chip("v6e:2x2", 128 * MIB, 256, 1),
-    "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 2),
+    "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 1),  # each of a chip's two cores is a device
 }
 # What every generation above can hold: for a chip the table does not know, and where there is none (export on another host).
 UNKNOWN = Chip("", 64 * MIB, 128, 1)

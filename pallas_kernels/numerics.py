@@ -21,6 +21,26 @@ def capped(logits, soft_cap):
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1 / soft_cap))
 
 
+def rounded(values, dtype):
+    """float32 values rounded to the nearest of `dtype`, ties to even; as they are for None. A TPU has no float16 to cast to."""
+    if dtype is None or dtype == jnp.float32:
+        return values
+    info = jnp.finfo(dtype)
+    dropped = 23 - info.nmant
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    odd = jax.lax.shift_right_logical(bits, jnp.int32(dropped)) & 1
+    bits = (bits + (2 ** (dropped - 1) - 1) + odd) & jnp.int32(-(2**dropped))
+    result = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    size = jnp.abs(values)
+    if info.nexp < 8:
+        # Below the least normal the step no longer shrinks: a sum with this has just that step.
+        coarse = jnp.float32(float(info.smallest_subnormal) * 2**23)
+        small = (size + coarse) - coarse
+        result = jnp.where(size < float(info.tiny), jnp.where(values < 0, -small, small), result)
+        result = jnp.where(jnp.abs(result) > float(info.max), jnp.where(values < 0, -jnp.inf, jnp.inf), result)
+    return jnp.where(size < jnp.inf, result, values)
+
+
 def gumbel(words, index):
     """float32 [r, n]: JAX's own draw under a threefry key.
 

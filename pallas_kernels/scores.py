@@ -203,5 +203,11 @@ def banned_row(banned, vocabulary):
     return jnp.zeros((1, vocabulary), jnp.float32).at[0, places].set(1.0, mode="drop")
 
 
+def lanes(rows, parts):
+    """Shapes of the state of each part of a vocabulary, side by side: more lanes to `finish` over."""
+    shape = rows, parts * LANES
+    return [jax.ShapeDtypeStruct(shape, jnp.float32)] * 6 + [jax.ShapeDtypeStruct(shape, jnp.int32)]
+
+
 def outputs(rows):
     return [jax.ShapeDtypeStruct((rows, 1), jnp.int32)] + [jax.ShapeDtypeStruct((rows, 1), jnp.float32)] * 3

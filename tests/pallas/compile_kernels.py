@@ -19,7 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from dlm_kernels.pallas_kernels import chips, guidance, unmask  # noqa: E402
+from dlm_kernels.pallas_kernels import chips, guidance, lm_head, unmask  # noqa: E402
 
 F32, BF16, INT, BOOL = jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_
 # Rows, model width, vocabulary.
@@ -33,7 +33,7 @@ MODELS = {
 
 def cases():
     """(name, function, shapes and dtypes of its operands or None for those it is not given)."""
-    for model, (r, _, v) in MODELS.items():
+    for model, (r, d, v) in MODELS.items():
         for dtype in (BF16, F32):
             logits, per_row = ((r, v), dtype), ((r,), F32)
             name = f"{model} {jnp.dtype(dtype).name}"
@@ -48,6 +48,7 @@ def cases():
             yield f"{name} sampled", functools.partial(unmask.score_tokens, **static), operands
             operands = (logits, None, None, per_row, None, None, ((r, v), F32), None, None)
             yield f"{name} given noise", functools.partial(unmask.score_tokens, **static), operands
+        yield from head_cases(model, r, d, v)
     for b, length in ((1, 32), (8, 1024), (2, 8192)):
         row, rule = ((b, length), F32), ((b,), F32)
         integers, flags = ((b, length), INT), ((b, length), BOOL)
@@ -55,6 +56,25 @@ def cases():
         yield f"unmask_topk {b} x {length}", unmask.unmask_topk, (*positions, ((b,), INT), rule, rule, rule, rule)
         few = (integers, integers, row, None, flags, None, ((b,), INT))
         yield f"unmask_topk {b} x {length}, num_unmask", unmask.unmask_topk, (*few, None, None, None, None)
+
+
+def head_cases(model, r, d, v):
+    for rows, dtype in ((r, BF16), (r, F32), (8, BF16), (1024, BF16)):
+        name = f"{model} {jnp.dtype(dtype).name} {rows} x {d} x {v}"
+        head, per_row = (((rows, d), dtype), ((v, d), dtype)), ((rows,), F32)
+        static = dict(confidence="margin", tempered_confidence=True, logits_soft_cap=30.0, logits_dtype=BF16)
+        sampling = per_row, ((rows, 2), jnp.uint32), ((rows,), INT), None, ((rows,), BOOL), ((5,), INT)
+        yield f"{name} sampled", functools.partial(lm_head.lm_head_scores, **static), (*head, *sampling)
+        if rows == r:
+            static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=None)
+            yield f"{name} greedy", functools.partial(lm_head.lm_head_scores, **static), (*head, *[None] * 6)
+        if rows != 8:
+            # LLaDA's and Dream's heads have no cap, which is the other branch.
+            static = dict(logits_soft_cap=30.0 if model == "DiffusionGemma" else None)
+            loss = (*head, ((rows,), INT), ((rows,), BOOL))
+            yield f"{name} loss", functools.partial(lm_head.masked_cross_entropy_forward, **static), loss
+            gradient = functools.partial(lm_head.masked_cross_entropy_backward, **static)
+            yield f"{name} gradient", gradient, (*loss, per_row, per_row)
 
 
 def main(kind):

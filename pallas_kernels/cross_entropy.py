@@ -1,0 +1,264 @@
+"""The training loss fused with the LM head, and its gradients: a tile's logits are made anew wherever they are needed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dlm_kernels.pallas_kernels import chips, head, numerics
+
+LANES = 128
+GROUP = 16  # rows whose statistics are in registers at once
+
+
+def _parts(values, body):
+    """body(rows, columns) for every [GROUP, 128] of the [ROWS, COLUMNS] tile `values`."""
+    rows, columns = values.shape
+
+    def over_rows(i, carry):
+        at = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
+        for chunk in range(columns // LANES):
+            body(at, pl.ds(chunk * LANES, LANES))
+        return carry
+
+    jax.lax.fori_loop(0, rows // GROUP, over_rows, 0)
+
+
+def _forward_kernel(
+    live,  # int32 [row tiles] in SMEM, 0 where no row is active
+    hidden,  # [ROWS, D]
+    weight,  # [COLUMNS, D]
+    targets,  # int32 [ROWS, 1]
+    top,  # float32 [ROWS, 128], out: the greatest logit of each lane
+    total,  # float32 [ROWS, 128], out: the sum of exp(logit - top)
+    chosen,  # float32 [ROWS, 128], out: the target's logit in its lane, 0 in the others
+    values,  # float32 [ROWS, COLUMNS], scratch
+    *,
+    tiles,
+    soft_cap,
+    vocabulary,
+):
+    step = pl.program_id(2)
+    tile = pl.program_id(1) * pl.num_programs(2) + step
+    columns = values.shape[1]
+
+    @pl.when(step == 0)
+    def _():
+        top[...] = jnp.full(top.shape, -jnp.inf, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        chosen[...] = jnp.zeros(chosen.shape, jnp.float32)
+
+    def accumulate(i, carry):
+        rows = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
+        greatest, pick, target = top[rows, :], chosen[rows, :], targets[rows, :]
+        for chunk in range(columns // LANES):
+            at = pl.ds(chunk * LANES, LANES)
+            value = numerics.capped(values[rows, at], soft_cap)
+            index = tile * columns + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+            if vocabulary % columns:
+                value = jnp.where(index < vocabulary, value, -jnp.inf)
+            values[rows, at] = value
+            pick = jnp.where(index == target, value, pick)
+            greatest = jnp.maximum(greatest, value)
+        # A lane of nothing but -inf would be NaN.
+        base = jnp.where(greatest == -jnp.inf, 0.0, greatest)
+        add = total[rows, :] * jnp.exp(top[rows, :] - base)
+        for chunk in range(columns // LANES):
+            add += jnp.exp(values[rows, pl.ds(chunk * LANES, LANES)] - base)
+        top[rows, :], total[rows, :], chosen[rows, :] = greatest, add, pick
+        return carry
+
+    # The last part of the vocabulary may have fewer tiles than the others.
+    @pl.when((live[pl.program_id(0)] != 0) & (tile < tiles))
+    def _():
+        head.products(hidden, weight, values)
+        jax.lax.fori_loop(0, values.shape[0] // GROUP, accumulate, 0)
+
+
+def supports_masked_cross_entropy_forward(hidden, weight, **_):
+    return chips.refuse(hidden) or head.refuse(weight)
+
+
+def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
+    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R].
+
+    Returns loss and lse, float32 [R]; loss 0 and lse -inf where inactive. A tile of rows costs nothing where none is active.
+    """
+    (r, d), v = hidden.shape, weight.shape[0]
+    rows, columns = head.tiles(r, v, d, hidden.dtype.itemsize)
+    tiles, cores = pl.cdiv(v, columns), chips.chip().cores
+    steps = pl.cdiv(tiles, cores)
+
+    def tile(i, part, step, live):
+        return jnp.minimum(part * steps + step, tiles - 1) * live[i]
+
+    top, total, chosen = pl.pallas_call(
+        functools.partial(_forward_kernel, tiles=tiles, soft_cap=logits_soft_cap, vocabulary=v),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(r, rows), cores, steps),
+            in_specs=[
+                pl.BlockSpec((rows, d), lambda i, part, step, live: (i, 0)),
+                pl.BlockSpec((columns, d), lambda *at: (tile(*at), 0)),
+                pl.BlockSpec((rows, 1), lambda i, part, step, live: (i, 0)),
+            ],
+            out_specs=[pl.BlockSpec((rows, LANES), lambda i, part, step, live: (i, part))] * 3,
+            scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((r, cores * LANES), jnp.float32)] * 3,
+        compiler_params=chips.parameters("arbitrary", "parallel", "arbitrary"),
+        name="masked_cross_entropy_forward",
+    )(head.live(active, r, rows), hidden, weight, targets[:, None])
+    greatest = jnp.max(top, axis=1)
+    base = jnp.where(greatest == -jnp.inf, 0.0, greatest)
+    lse = jnp.where(active, base + jnp.log(jnp.sum(total * jnp.exp(top - base[:, None]), axis=1)), -jnp.inf)
+    known = (targets >= 0) & (targets < v)
+    return jnp.where(active, jnp.where(known, lse - jnp.sum(chosen, axis=1), jnp.nan), 0.0), lse
+
+
+def _to_gradient(values, targets, lse, dloss, first, soft_cap, vocabulary):
+    """Turns the logits in values [ROWS, COLUMNS], of the tokens from `first` on, into the loss's gradient by them."""
+
+    def change(rows, at):
+        value, slope = values[rows, at], 1.0
+        if soft_cap is not None:
+            bent = jnp.tanh(value * (1 / soft_cap))
+            value, slope = soft_cap * bent, 1 - bent * bent
+        index = first + at.start + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        probability = jnp.exp(value - lse[rows, :])
+        gradient = (probability - jnp.where(index == targets[rows, :], 1.0, 0.0)) * (dloss[rows, :] * slope)
+        # Past the vocabulary the weight's tile holds anything.
+        values[rows, at] = jnp.where(index < vocabulary, gradient, 0.0) if vocabulary % values.shape[1] else gradient
+
+    _parts(values, change)
+
+
+def _product(gradient, factor, contracted):
+    """Their float32 product. A bfloat16 gradient would cost as much accuracy as the result's rounding: it goes as a sum of two."""
+    if factor.dtype == jnp.float32:
+        return chips.dot(gradient, factor, contracted)
+    high = numerics.rounded(gradient, factor.dtype)
+    halves = high.astype(factor.dtype), (gradient - high).astype(factor.dtype)
+    return chips.dot(halves[0], factor, contracted) + chips.dot(halves[1], factor, contracted)
+
+
+def _dhidden_kernel(
+    live,  # int32 [row tiles] in SMEM, 0 where no row is active
+    hidden,  # [ROWS, D], finite
+    weight,  # [COLUMNS, D]
+    targets,  # int32 [ROWS, 1]
+    lse,  # float32 [ROWS, 1], finite
+    dloss,  # float32 [ROWS, 1], 0 where inactive
+    dhidden,  # [ROWS, D], out
+    values,  # float32 [ROWS, COLUMNS], scratch
+    total,  # float32 [ROWS, D], scratch
+    *,
+    soft_cap,
+    vocabulary,
+):
+    step = pl.program_id(1)
+    first = step * weight.shape[0]
+
+    @pl.when(step == 0)
+    def _():
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+
+    @pl.when(live[pl.program_id(0)] != 0)
+    def _():
+        head.products(hidden, weight, values)
+        _to_gradient(values, targets, lse, dloss, first, soft_cap, vocabulary)
+        factor = weight[...]
+        if vocabulary % weight.shape[0]:
+            # Zero times what lies past the vocabulary may be NaN.
+            row = first + jax.lax.broadcasted_iota(jnp.int32, (weight.shape[0], 1), 0)
+            factor = jnp.where(row < vocabulary, factor, jnp.zeros_like(factor))
+
+        def product(part):
+            total[part, :] += _product(values[part, :], factor, (1, 0))
+
+        head.over_parts(hidden.shape[0], product)
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _():
+        dhidden[...] = total[...].astype(dhidden.dtype)
+
+
+def _dweight_kernel(
+    live,  # int32 [row tiles] in SMEM, 0 where no row is active
+    hidden,  # [ROWS, D], finite
+    weight,  # [COLUMNS, D]
+    targets,  # int32 [ROWS, 1]
+    lse,  # float32 [ROWS, 1], finite
+    dloss,  # float32 [ROWS, 1], 0 where inactive
+    dweight,  # [COLUMNS, D], out
+    values,  # float32 [ROWS, COLUMNS], scratch
+    total,  # float32 [COLUMNS, D], scratch
+    *,
+    soft_cap,
+    vocabulary,
+):
+    step = pl.program_id(1)
+    first = pl.program_id(0) * weight.shape[0]
+
+    @pl.when(step == 0)
+    def _():
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+
+    @pl.when(live[step] != 0)
+    def _():
+        head.products(hidden, weight, values)
+        _to_gradient(values, targets, lse, dloss, first, soft_cap, vocabulary)
+
+        def product(part):
+            total[...] += _product(values[part, :], hidden[part, :], (0, 0))
+
+        head.over_parts(hidden.shape[0], product)
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _():
+        dweight[...] = total[...].astype(dweight.dtype)
+
+
+def supports_masked_cross_entropy_backward(hidden, weight, **_):
+    kept = 4 + 2 * weight.dtype.itemsize
+    return chips.refuse(hidden) or head.refuse(weight, kept, 0) or head.refuse(weight, 0, kept)
+
+
+def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
+    """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight.
+
+    Each of the two is summed in VMEM and written once, by a pass of its own: over the weight for each tile of rows, over the rows
+    for each tile of the weight.
+    """
+    (r, d), v, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
+    kept = 4 + 2 * itemsize  # a float32 sum and two blocks of the result
+    # Zero times a NaN of an inactive row would be NaN.
+    hidden = jnp.where(active[:, None], hidden, jnp.zeros_like(hidden))
+    lse, dloss = jnp.where(active, lse, 0.0), jnp.where(active, dloss, 0.0)
+
+    def gradient(of, kernel, by_weight):
+        rows, columns = head.tiles(r, v, d, itemsize, 0 if by_weight else kept, kept if by_weight else 0)
+        row_tiles, tiles = pl.cdiv(r, rows), pl.cdiv(v, columns)
+        padding = row_tiles * rows - r
+        padded = [jnp.pad(x[:, None], ((0, padding), (0, 0))) for x in (targets, lse, dloss)]
+        of_rows = (lambda i, j, live: (j, 0)) if by_weight else (lambda i, j, live: (i, 0))
+        of_weight = (lambda i, j, live: (i, 0)) if by_weight else (lambda i, j, live: (j * live[i], 0))
+        column = pl.BlockSpec((rows, 1), of_rows)
+        result, size, at = (columns, v, of_weight) if by_weight else (rows, row_tiles * rows, of_rows)
+        return pl.pallas_call(
+            functools.partial(kernel, soft_cap=logits_soft_cap, vocabulary=v),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(tiles, row_tiles) if by_weight else (row_tiles, tiles),
+                in_specs=[pl.BlockSpec((rows, d), of_rows), pl.BlockSpec((columns, d), of_weight), column, column, column],
+                out_specs=pl.BlockSpec((result, d), at),
+                scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32), pltpu.VMEM((result, d), jnp.float32)],
+            ),
+            out_shape=jax.ShapeDtypeStruct((size, d), hidden.dtype),
+            compiler_params=chips.parameters("parallel", "arbitrary"),
+            name=f"masked_cross_entropy_backward_{of}",
+        )(head.live(active, r, rows), jnp.pad(hidden, ((0, padding), (0, 0))), weight, *padded)
+
+    return gradient("hidden", _dhidden_kernel, False)[:r], gradient("weight", _dweight_kernel, True)

@@ -1,0 +1,79 @@
+"""What the LM head's scores and its loss share: the tiles of hidden rows and of the weight, and their products."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from dlm_kernels.pallas_kernels import chips
+
+LANES = 128
+MOST_ROWS, MOST_COLUMNS = 1024, 1024
+PART = 256  # rows multiplied at a time, for the code of a product grows with its rows
+TILE_BYTES = 4 * chips.MIB  # of the weight: a step must outlast what starting a copy costs
+
+
+def tiles(r, v, d, itemsize, row_bytes=0, column_bytes=0):
+    """(rows, columns): hidden rows held at a time and rows of the weight in a tile, as many as the chip's VMEM holds.
+
+    row_bytes, column_bytes: what a kernel keeps besides for each element of a hidden row, of a row of the weight.
+    """
+    budget, depth = chips.chip().budget, chips.round_up(d, LANES)
+    columns = TILE_BYTES // (depth * itemsize) // LANES * LANES
+    columns = chips.tile(v, min(max(columns, LANES), MOST_COLUMNS), LANES)
+
+    def fits(rows):
+        # Two of each block, for the next one's copy meanwhile; the logits; and up to seven statistics, twice.
+        blocks = rows * (2 * itemsize + row_bytes) + columns * (2 * itemsize + column_bytes)
+        return depth * blocks + 4 * rows * (columns + 14 * LANES) <= budget
+
+    parts = pl.cdiv(min(r, MOST_ROWS), PART)
+    while parts > 1 and not fits(parts * PART):
+        parts -= 1
+    rows = parts * chips.round_up(pl.cdiv(min(r, parts * PART), parts), 16)
+    while rows > 16 and not fits(rows):
+        rows = chips.round_up(rows // 2, 16)
+    return rows, columns
+
+
+def refuse(weight, row_bytes=0, column_bytes=0):
+    """Why no kernel takes this weight, or None."""
+    v, d = weight.shape
+    itemsize = weight.dtype.itemsize
+    rows, columns = tiles(1, v, d, itemsize, row_bytes, column_bytes)
+    if d * (rows * (2 * itemsize + row_bytes) + columns * (2 * itemsize + column_bytes)) > chips.chip().budget:
+        return f"VMEM holds no {columns} rows of a weight of width {d}"
+    return None
+
+
+def over_parts(rows, body):
+    """body(part) for slices of at most PART that make up `rows`."""
+    parts = pl.cdiv(rows, PART)
+    size = rows // parts
+    if parts == 1:
+        body(pl.ds(0, size))
+        return
+
+    def step(i, carry):
+        body(pl.ds(pl.multiple_of(i * size, 16), size))
+        return carry
+
+    jax.lax.fori_loop(0, parts, step, 0)
+
+
+def products(
+    hidden,  # [ROWS, D]
+    weight,  # [COLUMNS, D]
+    out,  # float32 [ROWS, COLUMNS]
+):
+    def product(part):
+        out[part, :] = chips.dot(hidden[part, :], weight[...], (1, 1))
+
+    over_parts(hidden.shape[0], product)
+
+
+def live(active, r, rows):
+    """int32 [row tiles]: 0 where no row of the tile is active (bool [R] or None)."""
+    row_tiles = pl.cdiv(r, rows)
+    if active is None:
+        return jnp.ones(row_tiles, jnp.int32)
+    return jnp.pad(active, (0, row_tiles * rows - r)).reshape(row_tiles, rows).any(axis=1).astype(jnp.int32)
