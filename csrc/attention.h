@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "gemm.h"
 #include "kernels.h"
+#include "pack.h"
 #include "scratch.h"
 
 namespace dlm::DLM_ISA {

@@ -10,7 +10,7 @@ namespace dlm {
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 #endif
 
 namespace {
@@ -26,7 +26,9 @@ const Kernels& choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Candidate candidates[] = {{&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, true}};
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const Candidate candidates[] = {{&kernels_avx512_bf16, avx512_bf16}, {&kernels_avx512, avx512}, {&kernels_avx2, avx2},
+                                  {&kernels_portable, true}};
 #else
   const Candidate candidates[] = {{&kernels_portable, true}};
 #endif

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "gemm.h"
 #include "kernels.h"
+#include "pack.h"
 #include "scratch.h"
 
 namespace dlm::DLM_ISA {

@@ -32,6 +32,7 @@ typedef int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 typedef float FLoad __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t ILoad __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t ULoad __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef uint16_t H16 __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t H16Load __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 

@@ -27,7 +27,7 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set that the kernels use on this machine: "portable", "avx2" or "avx512"."""
+    """The instruction set that the kernels use on this machine: "portable", "avx2", "avx512" or "avx512_bf16"."""
     if reason := unavailable():
         raise RuntimeError(reason)
     from dlm_kernels import _cpu
