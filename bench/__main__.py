@@ -1,19 +1,23 @@
-"""python -m bench [--quick] [--only NAME] | report FILE | readme | compare A B"""
+"""python -m bench [--quick | --full] [--only NAME] | report FILE | readme | compare A B"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from bench import report, suite
+from bench import comparison, report, suite
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the main cases only, in 2 minutes instead of 15")
+    grid = parser.add_mutually_exclusive_group()
+    grid.add_argument("--quick", action="store_const", dest="grid", const="quick", help="the first cases alone, in 2 minutes")
+    grid.add_argument(
+        "--full", action="store_const", dest="grid", const="full", help="every shape, in an hour; else a CPU leaves out large ones"
+    )
     parser.add_argument(
         "--only", metavar="NAME", help="cases whose operation or name contains NAME; others keep their rows"
     )
-    parser.add_argument("--minutes", type=float, help="time to aim for")
+    parser.add_argument("--minutes", type=float, help="time to aim for; cases that would begin after it are left out")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>.json, -quick.json with --quick")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("report", help="table and plots of a results file").add_argument("file", type=Path)
@@ -27,11 +31,11 @@ def main(arguments=None):
     elif chosen.command == "readme":
         report.rewrite_readme()
     elif chosen.command == "compare":
-        text, slower = report.compare(report.load(chosen.before), report.load(chosen.after))
+        text, slower = comparison.compare(report.load(chosen.before), report.load(chosen.after))
         print(text)
         return int(slower)
     else:
-        return suite.run(chosen.quick, chosen.only, chosen.minutes or (2 if chosen.quick else 15), chosen.out)
+        return suite.run(chosen.grid, chosen.only, chosen.minutes, chosen.out)
     return 0
 
 

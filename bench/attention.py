@@ -24,59 +24,84 @@ HEADS = {
 MASKS = {
     # Half of the row is padding.
     "padded": lambda t, s: masks.padding(jnp.array([s // 2]), t, s),
-    "block-causal 32": lambda t, s: masks.block_causal(t, 32, key_length=s),
+    "block-causal 32": lambda t, s: masks.block_causal(t, 32, key_length=s, offset=s - t),
     "BD3 16": lambda t, s: masks.block_diffusion(t // 2, 16),
     "window 256": lambda t, s: masks.sliding_window(t, 128, 128, key_length=s),
 }
+# The oracle's logits of one head; beyond it computes every n-th query.
+ORACLE_LOGITS = 1 << 22
 
 
-def case(model, t, s, dtype, mask=None, backward=False, **options):
-    """[1, T, N, H] against [1, S, K, H]."""
+@functools.cache
+def intervals(mask, t, s):
+    """The mask, and the int32 [T, 2 or 4] bounds of its runs."""
+
+    # One program: op by op, every operation of every shape would be compiled.
+    @jax.jit
+    def build():
+        built = MASKS[mask](t, s)
+        return built, masks.bounds(built, s)[0]
+
+    built, bounds = build()
+    return built, np.asarray(bounds)
+
+
+def case(model, t, s, dtype, mask=None, backward=False, batch=1, **options):
+    """[B, T, N, H] against [B, S, K, H]."""
     n, k, h = HEADS[model]
-    built = None if mask is None else MASKS[mask](t, s)
-    boolean = None if mask is None else built.as_boolean(s)
-    visible = None if mask is None else np.asarray(boolean[0, 0])
-    seen = t * s if mask is None else int(boolean.sum())
+    built, bounds = (None, None) if mask is None else intervals(mask, t, s)
+    seen = t * s if mask is None else int((bounds[:, 1::2] - bounds[:, ::2]).sum())
+    step = max(1, t * s // ORACLE_LOGITS)
+
+    # Made when a contender first asks: the larger ones of a full run take a gigabyte.
+    @functools.cache
+    def boolean():
+        with jax.ensure_compile_time_eval():
+            return None if mask is None else built.as_boolean(s)
 
     def inputs(rng):
-        shapes = [(1, t, n, h), (1, s, k, h), (1, s, k, h)] + [(1, t, n, h)] * backward
+        shapes = [(batch, t, n, h), (batch, s, k, h), (batch, s, k, h)] + [(batch, t, n, h)] * backward
         return tuple(jnp.asarray(rng.standard_normal(shape, "float32"), dtype) for shape in shapes)
+
+    def oracle(query, key, value):
+        visible = None if mask is None else np.asarray(boolean()[0, 0, ::step])
+        return oracles.attention(query[:, ::step], key, value, visible)
 
     def forward(query, key, value, implementation):
         return dlm_kernels.attention(query, key, value, mask=built, implementation=implementation)
 
-    def jax_nn(query, key, value):
-        return jax.nn.dot_product_attention(query, key, value, mask=boolean)
-
-    torch_mask = None if mask is None or not peers.installed("torch") else _torch(boolean)
-    torch_forward = functools.partial(peers.sdpa, mask=torch_mask)
+    jax_forwards = {
+        "jax.nn": lambda *arrays: jax.nn.dot_product_attention(*arrays, mask=boolean(), implementation="xla"),
+        "cuDNN": lambda *arrays: jax.nn.dot_product_attention(*arrays, mask=boolean(), implementation="cudnn"),
+        "tokamax": lambda *arrays: peers.tokamax_attention(*arrays, mask=boolean()),
+    }
+    contenders = harness.ours(forward)
+    for name, function in jax_forwards.items():
+        contenders[name] = Contender(jax.jit(function), missing=peers.why_no_attention(name))
     if backward:
         contenders = {
-            name: Contender(jax.jit(_gradient(contender.function)))
-            for name, contender in (harness.ours(forward) | {"jax.nn": Contender(jax_nn)}).items()
+            name: Contender(jax.jit(_gradient(contender.function)), missing=contender.missing)
+            for name, contender in contenders.items()
         }
-        contenders["torch"] = peers.torch_peer(_torch_gradient(torch_forward))
+        contenders["torch"] = peers.torch_peer(_torch_gradient(peers.sdpa), peers.with_mask(boolean))
     else:
-        contenders = harness.ours(forward) | {
-            "jax.nn": Contender(jax.jit(jax_nn)),
-            "torch": peers.torch_peer(peers.no_grad(torch_forward)),
-        }
-        if mask is not None and peers.installed("torch"):
-            contenders["FlexAttention"] = peers.torch_peer(peers.flex_attention(boolean), compiled=True)
-    direction = ", backward" if backward else ""
+        contenders["torch"] = peers.torch_peer(peers.no_grad(peers.sdpa), peers.with_mask(boolean))
+        if mask is not None:
+            contenders["FlexAttention"] = peers.flex_peer(bounds, s)
     # Backward: five products where forward has two, and one of the forward's again.
-    flops = 4 * seen * n * h * (3.5 if backward else 1)
+    flops = 4 * batch * seen * n * h * (3.5 if backward else 1)
     size = jnp.dtype(dtype).itemsize
     return Case(
         "attention",
-        f"{model}, {t} x {s}, {dtype}{', ' + mask if mask else ''}{direction}",
+        f"{model}, {f'{batch} x ' * (batch > 1)}{t} x {s}, {dtype}{', ' + mask if mask else ''}{', backward' if backward else ''}",
         inputs,
         contenders,
-        read=size * h * (t * n * (1 + backward) + 2 * s * k),
-        written=size * h * (t * n + 2 * s * k * backward),
+        read=size * batch * h * (t * n * (1 + backward) + 2 * s * k),
+        written=size * batch * h * (t * n + 2 * s * k * backward),
         flops=int(flops),
         dtype=dtype,
-        oracle=None if backward else functools.partial(oracles.attention, visible=visible),
+        oracle=None if backward else oracle,
+        sampled=lambda out: out if backward else out[:, ::step],
         tolerance=2e-5 if dtype == "float32" else 2e-2,
         **options,
     )
@@ -90,38 +115,51 @@ def _gradient(forward):
 
 
 def _torch_gradient(forward):
-    def run(query, key, value, dout):
+    def run(query, key, value, dout, mask=None):
         arrays = [x.detach().requires_grad_() for x in (query, key, value)]
-        forward(*arrays).backward(dout)
+        forward(*arrays, mask).backward(dout)
         return tuple(x.grad for x in arrays)
 
     return run
 
 
-def _torch(boolean):
-    import torch
-
-    return torch.from_dlpack(boolean)
-
-
-def cases(quick=False):
-    every = [
-        case("LLaDA-8B", 1024, 1024, "bfloat16"),
-        case("LLaDA-8B", 1024, 1024, "float32", quick=True),
-        case("LLaDA-8B", 128, 1024, "bfloat16"),
-        case("LLaDA-8B", 32, 2048, "bfloat16", quick=True),
+def cases():
+    keys, lengths = (512, 2048, 8192, 32768), (512, 1024, 2048)
+    return [
+        case("LLaDA-8B", 1024, 1024, "bfloat16", headline=True, quick=True),
+        case("LLaDA-8B", 1024, 1024, "float32", headline=True),
+        case("LLaDA-8B", 128, 1024, "bfloat16", headline=True),
+        case("LLaDA-8B", 32, 2048, "bfloat16", headline=True, quick=True),
         case("Dream-7B", 512, 512, "bfloat16"),
         case("SDAR-4B", 4, 4096, "bfloat16"),
         case("LLaDA2-mini", 32, 2048, "bfloat16"),
         case("DiffusionGemma local", 256, 1280, "bfloat16"),
         case("DiffusionGemma global", 256, 2048, "bfloat16"),
         case("MDLM", 1024, 1024, "float32"),
-        *(case("LLaDA-8B", 1024, 1024, "float32", mask) for mask in MASKS),
-        *(case("SDAR-4B", 32, s, "float32", sweep=("keys, 32 queries", s)) for s in (512, 2048, 8192, 32768)),
-        case("MDLM", 1024, 1024, "float32", backward=True, quick=True),
-        case("LLaDA-8B", 512, 512, "bfloat16", backward=True),
+        *(case("LLaDA-8B", 1024, 1024, "bfloat16", mask, headline=mask[:2] in ("pa", "bl")) for mask in MASKS),
+        case("LLaDA-8B", 1024, 1024, "float32", "block-causal 32"),
+        case("MDLM", 1024, 1024, "float32", backward=True, quick=True, headline=True),
+        case("MDLM", 1024, 1024, "float32", "BD3 16", backward=True),
+        case("LLaDA-8B", 512, 512, "bfloat16", backward=True, headline=True),
+        *(case("SDAR-4B", 32, s, "bfloat16", sweep=("keys, 32 queries", s)) for s in keys),
+        *(case("LLaDA2-mini", t, t, "bfloat16", sweep=("length, square", t)) for t in lengths),
+        *(case("LLaDA2-mini", 32, 2048, "bfloat16", batch=b, sweep=("batch, 32 x 2048", b)) for b in (2, 8)),
+        # Where one head's logits fill the memory of a CPU.
+        *(
+            case(model, t, s, "bfloat16", mask, full=True)
+            for model in ("LLaDA-8B", "SDAR-4B")
+            for t, s in ((4096, 4096), (8192, 8192), (32768, 32768))
+            for mask in (None, "padded", "block-causal 32", "BD3 16")
+        ),
+        *(
+            case(model, t, s, "bfloat16", mask, full=True)
+            for model in ("LLaDA-8B", "Dream-7B", "DiffusionGemma global")
+            for t in (32, 128, 256)
+            for s in (4096, 8192, 32768)
+            for mask in (None, "padded")
+        ),
+        *(case("LLaDA-8B", t, t, "bfloat16", mask, backward=True, full=True) for t in (4096, 8192) for mask in (None, "BD3 16")),
     ]
-    return [each for each in every if each.quick or not quick]
 
 
-test_attention = harness.microbenchmark(cases())
+test_attention, pytest_generate_tests = harness.microbenchmark(cases)

@@ -71,13 +71,19 @@ def _torch_gradient(hidden, weight, targets, weights):
     return loss, (hidden.grad, weight.grad)
 
 
-def cases(quick=False):
-    every = [
-        case("MDLM", 512, 768, 50258, "float32", quick=True),
-        case("MDLM", 512, 768, 50258, "float32", backward=True),
+def cases():
+    return [
+        case("MDLM", 512, 768, 50258, "float32", quick=True, headline=True),
+        case("MDLM", 512, 768, 50258, "float32", backward=True, headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "float32", backward=True),
+        case("LLaDA-8B slice", 256, 4096, 32768, "bfloat16"),
+        *(
+            case(name, rows, d, v, "bfloat16", backward=backward, full=True)
+            for name, d, v in (("LLaDA-8B", 4096, 126464), ("SDAR-4B", 2560, 151936))
+            for rows in (4096, 8192)
+            for backward in (False, True)
+        ),
     ]
-    return [each for each in every if each.quick or not quick]
 
 
-test_cross_entropy = harness.microbenchmark(cases())
+test_cross_entropy, pytest_generate_tests = harness.microbenchmark(cases)

@@ -40,13 +40,13 @@ def case(name, rows, width, dtype, **options):
     )
 
 
-def cases(quick=False):
-    every = [
-        case("LLaDA-8B logits", 128, 126464, "float32", quick=True),
+def cases():
+    return [
+        case("LLaDA-8B logits", 128, 126464, "float32", quick=True, headline=True),
         case("LLaDA-8B logits", 128, 126464, "bfloat16"),
         case("LLaDA-8B hidden", 128, 4096, "bfloat16"),
+        *(case("LLaDA-8B logits", rows, 126464, "bfloat16", full=True) for rows in (2048, 8192)),
     ]
-    return [each for each in every if each.quick or not quick]
 
 
-test_guidance = harness.microbenchmark(cases())
+test_guidance, pytest_generate_tests = harness.microbenchmark(cases)

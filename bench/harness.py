@@ -47,7 +47,11 @@ class Case:
     tolerance: float = 1e-4  # on `error`
     tokens: int = 0  # that one call generates, where it generates some
     sweep: tuple[str, int] | None = None  # the axis that this case is a point of, and where
-    quick: bool = False
+    component: dict | None = None  # what part of a decoder's pass this is
+    sampled: Callable = lambda output: output  # the part of the output that the oracle computes, where all of it takes too long
+    quick: bool = False  # in every run
+    full: bool = False  # in a full run alone: too large for a CPU, or one of many alike
+    headline: bool = False  # in the README
 
 
 def error(output, expected):
@@ -94,7 +98,7 @@ def input_sets(case, cache_bytes):
     rng = np.random.default_rng(zlib.crc32(f"{case.operation} {case.name}".encode()))
     first = case.inputs(rng)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
-    copies = min(8, max(1, math.ceil(4 * cache_bytes / max(size, 1))))
+    copies = min(64, max(1, math.ceil(4 * cache_bytes / max(size, 1))))
     return [first, *(case.inputs(rng) for _ in range(copies - 1))]
 
 
@@ -110,18 +114,22 @@ def measure(case, seconds, quick=False):
         try:
             prepared = [contender.prepare(*inputs) for inputs in sets]
             start = time.perf_counter()
-            output = wait(contender.function(*prepared[0]))
-            first = time.perf_counter() - start
+            function = _compiled(contender.function, prepared[0])
+            compiling = time.perf_counter() - start
+            output = wait(function(*prepared[0]))
+            first = time.perf_counter() - start - compiling
         except Exception as failure:  # a peer may fail in any way; its row says how
             results[name] = dict(missing=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}")
             continue
+        output = case.sampled(output)
         expected = output if expected is None else expected
         if (gap := error(output, expected)) > case.tolerance:
             results[name] = dict(missing=f"wrong: differs by {gap:.2g}, more than {case.tolerance:.2g}")
             continue
         del output
-        again = functools.partial(_call, contender.function, prepared)
-        results[name] = dict(first_call=first, error=gap, times=[])
+        again = functools.partial(_call, function, prepared)
+        # Torch compiles within its first call, JAX before it.
+        results[name] = dict(compile=compiling, first_call=first, error=gap, times=[])
         # The first call of what compiles says little of the next.
         once = first if contender.eager or first < SLOW_SECONDS else _seconds(again, 1)
         if once > SLOW_SECONDS:
@@ -129,7 +137,7 @@ def measure(case, seconds, quick=False):
         else:
             ready[name] = again
             start = time.perf_counter()
-            results[name]["peak_bytes"] = machine.peak_bytes(functools.partial(again, 1))
+            results[name]["peak_bytes"] = machine.peak_bytes(functools.partial(again, 1), function)
             # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide.
             calls[name] = max(1, math.ceil(0.01 / (time.perf_counter() - start)))
     for name, times in _rounds(ready, calls, seconds, 2 if quick else 3).items():
@@ -143,8 +151,15 @@ def measure(case, seconds, quick=False):
         dtype=case.dtype,
         sweep=case.sweep,
         tokens=case.tokens,
+        headline=case.headline,
+        component=case.component,
         contenders=results,
     )
+
+
+def _compiled(function, inputs):
+    """A jitted function compiled for `inputs`, whose first call then is one of many; any other as it is."""
+    return function.lower(*inputs).compile() if hasattr(function, "lower") else function
 
 
 def _seconds(call, turn):
@@ -182,14 +197,28 @@ def ours(function, **static):
     }
 
 
+def chosen(cases, grid):
+    """Those of a "quick", "main" or "full" run; each holds the one before."""
+    return [case for case in cases if case.quick or grid == "full" or (grid == "main" and not case.full)]
+
+
+def achieved(row):
+    """{dtype: operations/s of the fastest contender}: a product's measured rate is no ceiling where somebody does better."""
+    fastest = [min(result["times"]) for result in row["contenders"].values() if result.get("times")]
+    return {row["dtype"]: row["flops"] / min(fastest)} if fastest else {}
+
+
 def microbenchmark(cases):
-    """A pytest-benchmark test of every (case, contender): `test_attention = harness.microbenchmark(cases)`."""
-    import pytest
+    """A pytest-benchmark test of every (case, contender) of `cases()`, for a module that says
 
-    pairs = [(case, name) for case in cases for name in case.contenders]
+        test_attention, pytest_generate_tests = harness.microbenchmark(cases)
 
-    @pytest.mark.parametrize("case, name", pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
+    pytest asks the second for the parameters; in any other run of the module nobody does.
+    """
+
     def test(benchmark, case, name):
+        import pytest
+
         contender = case.contenders[name]
         if contender.missing:
             pytest.skip(contender.missing)
@@ -198,4 +227,8 @@ def microbenchmark(cases):
         turn = iter(range(1 << 62))
         benchmark(lambda: _call(contender.function, sets, next(turn)))
 
-    return test
+    def generate(metafunc):
+        pairs = [(case, name) for case in chosen(cases(), "main") for name in case.contenders]
+        metafunc.parametrize("case, name", pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
+
+    return test, generate

@@ -3,10 +3,12 @@
 import ctypes
 import functools
 import importlib.metadata
+import math
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,10 +97,10 @@ def rates(seconds=0.3):
     """
     on_cpu = platform_name() == "cpu"
     length = (4 * cache_bytes() if on_cpu else 1 << 31) // 4
-    n = 1024 if on_cpu else 8192
+    shapes = [(512, 4096, 8192), (2048, 2048, 2048)] if on_cpu else [(8192, 8192, 8192)]
     array = jnp.ones((length,), jnp.float32)
     read, copy = [jax.jit(jnp.sum)], [jax.jit(lambda x: x + 1)]
-    products = {"float32": [(_jnp_product, n, jnp.float32)], "bfloat16": [(_jnp_product, n, jnp.bfloat16)]}
+    products = {"float32": [(_jnp_product, jnp.float32)], "bfloat16": [(_jnp_product, jnp.bfloat16)]}
     result = {}
     try:
         import torch
@@ -110,7 +112,7 @@ def rates(seconds=0.3):
         target = torch.empty_like(tensor)
         copy.append(lambda _: target.copy_(tensor))
         for dtype in products:
-            products[dtype].append((_torch_product, n, getattr(torch, dtype)))
+            products[dtype].append((_torch_product, getattr(torch, dtype)))
     if on_cpu:
         halves = np.array_split(np.ones(length, np.float32), os.cpu_count())
         targets = [np.empty_like(half) for half in halves]
@@ -122,22 +124,26 @@ def rates(seconds=0.3):
     result["read"] = max(size / _fastest(lambda f=f: f(array), seconds) for f in read)
     result["copy"] = max(2 * size / _fastest(lambda f=f: f(array), seconds) for f in copy)
     for dtype, makers in products.items():
-        result[dtype] = max(2 * n**3 / _fastest(make(n, kind), seconds) for make, n, kind in makers)
+        result[dtype] = max(
+            2 * math.prod(shape) / _fastest(make(shape, kind), seconds) for make, kind in makers for shape in shapes
+        )
     # Where bfloat16 has no instructions of its own, the physical limit is to convert it and multiply in float32.
     result["bfloat16"] = max(result["bfloat16"], result["float32"])
     return result
 
 
-def _jnp_product(n, dtype):
-    a, product = jnp.ones((n, n), dtype), jax.jit(jnp.dot)
-    return lambda: product(a, a)
+def _jnp_product(shape, dtype):
+    m, k, n = shape
+    a, b, product = jnp.ones((m, k), dtype), jnp.ones((n, k), dtype), jax.jit(lambda a, b: a @ b.T)
+    return lambda: product(a, b)
 
 
-def _torch_product(n, dtype):
+def _torch_product(shape, dtype):
     import torch
 
-    a = torch.ones((n, n), dtype=dtype, device="cuda" if platform_name() == "cuda" else "cpu")
-    return lambda: a @ a
+    m, k, n = shape
+    a, b = (torch.ones(sizes, dtype=dtype, device="cuda" if platform_name() == "cuda" else "cpu") for sizes in ((m, k), (n, k)))
+    return lambda: a @ b.T
 
 
 def _fastest(function, seconds):
@@ -152,14 +158,25 @@ def _fastest(function, seconds):
     return min(times)
 
 
-def peak_bytes(call):
+def peak_bytes(call, function=None):
     """The most memory that `call` held at one time beyond what was held before, its result included; None where unknown.
 
     Linux keeps the peak of the resident size and lets a process reset it. What earlier calls have freed is given back first, or
-    an array that fits into it would seem to take nothing.
+    an array that fits into it would seem to take nothing. On a GPU or TPU XLA says what the compiled `function` takes, and torch's
+    allocator what it gave.
     """
-    if platform_name() != "cpu" or not Path("/proc/self/clear_refs").exists():
+    if platform_name() != "cpu":
+        if hasattr(function, "memory_analysis"):
+            sizes = function.memory_analysis()
+            return sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_available():
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         call()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

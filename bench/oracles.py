@@ -4,18 +4,18 @@ import numpy as np
 
 
 def attention(query, key, value, visible=None):
-    """query [1, T, N, H], key and value [1, S, K, H], visible bool [T, S] or None -> [1, T, N, H]."""
-    heads, groups = query.shape[2], query.shape[2] // key.shape[2]
+    """query [B, T, N, H], key and value [B, S, K, H], visible bool [T, S] or None -> [B, T, N, H]."""
+    batch, _, heads, size = query.shape
+    groups = heads // key.shape[2]
     out = np.empty(query.shape)
-    for n in range(heads):
-        q, k, v = (
-            np.asarray(x[0, :, i], np.float64) for x, i in ((query, n), (key, n // groups), (value, n // groups))
-        )
-        logits = q @ k.T / np.sqrt(q.shape[1])
-        if visible is not None:
-            logits[~visible] = -np.inf
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        out[0, :, n] = weights @ v / weights.sum(-1, keepdims=True)
+    for b in range(batch):
+        for n in range(heads):
+            q, k, v = (np.asarray(x[b, :, i], np.float64) for x, i in ((query, n), (key, n // groups), (value, n // groups)))
+            logits = q @ k.T / np.sqrt(size)
+            if visible is not None:
+                logits[~visible] = -np.inf
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            out[b, :, n] = weights @ v / weights.sum(-1, keepdims=True)
     return out
 
 
@@ -25,7 +25,17 @@ def mix(conditional, unconditional, scale):
 
 
 def scores(logits):
-    """logits float64 [..., V] -> token, confidence, entropy, log-sum-exp."""
+    """logits [..., V] -> token, confidence, entropy, log-sum-exp [...]."""
+    # A few rows at a time: in float64 all of a large model's would not fit.
+    parts = [_scores(np.asarray(rows, np.float64)) for rows in _pieces(logits.reshape(-1, logits.shape[-1]), 64)]
+    return tuple(np.concatenate(part).reshape(logits.shape[:-1]) for part in zip(*parts))
+
+
+def _pieces(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _scores(logits):
     top = logits.max(-1, keepdims=True)
     p = np.exp(logits - top)
     total = p.sum(-1, keepdims=True)
@@ -35,7 +45,7 @@ def scores(logits):
 
 
 def unmask(logits, tokens, mask_id, *, num_unmask=0, threshold=np.inf):
-    """logits float64 [V] per token [L]: the `num_unmask` most confident masks, or all above the threshold and at least one."""
+    """logits [L, V] of tokens [L]: the `num_unmask` most confident masks, or all above the threshold and at least one."""
     proposal, sure, *_ = scores(logits)
     sure = np.where(tokens == mask_id, sure, -np.inf)
     n = min(max(num_unmask, (sure > threshold).sum(), 1), (tokens == mask_id).sum())

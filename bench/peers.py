@@ -1,34 +1,49 @@
 """What one would use instead of our kernels: PyTorch's attention, and published samplers' steps rewritten from their semantics."""
 
 import functools
+import importlib
 import importlib.util
 
 import jax
 
 from bench.harness import Contender
 
-WHY_MISSING = {
-    "torch": "the Python package torch is not installed",
-    "tokamax": "the Python package tokamax is not installed",
-}
+PACKAGES = ("torch", "tokamax")
+
+
+@functools.cache
+def why_missing(package):
+    """None where `package` can be imported."""
+    if importlib.util.find_spec(package) is None:
+        return f"the Python package {package} is not installed"
+    try:
+        importlib.import_module(package)
+    except ImportError as error:  # as where a package that it needs is missing
+        return f"the Python package {package} cannot be imported: {error}"
+    return None
 
 
 def installed(package):
-    return importlib.util.find_spec(package) is not None
+    return why_missing(package) is None
 
 
 def torch_peer(function, prepare=None, compiled=False):
     """`function` on torch tensors that share the inputs' memory, through torch.compile if so; or the reason there is none."""
     if not installed("torch"):
-        return Contender(function, missing=WHY_MISSING["torch"])
+        return Contender(function, missing=why_missing("torch"))
     import torch
 
     def tensors(*inputs):
         shared = jax.tree.map(torch.from_dlpack, inputs)
         return shared if prepare is None else prepare(*shared)
 
+    # Loading torch's compiler takes ten seconds, so not before a contender asks for it.
+    @functools.cache
+    def compiler():
+        return torch.compile(function, dynamic=False)
+
     return Contender(
-        torch.compile(function, dynamic=False) if compiled else function, tensors, None, not compiled, compiled
+        (lambda *inputs: compiler()(*inputs)) if compiled else function, tensors, eager=not compiled, compiles=compiled
     )
 
 
@@ -55,21 +70,56 @@ def sdpa(query, key, value, mask=None, scale=None):
     return out.transpose(1, 2)
 
 
-def flex_attention(boolean):
-    """FlexAttention with the mask `boolean` [1, 1, T, S] as block mask, which is built beforehand; [B, T, N, H] tensors."""
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def with_mask(boolean):
+    """For `prepare`: the inputs and the mask `boolean()` [1, 1, T, S] or None, which is the same for all of them."""
 
-    visible = torch.from_dlpack(boolean)[0, 0]
-    blocks = create_block_mask(lambda b, h, t, s: visible[t, s], None, None, *visible.shape, device=visible.device)
+    @functools.cache
+    def mask():
+        import torch
 
-    def call(query, key, value):
+        return None if boolean() is None else torch.from_dlpack(boolean())
+
+    return lambda *inputs: (*inputs, mask())
+
+
+def flex_peer(bounds, keys):
+    """FlexAttention of [B, T, N, H] tensors with the intervals `bounds` [T, 2 or 4] of `keys` keys as block mask, built before."""
+
+    @functools.cache
+    def block_mask(device):
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        ends = torch.from_numpy(bounds.copy()).to(device)
+
+        def visible(b, h, t, s):
+            seen = (ends[t, 0] <= s) & (s < ends[t, 1])
+            return seen if bounds.shape[1] == 2 else seen | (ends[t, 2] <= s) & (s < ends[t, 3])
+
+        return create_block_mask(visible, None, None, len(bounds), keys, device=device)
+
+    def call(query, key, value, blocks):
+        from torch.nn.attention.flex_attention import flex_attention
+
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return flex_attention(*heads_first, block_mask=blocks, enable_gqa=query.shape[2] != key.shape[2]).transpose(
-            1, 2
-        )
+        grouped = query.shape[2] != key.shape[2]
+        return flex_attention(*heads_first, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
 
-    return call
+    return torch_peer(call, lambda *inputs: (*inputs, block_mask(inputs[0].device)), compiled=True)
+
+
+def why_no_attention(name):
+    """Why jax.nn's cuDNN, or tokamax, is no contender here; None where it is one."""
+    if name == "cuDNN" and jax.default_backend() != "gpu":
+        return "cuDNN needs an NVIDIA GPU"
+    return why_missing("tokamax") if name == "tokamax" else None
+
+
+def tokamax_attention(query, key, value, mask=None):
+    """The implementation that tokamax itself takes for the device."""
+    import tokamax
+
+    return tokamax.dot_product_attention(query, key, value, mask=mask)
 
 
 def llada_step(logits, tokens, *, mask_id, num_unmask, temperature=0.0, precision="float64"):

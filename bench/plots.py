@@ -85,34 +85,21 @@ def _ratios(plt, rows):
 
 def _sweeps(plt, rows):
     """Time against an axis, with the exponent of the fitted power."""
-    rows = [row for row in rows if row["sweep"]]
-    axes_names = list(dict.fromkeys((row["operation"], row["sweep"][0]) for row in rows))
-    if not axes_names:
+    found = report.sweeps(rows)
+    if not found:
         return None
-    figure, panels = plt.subplots(1, len(axes_names), figsize=(4 * len(axes_names), 3.2), squeeze=False)
-    for panel, (operation, axis) in zip(panels[0], axes_names):
-        group = [row for row in rows if (row["operation"], row["sweep"][0]) == (operation, axis)]
-        for name in dict.fromkeys(name for row in group for name in row["contenders"]):
-            points = sorted(
-                (row["sweep"][1], statistics.median(times))
-                for row in group
-                if (times := row["contenders"].get(name, {}).get("times"))
-            )
-            if points:
-                x, y = zip(*points)
-                panel.plot(x, [1e3 * t for t in y], "o-", label=f"{name}{_exponent(x, y)}", markersize=3)
+    columns = min(4, len(found))
+    lines = math.ceil(len(found) / columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), squeeze=False)
+    for panel in panels.flat[len(found) :]:
+        panel.set_axis_off()
+    for panel, (operation, axis, curves) in zip(panels.flat, found):
+        for name, (x, y, exponent) in curves.items():
+            panel.plot(x, [1e3 * t for t in y], "o-", label=f"{name} ~ x^{exponent:.2f}", markersize=3)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms", title=operation)
-        points = sorted(row["sweep"][1] for row in group)
+        points = sorted({point for x, _, _ in curves.values() for point in x})
         panel.set_xticks(points, [f"{x}" for x in points], rotation=30)
         panel.minorticks_off()
         panel.legend(fontsize=6)
     figure.tight_layout()
     return figure
-
-
-def _exponent(x, y):
-    """~ x^p by least squares of the logarithms, where there are two points."""
-    if len(x) < 2:
-        return ""
-    slope, _ = statistics.linear_regression([math.log(a) for a in x], [math.log(b) for b in y])
-    return f" ~ x^{slope:.2f}"

@@ -1,6 +1,7 @@
-"""Results files as tables, the README's block, and the comparison of two of them."""
+"""Results files as tables, and the README's block."""
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -61,32 +62,104 @@ def line(row, rates):
     return parts[0] + " " + ", ".join(parts[1:]) + ("" if share is None else f"; {share:.0%} of roofline")
 
 
-def table(rows, full=False):
-    """Markdown: time (median, min to max), each peer's time over ours, share of the roofline, peak memory, first calls."""
+def table(rows):
+    """Markdown: time (median, min to max), each peer's time over ours, share of the roofline, peak memory."""
     lines = []
     for operation in dict.fromkeys(row["operation"] for row in rows):
         group = [row for row in rows if row["operation"] == operation]
         names = list(dict.fromkeys(name for row in group for name in peers_of(row)))
-        titles = ["case", "time", *(f"{name} / ours" for name in names), "roofline"]
-        titles += ["tokens/s"] * (operation == "end_to_end")
-        titles += ["memory, ours / jnp", "first call, ours / jnp"] * full
-        lines += ["", f"### {operation}", "", _cells(titles), "|---" * len(titles) + "|"]
+        decodes = any(row["tokens"] for row in group)
+        titles = ["case", "time", *(f"{name} / ours" for name in names), "roofline", "memory: ours, jnp"]
+        lines += ["", f"### {operation}", ""] + _header(titles + ["tokens/s"] * decodes)
         for row in group:
             ours, jnp = (row["contenders"][name] for name in (base(row), "jnp"))
-            share = roofline(row, row["rates"])
             cells = [
                 row["case"],
                 _times(ours) + " (jnp)" * (base(row) == "jnp"),
                 *(_ratio(row, name) for name in names),
+                _share(row),
+                f"{_memory(ours)}, {_memory(jnp)}",
             ]
-            cells += ["–" if share is None else f"{share:.0%}"]
-            if operation == "end_to_end":
+            if decodes:
                 times = ours.get("times")
                 cells += [f"{row['tokens'] / statistics.median(times):.3g}" if times and row["tokens"] else "–"]
-            if full:
-                cells += [f"{_memory(ours)} / {_memory(jnp)}", f"{_first_call(ours)} / {_first_call(jnp)}"]
             lines.append(_cells(cells))
     return "\n".join(lines[1:]) + "\n"
+
+
+def headlines(rows):
+    """Markdown: the few cases that tell most, each with all of its peers in one cell."""
+    lines = _header(["", "case", "time", "a peer's time / ours", "roofline"])
+    for row in rows:
+        if row.get("headline"):
+            against = ", ".join(f"{name} {_ratio(row, name)}" for name in peers_of(row) if ratios(row, name))
+            time = _times(row["contenders"][base(row)])
+            lines.append(_cells([row["operation"], row["case"], time, against, _share(row)]))
+    return "\n".join(lines) + "\n"
+
+
+def compiling(rows):
+    """Markdown: what the first call costs: JAX compiles before it, torch within it, and eager torch not at all."""
+    rows = [row for row in rows if not row["sweep"] and any("compile" in result for result in row["contenders"].values())]
+    names = [name for name in (OURS, "jnp", "torch.compile", "FlexAttention") if any(name in row["contenders"] for row in rows)]
+    lines = _header(["", "case", *(f"{name}: compile + first call" for name in names)])
+    for row in rows:
+        cells = [_first_call(row["contenders"].get(name, {})) for name in names]
+        lines.append(_cells([row["operation"], row["case"], *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def sweeps(rows):
+    """[(operation, axis, {contender: (points, seconds, exponent of the power that fits best)})]."""
+    found = []
+    for operation, axis in dict.fromkeys((row["operation"], row["sweep"][0]) for row in rows if row["sweep"]):
+        group = [row for row in rows if row["sweep"] and (row["operation"], row["sweep"][0]) == (operation, axis)]
+        curves = {}
+        for name in dict.fromkeys(name for row in group for name in row["contenders"]):
+            points = sorted(
+                (row["sweep"][1], statistics.median(times))
+                for row in group
+                if (times := row["contenders"].get(name, {}).get("times"))
+            )
+            if len(points) > 1:
+                x, y = zip(*points)
+                curves[name] = x, y, statistics.linear_regression([*map(math.log, x)], [*map(math.log, y)]).slope
+        if curves:
+            found.append((operation, axis, curves))
+    return found
+
+
+def scaling(rows):
+    """Markdown: the exponent of each sweep by least squares of the logarithms: 1 is cost in proportion, 0 is none."""
+    lines = _header(["", "axis", "points", "cost in proportion to the axis to the power"])
+    for operation, axis, curves in sweeps(rows):
+        points = next(iter(curves.values()))[0]
+        fits = ", ".join(f"{name} {exponent:.2f}" for name, (_, _, exponent) in curves.items())
+        lines.append(_cells([operation, axis, " ".join(map(str, points)), fits]))
+    return "\n".join(lines) + "\n"
+
+
+def passes(rows):
+    """Markdown: where a pass's time goes, and what a pass of all layers would take, were the others like those measured."""
+    lines = _header(["one pass of", "layers", "head", "unmask", "all layers", "share of the layers", "tokens/s at 8 tokens a pass"])
+    parts = {}
+    for row in rows:
+        if (part := row.get("component")) and (times := row["contenders"][base(row)].get("times")):
+            parts.setdefault(part["body"], {})[part["part"]] = statistics.median(times), part
+    for body, found in parts.items():
+        if len(found) < 3:
+            continue
+        (layers, part), (head, _), (unmask, _) = (found[name] for name in ("layers", "head", "unmask"))
+        scale = part["whole"] / part["layers"]
+        total = scale * layers + head + unmask
+        measured = f"extrapolated from {part['layers']} of {part['whole']}" if scale > 1 else "measured"
+        cells = [f"{body}, {part['block']} tokens", *map(_seconds, (layers, head, unmask)), f"{_seconds(total)} ({measured})"]
+        lines.append(_cells([*cells, f"{scale * layers / total:.0%}", f"{8 / total:.3g}"]))
+    return "\n".join(lines) + "\n"
+
+
+def _header(titles):
+    return [_cells(titles), "|---" * len(titles) + "|"]
 
 
 def _cells(texts):
@@ -94,8 +167,14 @@ def _cells(texts):
 
 
 def _first_call(result):
-    """Compiling included."""
-    return _seconds(result["first_call"]) if "first_call" in result else "–"
+    if "compile" not in result:
+        return "–"
+    return f"{_seconds(result['compile'])} + {_seconds(result['first_call'])}"
+
+
+def _share(row):
+    share = roofline(row, row["rates"])
+    return "–" if share is None else f"{share:.0%}"
 
 
 def _times(result):
@@ -130,41 +209,42 @@ def slower_than_best_peer(rows):
     return found
 
 
-def notes(rows):
-    """What the table leaves out: who was missing or wrong, and where we lose."""
+def losses(rows):
+    """Every row that is slower than its fastest peer."""
     lines = [
         f"- {row['operation']}, {row['case']}: {name} {1 / ratio:.2f}x faster than ours"
         for row, name, ratio in slower_than_best_peer(rows)
     ]
-    text = (
-        "Slower than the fastest peer:\n\n" + "\n".join(lines) + "\n"
-        if lines
-        else "No case is slower than its fastest peer.\n"
-    )
+    if not lines:
+        return "No case is slower than its fastest peer.\n"
+    return f"Slower than the fastest peer, {len(lines)} of {len(rows)} cases:\n\n" + "\n".join(lines) + "\n"
+
+
+def absences(rows):
+    """Who is missing in which cases, and why; who gave a wrong result is, too."""
     reasons = {}
     for row in rows:
         for name, result in row["contenders"].items():
             if "missing" in result:
                 reasons.setdefault((name, result["missing"]), []).append(f"{row['operation']}, {row['case']}")
-    if reasons:
-        text += "\nNot measured:\n\n" + "\n".join(
-            f"- {name}: {reason} ({cases[0]}{f' and {len(cases) - 1} more' if len(cases) > 1 else ''})"
-            for (name, reason), cases in reasons.items()
-        )
-        text += "\n"
-    return text
+    lines = [
+        f"- {name}: {reason} ({cases[0]}{f' and {len(cases) - 1} more' if len(cases) > 1 else ''})"
+        for (name, reason), cases in reasons.items()
+    ]
+    return "Not measured:\n\n" + "\n".join(lines) + "\n" if lines else "Every peer ran in every case.\n"
 
 
 def head(result):
-    about = result["machine"]
-    rates = {name: max(row["rates"][name] for row in result["rows"]) for name in result["rows"][0]["rates"]}
+    about, rows = result["machine"], result["rows"]
+    rates = {name: max(row["rates"][name] for row in rows) for name in rows[0]["rates"]}
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))
-    plain = any(base(row) == "jnp" for row in result["rows"])
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    plain = any(base(row) == "jnp" for row in rows)
     return (
         f"{about['kind']}, {about['threads']} threads; {versions}; commit {commits}.\n"
-        f"Measured in the same run: read {rates['read'] / 1e9:.1f} GB/s, copy {rates['copy'] / 1e9:.1f} GB/s, "
-        f"products float32 {rates['float32'] / 1e9:.0f} and bfloat16 {rates['bfloat16'] / 1e9:.0f} GFLOP/s.\n"
+        f"Ceilings, measured in the same run: read {rates['read'] / 1e9:.1f} GB/s, copy {rates['copy'] / 1e9:.1f} GB/s, "
+        f"products float32 {rates['float32'] / 1e9:.0f} and bfloat16 {rates['bfloat16'] / 1e9:.0f} GFLOP/s (the best that any "
+        f"contender or a bare product reached).\n"
         + "Times marked (jnp): our kernel did not run, and the package's plain jax.numpy version stands in its place.\n"
         * plain
         + "".join(f"Missing peer: {reason}.\n" for reason in result["missing"].values())
@@ -179,24 +259,32 @@ def write(path):
     result = load(path)
     names = plots.draw(result, path.with_suffix(""))
     images = "".join(f"![{name}]({path.stem}/{name}.svg)\n" for name in names)
-    text = f"# {path.stem}\n\n{head(result)}\n{table(result['rows'], full=True)}\n{notes(result['rows'])}\n{images}"
+    rows = result["rows"]
+    text = (
+        f"# {path.stem}\n\n{head(result)}\n{table(rows)}\n"
+        f"## Slower than a peer, or without one\n\n{losses(rows)}\n{absences(rows)}\n"
+        f"## Where a pass's time goes\n\n{passes(rows)}\n"
+        f"## Cost against size\n\n{scaling(rows)}\n## The first call\n\n{compiling(rows)}\n{images}"
+    )
     path.with_suffix(".md").write_text(text)
     return path.with_suffix(".md")
 
 
 def readme_block():
-    """The README's results: for each results file the main cases, where we lose, and a link to all the rest."""
+    """The README's results: for each results file the headlines, where we lose, and a link to all the rest."""
     parts = [BEGIN]
     for path in sorted(RESULTS.glob("*.json")):
         if path.stem.endswith("-quick"):
             continue
         result = load(path)
-        parts.append(
-            f"{head(result)}\nRatios are the peer's time over ours in the same round, interleaved in one process.\n"
-        )
-        parts.append(table([row for row in result["rows"] if not row["sweep"]]))
-        parts.append(notes(result["rows"]))
-        parts.append(f"All cases, with plots: [{path.stem}](bench/results/{path.stem}.md)\n")
+        parts += [
+            head(result),
+            "Ratios are medians over rounds in which all contenders ran on the same inputs: above 1 ours is faster.\n",
+            headlines(result["rows"]),
+            losses(result["rows"]),
+            f"All {len(result['rows'])} cases, with memory, plots and the cost of the first call: "
+            f"[{path.stem}](bench/results/{path.stem}.md)\n",
+        ]
     return "\n".join([*parts, END])
 
 
@@ -206,41 +294,3 @@ def rewrite_readme(path=machine.ROOT / "README.md"):
     if not re.search(pattern, text, re.DOTALL):
         raise SystemExit(f"{path.name}: expected the lines {BEGIN!r} and {END!r}")
     path.write_text(re.sub(pattern, lambda _: readme_block(), text, flags=re.DOTALL))
-
-
-def compare(before, after):
-    """(text, whether something is slower): changes of our times beyond noise.
-
-    The measure is our time over the fastest peer's of the same round, where both files have that peer, since that does not change
-    when the machine is busy or another one; else our time itself. Beyond noise: the quartiles do not overlap, and by over 3%.
-    """
-    old = {(row["operation"], row["case"]): row for row in before["rows"]}
-    lines, slower = [], False
-    for row in after["rows"]:
-        name = (row["operation"], row["case"])
-        if name not in old or not (pair := _comparable(old[name], row)):
-            lines.append(f"{', '.join(name)}: not in both")
-            continue
-        what, a, b = pair
-        change = statistics.median(b) / statistics.median(a) - 1
-        (a1, a3), (b1, b3) = _quartiles(a), _quartiles(b)
-        if abs(change) > 0.03 and (b1 > a3 or b3 < a1):
-            slower |= change > 0
-            lines.append(f"{', '.join(name)}: {'SLOWER' if change > 0 else 'faster'} by {abs(change):.1%} ({what})")
-    return "\n".join(lines) or "no change beyond noise", slower
-
-
-def _comparable(old, new):
-    shared = [name for name in peers_of(new) if name in old["contenders"] and ratios(old, name) and ratios(new, name)]
-    if shared:
-        best = max(shared, key=lambda name: statistics.median(1 / r for r in ratios(old, name)))
-        return f"against {best}", [1 / r for r in ratios(old, best)], [1 / r for r in ratios(new, best)]
-    times = [row["contenders"][base(row)].get("times") for row in (old, new)]
-    return ("time", *times) if all(times) else None
-
-
-def _quartiles(values):
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third

@@ -2,45 +2,65 @@
 
 import gc
 import json
+import os
 import time
 
 from bench import attention, cross_entropy, end_to_end, guidance, harness, lm_head, machine, peers, report, unmask
 
 OPERATIONS = (attention, unmask, lm_head, guidance, cross_entropy, end_to_end)
+# To aim for. None is the device's usual run: a CPU leaves out what is too large for it, the others leave out nothing.
+MINUTES = {"quick": 2, None: 12, "full": 60}
 
 
-def run(quick, only, minutes, out):
+def run(grid, only, minutes, out):
     """Writes the results file, its table and its plots; the exit status is 1 where our own kernel gave no valid time."""
-    path = out or report.RESULTS / f"{machine.device_name()}{'-quick' * quick}.json"
-    cases = [case for module in OPERATIONS for case in module.cases(quick)]
-    if only:
-        cases = [case for case in cases if only.lower() in f"{case.operation} {case.name}".lower()]
-    kept = report.load(path)["rows"] if only and path.exists() else []
+    minutes = minutes or MINUTES[grid]
+    grid = grid or ("main" if machine.platform_name() == "cpu" else "full")
+    path = out or report.RESULTS / f"{machine.device_name()}{'-quick' * (grid == 'quick')}.json"
+    every = [case for module in OPERATIONS for case in module.cases()]
+    cases = [case for case in harness.chosen(every, grid) if (only or "").lower() in f"{case.operation} {case.name}".lower()]
+    # Until a case has run anew its row of before stays, so that a run that is stopped loses nothing.
+    known = {(case.operation, case.name) for case in every}
+    rows = [row for row in report.load(path)["rows"] if key(row) in known] if path.exists() else []
     ran, rates, failed = [], {}, False
-    end = time.monotonic() + 60 * minutes
+    commit, end = machine.commit(), time.monotonic() + 60 * minutes
     for i, case in enumerate(cases):
+        if time.monotonic() > end:
+            print(f"{case.operation}: {case.name}: left out, the time is up", flush=True)
+            continue
         # The ceilings move with whatever else the machine does, so they are measured again and again, and the best one holds.
-        if i % 8 == 0:
+        if i % 10 == 0:
             rates = _greatest(machine.rates(), rates)
         # Half of the time left goes into rounds; compiling, checking and making inputs take the other half.
         seconds = max(0.5, 0.5 * (end - time.monotonic()) / (len(cases) - i))
-        row = harness.measure(case, seconds, quick) | dict(commit=machine.commit())
+        began = time.monotonic()
+        try:
+            row = harness.measure(case, seconds, grid == "quick") | dict(commit=commit)
+        except (MemoryError, RuntimeError) as failure:  # as for inputs that do not fit
+            print(f"{case.operation}: {case.name}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+            failed = True
+            continue
+        rates = _greatest(harness.achieved(row), rates)
         ran = [dict(each, rates=rates) for each in [*ran, row]]
-        # After every case: what was measured must not be lost with what comes next.
-        _write(path, kept, ran)
+        _write(path, [row for row in rows if key(row) not in map(key, ran)] + ran)
         failed |= "missing" in row["contenders"][harness.OURS]
-        print(report.line(row, rates), flush=True)
+        print(f"{report.line(row, rates)} [{time.monotonic() - began:.1f} s]", flush=True)
         gc.collect()
     print(f"{path}\n{report.write(path)}")
     return int(failed)
 
 
-def _write(path, kept, ran):
-    names = {(row["operation"], row["case"]) for row in ran}
-    rows = [row for row in kept if (row["operation"], row["case"]) not in names] + ran
+def key(row):
+    return row["operation"], row["case"]
+
+
+def _write(path, rows):
     result = dict(machine=machine.describe(), missing=_missing(), rows=sorted(rows, key=_order))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    # A file that is replaced whole: a run killed while it writes leaves the one of before.
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    os.replace(part, path)
 
 
 def _order(row):
@@ -48,11 +68,11 @@ def _order(row):
 
 
 def _greatest(new, old):
-    return {name: max(rate, old.get(name, 0)) for name, rate in new.items()}
+    return old | {name: max(rate, old.get(name, 0)) for name, rate in new.items()}
 
 
 def _missing():
-    return {name: reason for name, reason in peers.WHY_MISSING.items() if not peers.installed(name)}
+    return {name: reason for name in peers.PACKAGES if (reason := peers.why_missing(name))}
 
 
 def _rounded(value):

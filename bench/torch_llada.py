@@ -47,10 +47,12 @@ def generate_autoregressive(config, params, prompt, *, length):
 def forward(config, params, tokens, cache=None, at=0):
     """tokens [B, L] at positions at, at + 1, ... -> logits [B, L, V]. With a cache (a list that it fills) attention is causal."""
     c, (b, length) = config, tokens.shape
-    position = torch.arange(at, at + length, dtype=torch.float32)
-    frequency = c.rope_theta ** (-torch.arange(0, c.head_size, 2, dtype=torch.float32) / c.head_size)
+    on_device = dict(dtype=torch.float32, device=tokens.device)
+    position = torch.arange(at, at + length, **on_device)
+    frequency = c.rope_theta ** (-torch.arange(0, c.head_size, 2, **on_device) / c.head_size)
     angle = torch.outer(position, frequency)[:, None]
     x = params["embed"][tokens]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     for i in range(c.layers):
         p = {
             name.removeprefix(f"layers.{i}."): array
@@ -59,13 +61,13 @@ def forward(config, params, tokens, cache=None, at=0):
         }
         h = rms_norm(x, (c.d_model,), p["attention_norm"], c.rms_norm_eps)
         query, key, value = (_heads(c, p, name, h) for name in ("query", "key", "value"))
-        query, key = (_rotate(y, angle.cos(), angle.sin()) for y in (query, key))
+        query, key = (_rotate(y, cos, sin) for y in (query, key))
         mask = None
         if cache is not None:
             if cache[i] is not None:
                 key, value = (torch.cat(pair, 1) for pair in zip(cache[i], (key, value)))
             cache[i] = key, value
-            mask = torch.ones(length, key.shape[1], dtype=torch.bool).tril(key.shape[1] - length)
+            mask = torch.ones(length, key.shape[1], dtype=torch.bool, device=tokens.device).tril(key.shape[1] - length)
         x = x + peers.sdpa(query, key, value, mask).reshape(b, length, -1) @ p["out"]
         h = rms_norm(x, (c.d_model,), p["ffn_norm"], c.rms_norm_eps)
         x = x + (silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dlm_kernels
-from bench import harness, machine, peers, report, suite, unmask
+from bench import comparison, harness, machine, peers, report, suite, unmask
 from bench.harness import OURS, Case, Contender
 from dlm_kernels.denoiser import model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
@@ -23,8 +23,8 @@ def test_every_case_has_its_own_name_and_starts_with_ours():
     assert len({(case.operation, case.name) for case in cases}) == len(cases)
     for case in cases:
         assert list(case.contenders)[:2] == [OURS, "jnp"]
-    for module in suite.OPERATIONS:
-        assert {case.name for case in module.cases(quick=True)} <= {case.name for case in module.cases()}
+    names = [{(case.operation, case.name) for case in harness.chosen(cases, grid)} for grid in ("quick", "main", "full")]
+    assert set() < names[0] < names[1] < names[2] and len(names[2]) == len(cases)
 
 
 def test_error_sees_every_kind_of_difference():
@@ -96,7 +96,7 @@ def result(ours, theirs):
     ],
 )
 def test_compare_tells_what_changed_beyond_noise(ours, theirs, slower, word):
-    text, found = report.compare(result([1.0, 1.02, 0.98], [2.0, 2.0, 2.0]), result(ours, theirs))
+    text, found = comparison.compare(result([1.0, 1.02, 0.98], [2.0, 2.0, 2.0]), result(ours, theirs))
     assert word in text and found == slower
 
 
