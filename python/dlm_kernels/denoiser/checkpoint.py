@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 from tokenizers import Tokenizer
 
-from dlm_kernels.denoiser import model
+from dlm_kernels.denoiser import model, pretrained
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 SHIPPED = pathlib.Path(__file__).parent / "weights"
@@ -34,14 +34,20 @@ def save(directory, config, params, tokenizer, *, dtype=jnp.bfloat16):
 
 
 def load(directory=SHIPPED, *, dtype=None):
-    """(config, params, tokenizer) of a checkpoint directory; `dtype` converts the parameters.
+    """(config, params, tokenizer) of a checkpoint directory, ours or a published one (see `pretrained`); `dtype` converts.
 
     Raises ValueError where there is none, or a parameter is missing, unknown, or of another shape than the config says.
     """
     directory = pathlib.Path(directory)
     if not (directory / "config.json").exists():
         raise ValueError(f"{directory}: no checkpoint is there")
-    config = DenoiserConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    config = json.loads((directory / "config.json").read_text())
+    if not (directory / "tokenizer.json").exists():
+        raise ValueError(f"{directory}: expected a tokenizer.json; a fast tokenizer's save_pretrained writes one")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    if pretrained.architecture(config):
+        return *pretrained.load(directory, config, dtype=dtype), tokenizer
+    config = DenoiserConfig.from_dict(config)
     arrays = safetensors.numpy.load_file(directory / "model.safetensors")
     shapes = model.parameter_shapes(config)
     if arrays.keys() != shapes.keys():
@@ -50,7 +56,7 @@ def load(directory=SHIPPED, *, dtype=None):
         if arrays[name].shape != shape:
             raise ValueError(f"{directory}: {name}: expected shape {shape}, got {arrays[name].shape}")
     params = {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
-    return config, params, Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return config, params, tokenizer
 
 
 def save_state(path, state, progress):

@@ -78,6 +78,8 @@ def empty_cache(config, batch, length, dtype):
 def cached_states(config, params, tokens, cache, at, *, positions, mask, implementation=None):
     """`hidden_states` of a window of a longer sequence, whose other keys and values are in the cache.
 
+    Where the config is `shifted` the window's first state is wrong, unless its position is 0: it lies in the column before.
+
     tokens int32 [B, T], the window; at int32 [B], its first column in row b of the cache (at + T within the cache); mask gives
     the columns that each query sees, over all of the cache. The window's keys (after RoPE) and values replace what the
     cache held there. Returns ([B, T, d_model], the new cache).
@@ -142,6 +144,8 @@ def _states(config, params, tokens, positions, attend, embedded=None):
         x = x + mixed.reshape(b, length, -1) @ p["out"]
         h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
         x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+    if config.shifted:
+        x = jnp.where(positions[..., None] == 0, x, jnp.concatenate([x[:, :1], x[:, :-1]], axis=1))
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 

@@ -112,7 +112,7 @@ def decode(
         tokens and masks this share of the decoded ones anew, at least one, the least confident (when written) first.
       guidance_refresh: compute the unconditional stream anew in every so many passes of a block only, and keep its hidden states
         for those between. Default: every pass, in one batch with the conditional stream.
-      banned_tokens: int32 [M], never chosen. The mask and pad tokens always are.
+      banned_tokens: int32 [M], never chosen. The mask always is, and the pad unless it is end-of-text too.
       logit_bias: [V], added to the logits, after guidance; finite, and rounded to the parameters' dtype.
       classifier, classifier_scale: guidance towards what a `classifier.Classifier` takes for wanted, whose log p counts
         classifier_scale times, a scalar or [B]; a forward and a backward pass more, over the whole canvas. For tied embeddings.
@@ -174,8 +174,7 @@ def decode(
         raise ValueError(f"guidance_scale: expected a scalar, [{b}] or {[b, length]}, got {list(jnp.shape(guidance_scale))}")
     if logit_bias is not None and jnp.shape(logit_bias) != (config.vocab,):
         raise ValueError(f"logit_bias: expected shape [{config.vocab}], got {list(jnp.shape(logit_bias))}")
-    banned = [] if banned_tokens is None else banned_tokens
-    banned = jnp.concatenate([jnp.asarray([config.mask_id, config.pad_id]), jnp.asarray(banned, jnp.int32)])
+    banned = banned_ids(config, banned_tokens)
     data = rules | further | dict(
         steps=steps,
         edit_threshold=edit_threshold,
@@ -194,6 +193,12 @@ def decode(
     )
     static = _Static(config, min(block, length), confidence, remask_rule, attend, bool(cache), implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
+
+
+def banned_ids(config, more=None):
+    """int32: what no model here may write, and `more`. Where one id is pad and end-of-text at once it is banned as neither."""
+    own = [config.mask_id] + [config.pad_id] * (config.pad_id != config.eos_id)
+    return jnp.concatenate([jnp.asarray(own, jnp.int32), jnp.asarray([] if more is None else more, jnp.int32)])
 
 
 def _untouched(config, tokens):
@@ -375,7 +380,7 @@ def _window_states(static, params, data, before, index, step, cache, tokens, sta
 
     def window(size):
         """Computes `size` columns up to the end of the window."""
-        size = min(size, length)
+        size = min(size + config.shifted, length)
 
         def run(cache):
             begin = jnp.clip(at + block - size, 0, length - size)

@@ -42,7 +42,7 @@ def decode(
     b, length = tokens.shape
     columns = dict(start=start, first=first, stop=length if stop is None else stop)
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
-    banned = jnp.asarray([config.mask_id, config.pad_id, *([] if banned_tokens is None else banned_tokens)], jnp.int32)
+    banned = sampler.banned_ids(config, banned_tokens)
     static = (config, min(block, length), drafts + 1, implementation)
     return _decode(static, params, drafter, tokens, columns, jnp.asarray(steps, jnp.int32), banned, stop_at)
 

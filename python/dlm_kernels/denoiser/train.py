@@ -1,4 +1,4 @@
-"""Trains a denoiser: absorbing masks at every ratio, AdamW, and a state on disk that a kill at any moment leaves whole."""
+"""Trains a denoiser: absorbing masks at every ratio, Muon, and a state on disk that a kill at any moment leaves whole."""
 
 import dataclasses
 import functools
@@ -140,12 +140,28 @@ def block_loss(config, params, tokens, key, block_size, *, least_ratio=0.0, impl
 
 
 def optimizer(train):
-    """AdamW without its learning rate, which the loop gives each step as data: it may follow the clock."""
-    import optax
+    """Muon for the layers' matrices and Adam for the rest, with decoupled weight decay; without the learning rate, which the loop
+    gives each step as data, because it may follow the clock.
 
+    Muon's updates are scaled to the size of Adam's, so that one learning rate serves both. Source: Jordan et al. 2024,
+    Liu et al. 2025.
+    """
+    import optax
+    import optax.contrib
+
+    def kinds(params):
+        return {name: "matrix" if name.startswith("layers.") and x.ndim == 2 else "other" for name, x in params.items()}
+
+    def like_adam(updates, params):
+        return jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates)
+
+    def axes(updates):
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
+
+    matrix = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless(like_adam))
     return optax.chain(
         optax.clip_by_global_norm(train.clip),
-        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.partition({"matrix": matrix, "other": optax.scale_by_adam(b1=0.9, b2=0.95)}, kinds),
         optax.add_decayed_weights(train.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
     )
 

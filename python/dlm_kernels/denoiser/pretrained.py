@@ -1,0 +1,152 @@
+"""Published checkpoints, read from their own safetensors under their own names: LLaDA's and Dream's.
+
+To add an architecture: its names, and a function from its config.json to a DenoiserConfig that refuses what `model` does not
+compute.
+"""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import safetensors
+
+from dlm_kernels.denoiser import model
+from dlm_kernels.denoiser.config import DenoiserConfig
+
+# Our name -> theirs; {i} is the layer. Their matrices are [out, in], ours [in, out].
+LLADA = {
+    "embed": "model.transformer.wte.weight",
+    "final_norm": "model.transformer.ln_f.weight",
+    "head": "model.transformer.ff_out.weight",
+    "attention_norm": "model.transformer.blocks.{i}.attn_norm.weight",
+    "query": "model.transformer.blocks.{i}.q_proj.weight",
+    "key": "model.transformer.blocks.{i}.k_proj.weight",
+    "value": "model.transformer.blocks.{i}.v_proj.weight",
+    "query_bias": "model.transformer.blocks.{i}.q_proj.bias",
+    "key_bias": "model.transformer.blocks.{i}.k_proj.bias",
+    "value_bias": "model.transformer.blocks.{i}.v_proj.bias",
+    "out": "model.transformer.blocks.{i}.attn_out.weight",
+    "ffn_norm": "model.transformer.blocks.{i}.ff_norm.weight",
+    "gate": "model.transformer.blocks.{i}.ff_proj.weight",
+    "up": "model.transformer.blocks.{i}.up_proj.weight",
+    "down": "model.transformer.blocks.{i}.ff_out.weight",
+}
+DREAM = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "attention_norm": "model.layers.{i}.input_layernorm.weight",
+    "query": "model.layers.{i}.self_attn.q_proj.weight",
+    "key": "model.layers.{i}.self_attn.k_proj.weight",
+    "value": "model.layers.{i}.self_attn.v_proj.weight",
+    "query_bias": "model.layers.{i}.self_attn.q_proj.bias",
+    "key_bias": "model.layers.{i}.self_attn.k_proj.bias",
+    "value_bias": "model.layers.{i}.self_attn.v_proj.bias",
+    "out": "model.layers.{i}.self_attn.o_proj.weight",
+    "ffn_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "gate": "model.layers.{i}.mlp.gate_proj.weight",
+    "up": "model.layers.{i}.mlp.up_proj.weight",
+    "down": "model.layers.{i}.mlp.down_proj.weight",
+}
+
+
+def llada_config(given):
+    """LLaDA's config.json, a dict, as a DenoiserConfig. Source: GSAI-ML/LLaDA-8B-Base and -Instruct, LLaDA 1.5."""
+    fixed = dict(
+        block_type="llama", layer_norm_type="rms", activation_type="silu", rope=True, include_bias=False, alibi=False,
+        scale_logits=False, input_emb_norm=False, attention_layer_norm=False,
+    )  # fmt: skip
+    _refuse(given, fixed)
+    return DenoiserConfig(
+        layers=given["n_layers"],
+        d_model=given["d_model"],
+        heads=given["n_heads"],
+        kv_heads=given.get("n_kv_heads") or given["n_heads"],
+        head_size=given["d_model"] // given["n_heads"],
+        ffn=given["mlp_hidden_size"],
+        vocab=given.get("embedding_size") or given["vocab_size"],
+        rope_theta=given["rope_theta"],
+        rms_norm_eps=given["rms_norm_eps"],
+        qk_norm=False,
+        qkv_bias=bool(given.get("include_qkv_bias")),
+        tie_embeddings=given["weight_tying"],
+        pad_id=given["pad_token_id"],
+        eos_id=given["eos_token_id"],
+        mask_id=given["mask_token_id"],
+    )
+
+
+def dream_config(given):
+    """Dream's config.json, a dict, as a DenoiserConfig. Source: Dream-org/Dream-v0-Base-7B and -Instruct-7B."""
+    _refuse(given, dict(hidden_act="silu", rope_scaling=None, use_sliding_window=False))
+    return DenoiserConfig(
+        layers=given["num_hidden_layers"],
+        d_model=given["hidden_size"],
+        heads=given["num_attention_heads"],
+        kv_heads=given["num_key_value_heads"],
+        head_size=given["hidden_size"] // given["num_attention_heads"],
+        ffn=given["intermediate_size"],
+        vocab=given["vocab_size"],
+        rope_theta=given["rope_theta"],
+        rms_norm_eps=given["rms_norm_eps"],
+        qk_norm=False,
+        qkv_bias=True,
+        tie_embeddings=given["tie_word_embeddings"],
+        shifted=True,
+        pad_id=given["pad_token_id"],
+        eos_id=given["eos_token_id"],
+        mask_id=given["mask_token_id"],
+    )
+
+
+ARCHITECTURES = {"llada": (llada_config, LLADA), "dream": (dream_config, DREAM)}
+
+
+def architecture(config):
+    """The entry of ARCHITECTURES that a config.json names, or None for one of this package's own."""
+    return ARCHITECTURES.get(str(config.get("model_type")).lower())
+
+
+def load(directory, config, *, dtype=None):
+    """(DenoiserConfig, params) of a published checkpoint; config: its config.json. `dtype` converts, None keeps what is stored.
+
+    Reads one tensor at a time, from model.safetensors or from the shards that model.safetensors.index.json lists. Raises ValueError
+    where the config asks for what `model` does not compute, or a parameter is missing or of another shape.
+    """
+    directory = pathlib.Path(directory)
+    to_config, names = architecture(config)
+    try:
+        ours = to_config(config)
+    except KeyError as error:
+        raise ValueError(f"{directory}/config.json: expected {error}, got none") from None
+    tensor, params = _tensors(directory), {}
+    for name, shape in model.parameter_shapes(ours).items():
+        _, i, part = name.split(".") if name.startswith("layers.") else (None, None, name)
+        array = jnp.asarray(tensor(names[part].format(i=i)), dtype)
+        params[name] = array.T if array.ndim == 2 and i is not None else array
+        if params[name].shape != shape:
+            raise ValueError(f"{directory}: {name}: expected shape {shape}, got {params[name].shape}")
+    return ours, params
+
+
+def _tensors(directory):
+    """A function from a name to its tensor, in whichever of the files it is; each is mapped once, not read."""
+    index, files = directory / "model.safetensors.index.json", {}
+    where = json.loads(index.read_text())["weight_map"] if index.exists() else None
+
+    def tensor(name):
+        file = "model.safetensors" if where is None else where.get(name)
+        if file and file not in files:
+            files[file] = safetensors.safe_open(directory / file, framework="numpy")
+        if not file or name not in files[file].keys():
+            raise ValueError(f"{directory}: expected a parameter {name}, got none")
+        return files[file].get_tensor(name)
+
+    return tensor
+
+
+def _refuse(given, fixed):
+    """Absent keys are as `model` has them; a value that it does not compute would only show as nonsense."""
+    for name, value in fixed.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"config.json: {name}: expected {value}, the only one computed here, got {given[name]}")
