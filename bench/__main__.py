@@ -1,10 +1,10 @@
-"""python -m bench [--quick | --full] [--only NAME] | report FILE | readme | compare A B"""
+"""python -m bench [--quick | --full] [--only NAME] | report FILE | readme | compare A B | tpu-schedule"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from bench import comparison, report, suite
+from bench import comparison, report, suite, tpu_schedule
 
 
 def main(arguments=None):
@@ -25,9 +25,14 @@ def main(arguments=None):
     compare = commands.add_parser("compare", help="what became slower or faster beyond noise; exit status 1 if slower")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
+    static = commands.add_parser("tpu-schedule", help="static cycles of the TPU kernels and their peers, by libtpu, without a TPU")
+    static.add_argument("--chip", choices=[*tpu_schedule.HARDWARE, "all"], default="all")
+    static.add_argument("--only", metavar="NAME", help="cases whose name contains NAME; printed, not written")
     chosen = parser.parse_args(arguments)
     if chosen.command == "report":
         print(report.write(chosen.file))
+    elif chosen.command == "tpu-schedule":
+        return tpu_schedule.main(chosen.chip, chosen.only)
     elif chosen.command == "readme":
         report.rewrite_readme()
     elif chosen.command == "compare":

@@ -1,0 +1,309 @@
+"""python -m bench tpu-schedule: what the TPU's compiler makes of our kernels, of JAX's and of XLA's own code, without a TPU.
+
+Each contender is compiled by libtpu for the chip; bench/tpu_bundles.py counts its static cycles. They are no measurement.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import tpu_bundles
+from dlm_kernels.pallas_kernels import chips
+from dlm_kernels.xla import attention as xla_attention
+from dlm_kernels.xla import lm_head as xla_lm_head
+from dlm_kernels.xla import unmask as xla_unmask
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OURS = "dlm_kernels"
+BF16, INT = jnp.bfloat16, jnp.int32
+LIMITS = """Static: cycles are the bundles of the compiler's schedule, each as often as the program's scalar instructions run it.
+They leave out waits for copies and what the hardware stalls on, so they are a lower bound. `copies` is what the bytes to and from
+HBM take at its full bandwidth, which a good pipeline overlaps with the cycles: the larger of the two bounds the time. Nothing here
+ran on a TPU. XLA's cycles are the sum of its fusions'; copies that it makes between them are not counted. A branch that data
+decides counts as taken into its body; `least` says the cycles without such bodies, where that differs. `+ ?` is a copy whose size
+only data tells, or a loop that only data ends and that counts once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """A TensorCore. Bandwidth, and the products behind the clock: jax/_src/pallas/mosaic/tpu_info.py of JAX 0.10.2."""
+
+    kind: str  # JAX's name
+    bandwidth: float  # bytes a second from HBM
+    products: float  # bfloat16 multiply-adds a second
+    rate: int  # bfloat16 multiply-adds a cycle: of 128 x 128 x 4 units, or 256 x 256 x 2 that take two rows a cycle
+    delay_slots: int  # as the compiler's listings have them
+
+    @property
+    def clock(self):
+        return self.products / self.rate
+
+
+HARDWARE = {
+    "v5e": Hardware("TPU v5 lite", 8.2e11, 1.97e14 / 2, 4 * 128**2, 4),
+    "v5p": Hardware("TPU v5", 2.46e12 / 2, 4.59e14 / 4, 4 * 128**2, 4),
+    "v6e": Hardware("TPU v6 lite", 1.64e12, 9.2e14 / 2, 4 * 256**2, 4),
+    "7x": Hardware("TPU7x", 7.4e12 / 2, 2.31e15 / 4, 4 * 256**2, 6),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    function: Callable
+    operands: tuple  # (shape, dtype), or None for an operand that is not given
+    prefetched: dict = dataclasses.field(default_factory=dict)  # kernel -> values of its operands in SMEM
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    unit: str
+    units: float  # of work in one call
+    products: float  # multiply-adds that the call must make
+    contenders: dict[str, list[Contender]]  # of several, the one with the fewest cycles counts
+
+
+def cases():
+    yield from attention_cases()
+    yield from head_cases()
+    yield from score_cases()
+
+
+def attention_cases():
+    """B 1, 32 heads of 128: LLaDA-8B's. All of S queries, and a block of queries against a cache of S keys."""
+    heads, size = 32, 128
+    shapes = [(s, s) for s in (512, 1024, 2048, 4096)] + [(t, s) for t in (32, 64, 128, 256) for s in (2048, 4096)]
+    for t, s in shapes:
+        ours = (((1, t, heads, size), BF16), *[((1, s, heads, size), BF16)] * 2, None, None)
+        static = dict(scale=size**-0.5, logits_soft_cap=None)
+        contenders = {}
+        with contextlib.suppress(ImportError):
+            from dlm_kernels.pallas_kernels import attention
+
+            contenders[OURS] = [Contender(functools.partial(attention.attention_forward, **static), ours)]
+        contenders["splash"] = list(_splash(heads, t, s, size))
+        contenders["flash"] = list(_flash(heads, t, s, size))
+        contenders["XLA"] = [Contender(functools.partial(xla_attention.attention_forward, **static), ours)]
+        pairs = heads * t * s
+        yield Case(f"attention {t} x {s}, bfloat16", "128 x 128 of a head", pairs / 128**2, 2 * pairs * size, contenders)
+
+
+def _blocks(length, most):
+    return [block for block in most if block <= length] or [length]
+
+
+def _splash(heads, t, s, size):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
+
+    operands = (((heads, t, size), BF16), *[((heads, s, size), BF16)] * 2)
+    for rows in _blocks(t, (128, 512, 1024)):
+        for columns, inner in ((128, 128), (512, 512), (1024, 512), (2048, 512), (2048, 1024)):
+            if columns > s or (columns == 128) != (rows == min(128, t)):
+                continue
+            sizes = kernel.BlockSizes(block_q=rows, block_kv=columns, block_kv_compute=inner)
+
+            def run(q, k, v, sizes=sizes):
+                every = mask.MultiHeadMask([mask.FullMask((t, s))] * heads)
+                return kernel.make_splash_mha(every, head_shards=1, q_seq_shards=1, block_sizes=sizes)(q, k, v)
+
+            yield Contender(run, operands, note=f"blocks {rows}, {columns}, {inner}")
+
+
+def _flash(heads, t, s, size):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    operands = (((1, heads, t, size), BF16), *[((1, heads, s, size), BF16)] * 2)
+    for rows in _blocks(t, (128, 512)):
+        for major, minor in ((128, 128), (512, 512), (1024, 512)):
+            if major <= s and (major == 128) == (rows == min(128, t)):
+                sizes = flash.BlockSizes(block_q=rows, block_k_major=major, block_k=minor, block_b=1)
+                function = functools.partial(flash.flash_attention, sm_scale=size**-0.5, block_sizes=sizes)
+                yield Contender(function, operands, note=f"blocks {rows}, {major}, {minor}")
+
+
+def head_cases():
+    """The four models' heads at 128 rows; LLaDA's at the fewest and the most, sampled, and with the loss."""
+    from dlm_kernels.pallas_kernels import head, lm_head
+
+    models = {
+        "LLaDA-8B": (4096, 126464),
+        "Dream-7B": (3584, 152064),
+        "SDAR-4B": (2560, 151936),
+        "DiffusionGemma": (2816, 262144),
+    }
+    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=None)
+    for model, rows in [(model, 128) for model in models] + [("LLaDA-8B", 8), ("LLaDA-8B", 32), ("LLaDA-8B", 1024)]:
+        d, v = models[model]
+        held, columns = head.tiles(rows, v, d, 2)
+        live = {"lm_head_scores": [np.ones(-(-rows // held), int)]}
+        operands = (((rows, d), BF16), ((v, d), BF16), *[None] * 6)
+        yield Case(
+            f"lm_head_scores {model} {rows} x {d} x {v}, bfloat16",
+            f"{columns} rows of the weight",
+            v / columns,
+            rows * d * v,
+            {
+                OURS: [Contender(functools.partial(lm_head.lm_head_scores, **static), operands, live)],
+                "XLA": [Contender(functools.partial(xla_lm_head.lm_head_scores, **static), operands)],
+            },
+        )
+
+
+def score_cases():
+    from dlm_kernels.pallas_kernels import unmask
+
+    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None)
+    r, v = 128, 126464
+    operands = (((r, v), BF16), *[None] * 8)
+    yield Case(
+        f"score_tokens LLaDA-8B {r} x {v}, bfloat16",
+        "1024 logits",
+        r * v / 1024,
+        0,
+        {
+            OURS: [Contender(functools.partial(unmask.score_tokens, **static), operands, {"score_tokens": [np.ones(2, int)]})],
+            "XLA": [Contender(functools.partial(xla_unmask.score_tokens, **static), operands)],
+        },
+    )
+
+
+def run(chip, only=None, out=None):
+    """Compiles every case for `chip`, prints and writes its figures. Each chip needs a process of its own."""
+    hardware = HARDWARE[chip]
+    folder = Path(tempfile.mkdtemp(prefix="tpu-schedule-"))
+    # Before libtpu starts; there is no TPU to be asked what it is.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ["LIBTPU_INIT_ARGS"] = tpu_bundles.dump_flags(folder)
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    known = chips.CHIPS[hardware.kind]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=known.topology).devices[0]
+    chips.chip = lambda: known
+    rows = []
+    try:
+        for case in cases():
+            if only and only not in case.name:
+                continue
+            row = dict(case=case.name, unit=case.unit, units=case.units, contenders={})
+            for name, variants in case.contenders.items():
+                found = [_count(variant, case, hardware, SingleDeviceSharding(device), folder) for variant in variants]
+                ran = [result for result in found if "missing" not in result]
+                row["contenders"][name] = min(ran, key=lambda result: result["cycles"]) if ran else found[0]
+            rows.append(row)
+            print(line(row), flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not only:
+        write(chip, rows, out)
+
+
+def _count(contender, case, hardware, sharding, folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    arrays = [x and jax.ShapeDtypeStruct(*x, sharding=sharding) for x in contender.operands]
+    try:
+        jax.jit(contender.function).lower(*arrays).compile()
+    except Exception as error:  # a peer that does not take the shape; ours are compiled by `make test-tpu`
+        return dict(missing=str(error).splitlines()[0][:200], note=contender.note)
+    counts = {}
+    for program in tpu_bundles.programs(folder, hardware.delay_slots):
+        values = contender.prefetched.get(program.name.split(".")[0], ())
+        counts[program.name] = tpu_bundles.run(program, values)
+    cycles = sum(count.cycles for count in counts.values())
+    moved = sum(count.read + count.written for count in counts.values())
+    return dict(
+        cycles=cycles,
+        least=sum(count.least_cycles for count in counts.values()),
+        per_unit=cycles / case.units,
+        copies=moved / hardware.bandwidth * hardware.clock,
+        bytes=moved,
+        mxu=sum(count.mxu * count.cycles for count in counts.values()) / cycles if cycles else 0.0,
+        products=case.products / hardware.rate / cycles if cycles else 0.0,
+        unknown=sum(count.endless + count.unsized for count in counts.values()),
+        programs={name: count.cycles for name, count in counts.items()},
+        note=contender.note,
+    )
+
+
+def line(row):
+    parts = [f"{row['case']} (per {row['unit']}):"]
+    ours = row["contenders"].get(OURS, {}).get("cycles")
+    for name, result in row["contenders"].items():
+        if "missing" in result:
+            parts.append(f"{name} missing ({result['missing']})")
+            continue
+        ratio = f", ours {ours / result['cycles']:.2f}x" if ours and name != OURS else ""
+        parts.append(
+            f"{name} {result['per_unit']:.0f} cycles, MXU {result['mxu']:.0%}, copies {result['copies'] / row['units']:.0f}{ratio}"
+        )
+    return "\n  ".join(parts)
+
+
+def write(chip, rows, out=None):
+    hardware = HARDWARE[chip]
+    out = out or RESULTS / f"tpu-static-{chip}.json"
+    head = dict(
+        static=True,
+        limits=LIMITS,
+        chip=chip,
+        clock=hardware.clock,
+        bandwidth=hardware.bandwidth,
+        versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+    )
+    out.write_text(json.dumps(head | dict(rows=rows), indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(head, rows))
+
+
+def table(head, rows):
+    versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
+    lines = [
+        f"# Static cycles on TPU {head['chip']}",
+        "",
+        LIMITS,
+        "",
+        f"By `python -m bench tpu-schedule`; {versions}; one core at {head['clock'] / 1e9:.2f} GHz, "
+        f"{head['bandwidth'] / 1e9:.0f} GB/s.",
+        "",
+        "| case | contender | static cycles | per unit | MXU busy | copies, cycles | MB | ours / it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row["contenders"].get(OURS, {}).get("cycles")
+        for name, result in row["contenders"].items():
+            if "missing" in result:
+                lines.append(f"| {row['case']} | {name} | not compiled: {result['missing']} | | | | | |")
+                continue
+            unknown = " + ?" if result["unknown"] else ""
+            least = "" if result["least"] == result["cycles"] else f" (least {result['least']:,})"
+            ratio = f"{ours / result['cycles']:.2f}" if ours and name != OURS else ""
+            note = f" ({result['note']})" if result["note"] else ""
+            lines.append(
+                f"| {row['case']} | {name}{note} | {result['cycles']:,}{unknown}{least} | "
+                f"{result['per_unit']:.0f} per {row['unit']} | {result['mxu']:.0%} | "
+                f"{result['copies']:,.0f} | {result['bytes'] / 1e6:.1f} | {ratio} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(chip, only):
+    if chip != "all":
+        run(chip, only)
+        return 0
+    command = [sys.executable, "-m", "bench", "tpu-schedule", *(["--only", only] if only else []), "--chip"]
+    return max(subprocess.run([*command, each]).returncode for each in HARDWARE)
