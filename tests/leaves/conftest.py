@@ -21,7 +21,7 @@ def leaf(request, monkeypatch):
     monkeypatch.setattr(pallas, "pallas_call", functools.partial(pallas.pallas_call, interpret=True))
 
     def find(module, name):
-        if request.param == "pallas" and module == "attention":
+        if request.param == "pallas" and name == "attention_backward":
             pytest.skip("not written yet")
         function = getattr(importlib.import_module(f"dlm_kernels.{package}.{module}"), name)
 

@@ -1,6 +1,7 @@
 """Compiles every TPU kernel at the shapes of real models for one chip, with no TPU; prints a JSON line for each.
 
     python tests/pallas/compile_kernels.py "TPU v5 lite"
+    python tests/pallas/compile_kernels.py "TPU v5 lite" attention   # only the cases with this in their name
 
 libtpu is the real compiler: it fails where a kernel needs more VMEM than the chip has, or tiles that it cannot lay out.
 """
@@ -13,13 +14,15 @@ import sys
 # No TPU is there to be asked what it is.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Else a second process finds the compiler locked by the first.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from dlm_kernels.pallas_kernels import chips, guidance, lm_head, unmask  # noqa: E402
+from dlm_kernels.pallas_kernels import attention, chips, guidance, lm_head, unmask  # noqa: E402
 
 F32, BF16, INT, BOOL = jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_
 # Rows, model width, vocabulary.
@@ -29,6 +32,32 @@ MODELS = {
     "SDAR-4B": (16, 2560, 151936),
     "DiffusionGemma": (256, 2816, 262144),
 }
+# Query heads, kv heads, head size.
+HEADS = {
+    "LLaDA-8B": (32, 32, 128),
+    "Dream-7B": (28, 4, 128),
+    "SDAR-4B": (32, 8, 128),
+    "DiffusionGemma local": (16, 8, 256),
+    "DiffusionGemma global": (16, 2, 512),
+    "MDLM": (12, 12, 64),
+}
+# Queries, keys, intervals per query (0: no mask), dtype: whole sequences, blocks against a cache, block-causal and BD3 bounds.
+ATTENTION = (
+    ("LLaDA-8B", 1024, 1024, 0, BF16),
+    ("LLaDA-8B", 512, 512, 0, F32),
+    ("LLaDA-8B", 32, 2048, 1, BF16),
+    ("LLaDA-8B", 64, 4096, 2, F32),
+    ("Dream-7B", 500, 500, 1, BF16),
+    ("Dream-7B", 256, 8192, 1, BF16),
+    ("SDAR-4B", 4, 4096, 1, BF16),
+    ("SDAR-4B", 1024, 1024, 1, BF16),
+    ("SDAR-4B", 2048, 2048, 2, BF16),
+    ("DiffusionGemma local", 256, 1280, 2, BF16),
+    ("DiffusionGemma global", 256, 2048, 1, BF16),
+    ("DiffusionGemma global", 128, 1024, 1, F32),
+    ("MDLM", 1024, 1024, 0, F32),
+    ("MDLM", 1024, 1024, 1, BF16),
+)
 
 
 def cases():
@@ -49,6 +78,7 @@ def cases():
             operands = (logits, None, None, per_row, None, None, ((r, v), F32), None, None)
             yield f"{name} given noise", functools.partial(unmask.score_tokens, **static), operands
         yield from head_cases(model, r, d, v)
+    yield from attention_cases()
     for b, length in ((1, 32), (8, 1024), (2, 8192)):
         row, rule = ((b, length), F32), ((b,), F32)
         integers, flags = ((b, length), INT), ((b, length), BOOL)
@@ -77,11 +107,23 @@ def head_cases(model, r, d, v):
             yield f"{name} gradient", gradient, (*loss, per_row, per_row)
 
 
-def main(kind):
+def attention_cases():
+    for model, t, s, pairs, dtype in ATTENTION:
+        n, k, h = HEADS[model]
+        name = f"attention {model} {t} x {s}, {pairs} intervals, {jnp.dtype(dtype).name}"
+        query, key = ((2, t, n, h), dtype), ((2, s, k, h), dtype)
+        operands = query, key, key, ((2, t, 2 * pairs), INT) if pairs else None, None
+        static = dict(scale=h**-0.5, logits_soft_cap=30.0 if s == 1280 else None)
+        yield f"{name}, forward", functools.partial(attention.attention_forward, **static), operands
+
+
+def main(kind, part=""):
     device = topologies.get_topology_desc(platform="tpu", topology_name=chips.CHIPS[kind].topology).devices[0]
     assert device.device_kind == kind, (device.device_kind, kind)
     chips.chip = lambda: chips.CHIPS[kind]
     for name, function, operands in cases():
+        if part not in name:
+            continue
         arrays = [x and jax.ShapeDtypeStruct(*x, sharding=SingleDeviceSharding(device)) for x in operands]
         row = {"case": name}
         try:
@@ -93,4 +135,4 @@ def main(kind):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -13,7 +13,13 @@ LOGITS = jax.ShapeDtypeStruct((2, 8, 1000), jnp.float32)
 HIDDEN, WEIGHT = jax.ShapeDtypeStruct((2, 8, 64), jnp.float32), jax.ShapeDtypeStruct((1000, 64), jnp.float32)
 TOKENS, PER_TOKEN = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), jnp.float32)
 STEP = dict(mask_id=999, num_unmask=2, threshold=0.9)
+QUERY, KEY = jax.ShapeDtypeStruct((2, 48, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 96, 2, 64), jnp.bfloat16)
 OPERATIONS = {
+    "attention": (dlm_kernels.attention, (QUERY, KEY, KEY)),
+    "attention to a cache": (
+        lambda q, k, v, n: dlm_kernels.attention(q, k, v, mask=dlm_kernels.masks.cache(48, n), logits_soft_cap=30.0),
+        (QUERY, KEY, KEY, jax.ShapeDtypeStruct((2,), jnp.int32)),
+    ),
     "combine_guidance": (dlm_kernels.combine_guidance, (jax.ShapeDtypeStruct((3, 2, 8, 1000), jnp.float32), jnp.ones(3))),
     "score_tokens": (lambda x: dlm_kernels.score_tokens(x, temperature=0.5, key=jax.random.key(0)), (LOGITS,)),
     "unmask_step": (lambda x, tokens: dlm_kernels.unmask_step(x, tokens, **STEP), (LOGITS, TOKENS)),

@@ -1,0 +1,226 @@
+"""Fused attention over key intervals, forward: online softmax in base 2. attention_tiles.py has the layout and the masks."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dlm_kernels.pallas_kernels import attention_tiles, chips
+from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LANES, WHOLE
+
+__all__ = ["attention_forward", "supports_attention_forward"]
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a call is cut. A grid step takes `rows` rows and `keys` keys of each of `heads` kv heads.
+
+    It works on parts of row_part rows and key_part keys; of `unrolled` heads at once, so that the compiler finds work for the
+    vector units while the matrix units are busy, and the other way round. `ahead` parts' logits are computed before a part's
+    weights, and `behind` parts' weights before a part's product with the values.
+    """
+
+    heads: int
+    rows: int
+    keys: int
+    row_part: int
+    key_part: int
+    unrolled: int
+    ahead: int
+    behind: int
+    # A part's logits are [keys, rows]: the maximum over keys then runs down the sublanes, without the cross-lane unit. Few rows
+    # would leave most lanes empty: then they are [rows, keys].
+    keys_first: bool
+
+
+def choose_tiles(kv_heads, rows, keys, head_size, dtype):
+    """Not by the batch: a row's result must not depend on it."""
+    size = jnp.dtype(dtype).itemsize
+    keys_first = rows > LANES // 2
+    row_tile = chips.tile(rows, 512, LANES if keys_first else 16)
+    key_tile = chips.tile(keys, 2048 // size, LANES)
+    # Key, value, query and result blocks are there twice; the sums are float32.
+    bytes_of_head = 4 * chips.round_up(head_size, LANES) * (key_tile * size + row_tile * (size + 1))
+
+    def most(total, fits):
+        return max(n for n in range(1, total + 1) if total % n == 0 and (n == 1 or fits(n)))
+
+    heads = most(kv_heads, lambda n: n <= 8 and n * bytes_of_head <= chips.chip().budget)
+    unrolled = most(heads, lambda n: n * row_tile * key_tile * size <= 2**21)
+    row_part, key_part = (256 if n % 256 == 0 else LANES if n % LANES == 0 else n for n in (row_tile, key_tile))
+    return Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, 2, 2, keys_first)
+
+
+def _forward_kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap):
+    """refs, in order, with R, S and n for tiles.rows, .keys and .heads:
+
+    schedule: int32 [.] in SMEM, if masked: per grid step a tile of keys, as attention_tiles.schedule gives it
+    query [1, n, R, H]; key, value [1, n, S, H]
+    bounds: int32 [1, 1, 2|4, R], if masked; [1, 1, R, 2|4] where not tiles.keys_first
+    out [1, n, R, H]; lse float32 [1, n, 1, 1, R], natural
+    best, total, sums: float32 scratch, each row's greatest logit, the sum of its weights in 8 parts, and that of weight times
+        value: [n, 1, R], [n, 8, R], [n, H, R]; where not tiles.keys_first [n, R, 1], [n, R, 128] in 128 parts, [n, R, H]
+
+    scale is positive. shared_bounds: one batch row's serve all.
+    """
+    schedule = refs[0] if masked else None
+    query, key, value = refs[masked : masked + 3]
+    bounds = refs[4] if masked else None
+    out, lse, best, total, sums = refs[-5:]
+    keys_axis = 0 if tiles.keys_first else 1
+    step, steps = pl.program_id(3), pl.num_programs(3)
+    # Logits are kept without their last factor, the scale or the cap; the exponential's base takes it.
+    factor = (scale if soft_cap is None else soft_cap) * LOG2_E
+
+    @pl.when(step == 0)
+    def _():
+        best[...] = jnp.full(best.shape, -jnp.inf, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+
+    def of_rows(head, row):
+        """Where in best, total and sums a part's rows are."""
+        rows = slice(row, row + tiles.row_part)
+        return (head, slice(None), rows) if tiles.keys_first else (head, rows, slice(None))
+
+    def logits_of(head, row, at):
+        q, k = query[0, head, row : row + tiles.row_part], key[0, head, at : at + tiles.key_part]
+        logits = chips.dot(k, q, (1, 1)) if tiles.keys_first else chips.dot(q, k, (1, 1))
+        return logits if soft_cap is None else jnp.tanh(logits * (scale / soft_cap))
+
+    def weights_of(head, row, at, logits, first):
+        part, seen = of_rows(head, row), None
+        if first is not None:
+            rows = slice(row, row + tiles.row_part)
+            places = [(i, rows) if tiles.keys_first else (rows, i) for i in map(_only, range(bounds.shape[2 + keys_axis]))]
+            seen = attention_tiles.visible([bounds[0, 0, *place] for place in places], first + at, logits.shape, keys_axis)
+            logits = jnp.where(seen, logits, -jnp.inf)
+        old = best[part]
+        new = jnp.maximum(old, logits.max(keys_axis, keepdims=True))
+        # A row that has seen nothing yet: -inf - -inf would be NaN.
+        base = jnp.where(new == -jnp.inf, 0.0, new)
+        weights, shrink = jnp.exp2((logits - base) * factor), jnp.exp2((old - base) * factor)
+        if tiles.keys_first:
+            pieces = [weights[i : i + 8] for i in range(0, tiles.key_part, 8)]
+        else:
+            pieces = [weights[:, i : i + LANES] for i in range(0, tiles.key_part, LANES)]
+        best[part] = new
+        total[part] = total[part] * shrink + sum(pieces[1:], pieces[0])
+        return weights.astype(value.dtype), shrink, seen
+
+    def add_values(head, row, at, weights, shrink, seen):
+        part, v = of_rows(head, row), value[0, head, at : at + tiles.key_part]
+        if seen is not None:
+            v = attention_tiles.kept(v, seen, keys_axis)
+        product = chips.dot(v, weights, (0, 0)) if tiles.keys_first else chips.dot(weights, v, (1, 0))
+        sums[part] = sums[part] * shrink + product
+
+    def attend(first):
+        """first: the first key of the tile, or None where every row sees all of it."""
+
+        def some_heads(group, carry):
+            parts = [
+                (group * tiles.unrolled + head, row, at)
+                for at in range(0, tiles.keys, tiles.key_part)
+                for head in range(tiles.unrolled)
+                for row in range(0, tiles.rows, tiles.row_part)
+            ]
+            logits, weights = {}, {}
+            for i in range(len(parts) + tiles.ahead + tiles.behind):
+                weighed, added = i - tiles.ahead, i - tiles.ahead - tiles.behind
+                if i < len(parts):
+                    logits[i] = logits_of(*parts[i])
+                if 0 <= weighed < len(parts):
+                    weights[weighed] = weights_of(*parts[weighed], logits.pop(weighed), first)
+                if 0 <= added:
+                    add_values(*parts[added], *weights.pop(added))
+            return carry
+
+        jax.lax.fori_loop(0, tiles.heads // tiles.unrolled, some_heads, 0)
+
+    if masked:
+        row = pl.program_id(2) if shared_bounds else pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
+        entry = schedule[row * steps + step]
+        pl.when((entry & 3) == EDGE)(lambda: attend((entry >> 2) * tiles.keys))
+        pl.when((entry & 3) == WHOLE)(lambda: attend(None))
+    else:
+        attend(None)
+
+    @pl.when(step == steps - 1)
+    def _():
+        def one_head(head, carry):
+            weight = total[head].sum(keys_axis, keepdims=True)
+            none = weight == 0
+            weight = jnp.where(none, 1.0, weight)
+            result, log = sums[head] / weight, jnp.where(none, -jnp.inf, best[head] * (factor / LOG2_E) + jnp.log(weight))
+            out[0, head] = (result.T if tiles.keys_first else result).astype(out.dtype)
+            lse[0, head, 0] = log if tiles.keys_first else jnp.broadcast_to(log, (tiles.rows, LANES)).T[:1]
+            return carry
+
+        jax.lax.fori_loop(0, tiles.heads, one_head, 0)
+
+
+def _only(i):
+    return slice(i, i + 1)
+
+
+def supports_attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):
+    if dense is not None:
+        return "it takes masks as key intervals (masks.KeyIntervals), not as a boolean array"
+    return chips.refuse(query)
+
+
+def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):
+    """query [B,T,N,H]; key, value [B,S,K,H]; bounds int32 [1|B,T,2|4] or None. Returns out [B,T,N,H] and lse float32 [B,N,T]."""
+    b, t, n, h = query.shape
+    s, k = key.shape[1:3]
+    m = n // k * t
+    tiles = choose_tiles(k, m, s, h, query.dtype)
+    if scale < 0:
+        query, scale = -query, -scale
+    grid = b, k // tiles.heads, pl.cdiv(m, tiles.rows), pl.cdiv(s, tiles.keys)
+    masked, shared = bounds is not None or s % tiles.keys != 0, bounds is None or len(bounds) == 1
+    arrays = [attention_tiles.by_head(x, k) for x in (query, key, value)]
+    scalars, specs = [], []
+
+    def at_rows(b, g, i, j, *_):
+        return b, g, i, 0
+
+    def at_keys(b, g, i, j, *schedule):
+        # A dead step asks for the block that is there already.
+        row = (i if shared else b * grid[2] + i) * grid[3] + j
+        return b, g, schedule[0][row] >> 2 if schedule else j, 0
+
+    if masked:
+        ends = attention_tiles.row_bounds(bounds, n // k, t, s, tiles.rows)
+        scalars = [attention_tiles.schedule(attention_tiles.kinds(ends, s, tiles.keys))]
+        arrays.append(ends.swapaxes(2, 3) if tiles.keys_first else ends)
+        specs = [pl.BlockSpec((1, 1, *arrays[-1].shape[2:]), lambda b, g, i, j, *_: (0 if shared else b, i, 0, 0))]
+    rows, keys = pl.BlockSpec((1, tiles.heads, tiles.rows, h), at_rows), pl.BlockSpec((1, tiles.heads, tiles.keys, h), at_keys)
+    wide = (8, tiles.rows) if tiles.keys_first else (tiles.rows, LANES)
+    thin, deep = ((1, tiles.rows), (h, tiles.rows)) if tiles.keys_first else ((tiles.rows, 1), (tiles.rows, h))
+    out, lse = pl.pallas_call(
+        functools.partial(
+            _forward_kernel, tiles=tiles, masked=masked, shared_bounds=shared, scale=scale, soft_cap=logits_soft_cap
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
+            in_specs=[rows, keys, keys, *specs],
+            out_specs=[rows, pl.BlockSpec((1, tiles.heads, 1, 1, tiles.rows), lambda b, g, i, j, *_: (b, g, i, 0, 0))],
+            scratch_shapes=[pltpu.VMEM((tiles.heads, *shape), jnp.float32) for shape in (thin, wide, deep)],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((b, k, m, h), query.dtype),
+            jax.ShapeDtypeStruct((b, k, grid[2], 1, tiles.rows), jnp.float32),
+        ],
+        compiler_params=chips.parameters("parallel", "parallel", "parallel", "arbitrary"),
+        name="attention_forward",
+    )(*scalars, *arrays)
+    return attention_tiles.from_head(out, n), lse.reshape(b, k, -1)[..., :m].reshape(b, n, t)

@@ -1,0 +1,82 @@
+"""What attention's forward and backward share: how rows and keys are laid out and cut, and which tiles of keys a tile of rows sees.
+
+A kv head's G query heads are the rows of one matrix [M, H], M = G * T, row g * T + t, so that a key is read once for all of them.
+Arrays are taken head by head, [B, heads, length, H]. That transposition is no copy inside a jitted model: XLA gives a projection,
+a rotation and a cache in a loop's carry this layout from the start. Blocks of [B, T, N, H] as it lies would hold 8 heads' rows
+interleaved, and separating them in VMEM takes 12 vector operations a register; [B, T, N * H] is another tiling of memory, for
+which XLA copies a cache whole at every step.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from dlm_kernels.pallas_kernels import chips
+
+LANES = 128
+DEAD, EDGE, WHOLE = 0, 1, 2  # of a tile of keys: no row sees any of it; some row does not see all of it; every row sees all
+
+
+def by_head(array, kv_heads):
+    """[B, T, N, H] -> [B, K, N / K * T, H]."""
+    b, t, n, h = array.shape
+    return jnp.swapaxes(array, 1, 2).reshape(b, kv_heads, n // kv_heads * t, h)
+
+
+def from_head(array, heads):
+    """[B, K, M, H] -> [B, T, N, H]."""
+    b, k, m, h = array.shape
+    return jnp.swapaxes(array.reshape(b, heads, k * m // heads, h), 1, 2)
+
+
+def row_bounds(bounds, groups, queries, keys, tile):
+    """int32 [1|B, row tiles, tile, 2|4]: the interval ends of each row; rows past the last are as the last."""
+    if bounds is None:
+        start = jnp.zeros((1, queries, 1), jnp.int32)
+        bounds = jnp.concatenate([start, start + keys], axis=-1)
+    rows = jnp.tile(bounds, (1, groups, 1))
+    padding = chips.round_up(rows.shape[1], tile) - rows.shape[1]
+    rows = jnp.pad(rows, ((0, 0), (0, padding), (0, 0)), mode="edge")
+    return rows.reshape(rows.shape[0], -1, tile, rows.shape[-1])
+
+
+def kinds(ends, keys, tile):
+    """int32 [1|B, row tiles, key tiles]: DEAD, EDGE or WHOLE. ends: as `row_bounds` gives them; tile: of keys."""
+    first = jnp.arange(pl.cdiv(keys, tile), dtype=jnp.int32) * tile
+    inside = jnp.clip(ends[..., None] - first, 0, tile)
+    seen = (inside[..., 1::2, :] - inside[..., ::2, :]).sum(-2)  # [1|B, row tiles, rows, key tiles]
+    return jnp.where((seen == tile).all(2), WHOLE, jnp.where((seen > 0).any(2), EDGE, DEAD))
+
+
+def schedule(kind):
+    """int32 [rows of `kind` * tiles]: for each of `kind`'s rows the tiles to visit, a tile's index times 4 plus its kind.
+
+    kind: int32 [..., tiles]. Live tiles come first, in order; then the last of them is repeated, as DEAD, so that nothing is
+    fetched for it.
+    """
+    tile = jnp.arange(kind.shape[-1], dtype=jnp.int32)
+    live = kind != DEAD
+    place = jnp.where(live, jnp.cumsum(live, axis=-1) - 1, -1)
+    entry = jnp.where(place[..., None, :] == tile[:, None], (tile * 4 + kind)[..., None, :], -1).max(-1)
+    last = jnp.where(live, tile, 0).max(-1, keepdims=True)
+    return jnp.where(entry < 0, last * 4 + DEAD, entry).astype(jnp.int32).reshape(-1)
+
+
+def visible(ends, first, shape, keys_axis):
+    """bool `shape`: which keys, `first` and those after it along keys_axis, each row sees.
+
+    ends: int32 [1, rows] or [rows, 1] each: start (inclusive), stop (exclusive), perhaps twice.
+    """
+    key = first + jax.lax.broadcasted_iota(jnp.int32, shape, keys_axis)
+    seen = (key >= ends[0]) & (key < ends[1])
+    if len(ends) == 4:
+        seen |= (key >= ends[2]) & (key < ends[3])
+    return seen
+
+
+def kept(array, seen, keys_axis):
+    """array [keys, H] with zeros for keys that no row sees: zero times their NaN would be NaN. seen: as `visible` gives it."""
+    some = jnp.where(seen, 1.0, 0.0).max(1 - keys_axis, keepdims=True)
+    if keys_axis == 1:
+        some = jnp.broadcast_to(some, (LANES, array.shape[0])).T[:, :1]
+    return jnp.where(some > 0, array.astype(jnp.float32), 0.0).astype(array.dtype)
