@@ -51,7 +51,7 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
         const RowScorer scorer(args.scoring, row, args.v, floors[row]);
         if (args.round_logits) round_logits(args.logits_dtype, row_logits, n);
         finish_logits(args.scoring, scorer, banned, row_logits, n, column);
-        scorer.take(partial[row * parts + part], row_logits, n, column, row_logits);
+        scorer.take(partial[row * parts + part], row_logits, n, column);
       }
     }
   });

@@ -29,16 +29,21 @@ inline U threefry_bits(const uint32_t* key, U high, U low) {
   return a ^ b;
 }
 
-// The draws of kLanes consecutive counters from `counter`.
-inline F gumbel(const uint32_t* key, uint64_t counter) {
-  U lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = (uint32_t)i;
-  const U low = lane + (uint32_t)counter;
+// A uniform number in [1, 2) of each counter + offset, offsets below 2^32, from which jax.random.gumbel makes its draw.
+inline F draw_uniform(const uint32_t* key, uint64_t counter, U offset) {
+  const U low = offset + (uint32_t)counter;
   // A lane whose low word wrapped around belongs to the next high word; a true comparison is -1.
-  const U high = (uint32_t)(counter >> 32) - (U)(low < lane);
-  const U mantissa = (threefry_bits(key, high, low) >> 9) | 0x3F800000u;
-  const F uniform = as_float(mantissa) - 1.0f + 0x1p-126f;
-  return -log(-log(uniform));
+  const U high = (uint32_t)(counter >> 32) - (U)(low < offset);
+  return as_float((threefry_bits(key, high, low) >> 9) | 0x3F800000u);
+}
+
+inline F gumbel(F uniform) { return -log(-log(uniform - 1.0f + 0x1p-126f)); }
+
+// At least gumbel(uniform), by at most 0.07 for draws above 3: -log(u) >= 1 - u, and log2(1 - u) is at least what its bits say if
+// the mantissa is read as the fraction.
+inline F most_gumbel(F uniform) {
+  constexpr float kLn2 = 0.693147181f;
+  return __builtin_convertvector((I)as_bits(2.0f - uniform), F) * (-kLn2 * 0x1p-23f) + (127 * kLn2 + 1e-4f);  // 1e-4: rounding
 }
 
 }  // namespace

@@ -52,6 +52,21 @@ struct Statistics {
   }
 };
 
+constexpr int64_t kChunk = 1024;  // the most columns to take at once: they stay in first-level cache from one loop to the next
+
+// The logits that come next, to be fetched while the exponentials leave the memory idle.
+struct Ahead {
+  const char* streams[2] = {};  // null: none
+  int64_t size = 0;             // bytes of a logit
+
+  // Fetches the logits from j on, n of them.
+  void fetch(int64_t j, int64_t n) const {
+    for (const char* stream : streams)
+      if (stream != nullptr)
+        for (int64_t byte = j * size; byte < (j + n) * size; byte += 64) __builtin_prefetch(stream + byte);
+  }
+};
+
 // What one row asks of its columns.
 class RowScorer {
  public:
@@ -73,9 +88,8 @@ class RowScorer {
   // By which the caller divides logits before they come here: the temperature where the distribution is a tempered one.
   float logit_divisor() const { return logit_divisor_; }
 
-  // Adds columns [column, column + n) of the row. logits holds -inf from n up to the next multiple of kLanes. What lies at
-  // `ahead` is fetched meanwhile: the exponentials leave the memory idle.
-  void take(Statistics& row, const float* logits, int64_t n, int64_t column, const float* ahead) const {
+  // Adds columns [column, column + n) of the row, n <= kChunk. logits holds -inf from n up to the next multiple of kLanes.
+  void take(Statistics& row, const float* logits, int64_t n, int64_t column, const Ahead& ahead = {}) const {
     const float before = row.greatest;
     const float greatest = greatest_of(logits, n);
     int64_t at = 0;
@@ -126,26 +140,25 @@ class RowScorer {
 
   template <int N>
   static void add_vectors(const float* logits, float base, F* totals, F* weighteds) {
-    F p[N];
+    F distance[N], p[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) p[i] = load(logits + i * kLanes) - base;
-    exp_each<N>(p);
+    for (int i = 0; i < N; ++i) p[i] = distance[i] = max(splat(kLeastExponent), load(logits + i * kLanes) - base);
+    exp_bounded<N>(p);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       totals[i] += p[i];
-      const F distance = max(splat(-104.0f), load(logits + i * kLanes) - base);  // NaN stays; -inf * 0 would be one
-      weighteds[i] += distance * p[i];
+      weighteds[i] += distance[i] * p[i];
     }
   }
 
-  static void add(Statistics& row, const float* logits, int64_t n, const float* ahead) {
+  static void add(Statistics& row, const float* logits, int64_t n, const Ahead& ahead) {
     // A row that has seen only -inf: -inf - -inf would be NaN.
     const float base = row.greatest == -kInfinity ? 0.0f : row.greatest;
     constexpr int kEach = 4;
     F totals[kEach] = {}, weighteds[kEach] = {};
     int64_t j = 0;
     for (; j + kEach * kLanes <= n; j += kEach * kLanes) {
-      for (int i = 0; i < kEach; i += 2) __builtin_prefetch(ahead + j + i * kLanes);
+      ahead.fetch(j, kEach * kLanes);
       add_vectors<kEach>(logits + j, base, totals, weighteds);
     }
     for (; j < n; j += kLanes) add_vectors<1>(logits + j, base, totals, weighteds);
@@ -155,48 +168,75 @@ class RowScorer {
     row.weighted += sum(weighted);
   }
 
-  // Vectors whose logits cannot win with the greatest noise there is get none; what is skipped changes no result. `hint` is
-  // the vector that holds the greatest logit: drawn first, it lets most of the others be skipped.
+  // Adds the scores with noise. Noise of our own is made only for logits that may win with the greatest there is, closed up into
+  // whole vectors; what is left out changes no result. `hint` is the first column of the vector that holds the greatest logit.
   void sample(Statistics& row, const float* logits, int64_t n, int64_t column, int64_t hint, float greatest) const {
-    float bar = least_to_win(row);
-    if (noise_ == nullptr && !(greatest >= bar)) return;
-    Statistics best = row;
-    if (noise_ == nullptr && best.sampled_score == -kInfinity) {
-      draw(best, logits, n, column, hint);
-      // Only its height counts: the columns before it come first and win a tie.
-      bar = least_to_win(best);
+    if (noise_ != nullptr) {
+      for (int64_t j = 0; j < n; j += kLanes) {
+        const F noise = n - j >= kLanes ? load(noise_ + column + j) : load_first(noise_ + column + j, n - j, 0.0f);
+        take_scores(row, load(logits + j), noise, offsets(j), n - j, column);
+      }
+      return;
     }
+    float to_beat = std::max(row.sampled_score, floor_.load(std::memory_order_relaxed));
+    if (!(greatest >= least_to_win(to_beat))) return;
+    if (to_beat == -kInfinity) {
+      // Drawn first, the greatest logit lets most of the others be left out. Only its score counts: a column before it may tie.
+      Statistics first = row;
+      draw(first, load(logits + hint), offsets(hint), n - hint, column, to_beat);
+      to_beat = first.sampled_score;
+    }
+    const float bar = least_to_win(to_beat);
+    alignas(64) float kept[kChunk + kLanes];
+    alignas(64) uint32_t kept_offsets[kChunk + kLanes];
+    int64_t count = 0;
     for (int64_t j = 0; j < n; j += kLanes) {
-      if (noise_ == nullptr && !any(load(logits + j) >= bar)) continue;
-      if (draw(row, logits, n, column, j)) bar = std::max(bar, least_to_win(row));
+      const F x = load(logits + j);
+      const I may_win = x >= bar;
+      if (!any(may_win)) continue;
+      store_set(kept_offsets + count, may_win, offsets(j));
+      count += store_set(kept + count, may_win, x);
     }
+    store(kept + count, splat(-kInfinity));
+    for (int64_t j = 0; j < count; j += kLanes)
+      draw(row, load(kept + j), load(kept_offsets + j), count - j, column, to_beat);
     float known = floor_.load(std::memory_order_relaxed);
     while (row.sampled_score > known && !floor_.compare_exchange_weak(known, row.sampled_score, std::memory_order_relaxed)) {
     }
   }
 
-  // A logit below this loses to a score that is already there.
-  float least_to_win(const Statistics& row) const {
-    if (noise_ != nullptr) return -kInfinity;
-    const float score = std::max(row.sampled_score, floor_.load(std::memory_order_relaxed));
-    // The last term outweighs the rounding of the two divisions that it stands for.
-    return (score - kMostNoise - 1e-6f * std::fabs(score)) * sample_divisor_;
+  static U offsets(int64_t first) {
+    U lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = (uint32_t)i;
+    return lane + (uint32_t)first;
   }
 
-  bool draw(Statistics& row, const float* logits, int64_t n, int64_t column, int64_t j) const {
-    const F x = load(logits + j);
-    const F noise = noise_ == nullptr      ? gumbel(key_, counter_ + (uint64_t)(column + j))
-                    : n - j >= kLanes      ? load(noise_ + column + j)
-                                           : load_first(noise_ + column + j, n - j, 0.0f);
+  // A logit below this loses with the greatest noise there is.
+  float least_to_win(float to_beat) const {
+    // The last term outweighs the rounding of the divisions that it stands for.
+    return (to_beat - kMostNoise - 1e-6f * std::fabs(to_beat)) * sample_divisor_;
+  }
+
+  // Scores the first n lanes with noise of our own; x holds the logits of columns column + offset, ascending. to_beat: a score
+  // that some column of the row is known to reach.
+  void draw(Statistics& row, F x, U offset, int64_t n, int64_t column, float to_beat) const {
+    const F uniform = draw_uniform(key_, counter_ + (uint64_t)column, offset);
+    // Both logarithms only where they may decide; the last term outweighs the rounding of x / divisor.
+    to_beat = std::max(to_beat, row.sampled_score);
+    const F most = x * (1.0f / sample_divisor_) + most_gumbel(uniform);
+    if (any(most >= to_beat - 1e-6f * std::fabs(to_beat))) take_scores(row, x, gumbel(uniform), offset, n, column);
+  }
+
+  // Scores the first n lanes: x and noise of columns column + offset, ascending.
+  void take_scores(Statistics& row, F x, F noise, U offset, int64_t n, int64_t column) const {
     const F score = x / sample_divisor_ + noise;
-    if (!any(score > row.sampled_score)) return false;
-    for (int i = 0; i < std::min<int64_t>(kLanes, n - j); ++i) {
+    if (!any(score > row.sampled_score)) return;
+    for (int i = 0; i < std::min<int64_t>(kLanes, n); ++i) {
       if (!(score[i] > row.sampled_score)) continue;
-      row.sampled = (int32_t)(column + j + i);
+      row.sampled = (int32_t)(column + offset[i]);
       row.sampled_score = score[i];
       row.sampled_logit = x[i];
     }
-    return true;
   }
 
   bool margin_, samples_;

@@ -67,6 +67,7 @@ inline F min(F a, F b) {
 
 inline F load(const float* p) { return *(const FLoad*)p; }
 inline void store(float* p, F x) { *(FLoad*)p = x; }
+inline U load(const uint32_t* p) { return (U) * (const ILoad*)p; }
 
 inline F load(const BFloat16* p) {
   const H16 bits = *(const H16Load*)p;
@@ -129,6 +130,23 @@ inline bool any(I mask) {
 #endif
 }
 
+// Stores the lanes of x that the mask sets, closed up, and returns how many; writes a whole vector.
+template <typename Vector, typename Lane>
+inline int64_t store_set(Lane* p, I mask, Vector x) {
+#if defined(__AVX512F__)
+  const __mmask16 set = _mm512_movepi32_mask((__m512i)mask);
+  *(ILoad*)p = (I)_mm512_maskz_compress_epi32(set, (__m512i)x);
+  return __builtin_popcount(set);
+#else
+  int64_t n = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    p[n] = x[i];
+    n -= mask[i];  // which is -1 where set
+  }
+  return n;
+#endif
+}
+
 inline float sum(F x) {
   float lanes[kLanes];
   store(lanes, x);
@@ -144,27 +162,46 @@ inline float max_lane(F x) {
   return best;
 }
 
-// Each of N vectors becomes e^x, to 1.5 ulp for -87.33 <= x <= 88; 0 below, where the result would not be a normal number, and
-// for -inf; NaN for NaN. Larger x is for the caller to exclude. One vector alone waits for itself at every step: several in
-// turn take half the time.
+// Where it stands is 0 in float32 already; a product with -inf would be NaN.
+constexpr float kLeastExponent = -104.0f;
+
+// Each of N vectors becomes e^x for kLeastExponent <= x <= 88, NaN for NaN. The relative error is at most 1.6e-7 + 4.5e-8 |x|: the
+// terms of a softmax that matter have x near 0. e^0 is 1. Below -87.33 the result is subnormal or 0. One vector alone waits for
+// itself at every step: several in turn take half the time.
 template <int N>
-inline void exp_each(F* x) {
-  const F shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  F shifted[N], r[N], p[N];
+inline void exp_bounded(F* x) {
+  F t[N], n[N], r[N], p[N];
 #define DLM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
-  DLM_EACH r[i] = max(splat(-87.5f), x[i]);  // NaN is the second operand, so it stays
-  DLM_EACH shifted[i] = r[i] * 1.44269504f + shifter;
-  DLM_EACH r[i] = r[i] - (shifted[i] - shifter) * 0.693359375f;
-  DLM_EACH r[i] = r[i] - (shifted[i] - shifter) * -2.12194440e-4f;
-  DLM_EACH p[i] = splat(1.9875691500e-4f) * r[i] + 1.3981999507e-3f;
-  DLM_EACH p[i] = p[i] * r[i] + 8.3334519073e-3f;
-  DLM_EACH p[i] = p[i] * r[i] + 4.1665795894e-2f;
-  DLM_EACH p[i] = p[i] * r[i] + 1.6666665459e-1f;
-  DLM_EACH p[i] = p[i] * r[i] + 5.0000001201e-1f;
-  DLM_EACH p[i] = p[i] * (r[i] * r[i]) + r[i] + 1.0f;
+  DLM_EACH t[i] = x[i] * 1.44269504f;  // e^x = 2^t
+#if defined(__AVX512F__)
+  DLM_EACH n[i] = (F)_mm512_roundscale_ps((__m512)t[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const F shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  F shifted[N];
+  DLM_EACH shifted[i] = t[i] + shifter;
+  DLM_EACH n[i] = shifted[i] - shifter;
+#endif
+  DLM_EACH r[i] = t[i] - n[i];  // [-0.5, 0.5]; 2^r follows
+  DLM_EACH p[i] = splat(1.326472731e-3f) * r[i] + 9.671513923e-3f;
+  DLM_EACH p[i] = p[i] * r[i] + 5.550733954e-2f;
+  DLM_EACH p[i] = p[i] * r[i] + 2.402224541e-1f;
+  DLM_EACH p[i] = p[i] * r[i] + 6.931470037e-1f;
+  DLM_EACH p[i] = p[i] * r[i] + 1.0f;
+#if defined(__AVX512F__)
+  DLM_EACH x[i] = (F)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);
+#else
   DLM_EACH p[i] = p[i] * as_float((as_bits(shifted[i]) << 23) + 0x3F800000u);  // 2^n, n >= -126
   DLM_EACH x[i] = select(x[i] < -87.33f, splat(0.0f), p[i]);
+#endif
 #undef DLM_EACH
+}
+
+// The same for any x <= 88; 0 for -inf.
+template <int N>
+inline void exp_each(F* x) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = max(splat(kLeastExponent), x[i]);  // NaN is the second operand, so it stays
+  exp_bounded<N>(x);
 }
 
 inline F exp(F x) {

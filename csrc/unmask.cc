@@ -10,35 +10,51 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = 16384;  // columns per tile; of V alone, so that a row's sums do not depend on its batch
-constexpr int64_t kChunk = 1024;   // columns that stay in first-level cache between the maximum and the exponentials
+constexpr int64_t kPiece = 16384;  // columns that one Statistics adds up; of V alone, so that a row's sums do not depend on its batch
+constexpr int64_t kTiles = 64;     // about as many to share out, or more
 
-// Logits of columns [column, column + n) of a row, mixed, capped, divided and banned; in `buffer`, or where they lie if nothing
-// is to be done to them.
+// A row's logits as they lie in memory: one stream, or two to be mixed.
 template <typename T>
-const float* prepare(const ScoreArgs& args, const RowScorer& scorer, const Banned& banned, int64_t row, int64_t column, int64_t n,
-                     float* buffer) {
-  const T* logits = static_cast<const T*>(args.logits) + row * args.v + column;
-  const T* unconditional = nullptr;
-  const float scale = args.unconditional == nullptr ? 1.0f : args.guidance_scale[row];
-  if (scale != 1) {
-    unconditional = static_cast<const T*>(args.unconditional) + row * args.v + column;
+struct Row {
+  Row(const ScoreArgs& args, int64_t row) : logits(static_cast<const T*>(args.logits) + row * args.v) {
+    if (args.unconditional == nullptr || args.guidance_scale[row] == 1) return;
+    scale = args.guidance_scale[row];
+    const T* other = static_cast<const T*>(args.unconditional) + row * args.v;
     // A stream of weight zero is not read: it may hold -inf or NaN.
-    if (scale == 0) std::swap(logits, unconditional), unconditional = nullptr;
+    (scale == 0 ? logits : unconditional) = other;
   }
+
+  Ahead ahead(int64_t column) const {
+    return {{(const char*)(logits + column), unconditional == nullptr ? nullptr : (const char*)(unconditional + column)}, sizeof(T)};
+  }
+
+  const T* logits;
+  const T* unconditional = nullptr;
+  float scale = 1;
+};
+
+// Logits of columns [column, column + n), mixed, capped, divided and banned; in `buffer`, or where they lie if nothing is to be
+// done to them.
+template <typename T>
+const float* prepare(const Row<T>& row, const Scoring& scoring, const RowScorer& scorer, const Banned& banned, int64_t column,
+                     int64_t n, float* buffer) {
+  const T* logits = row.logits + column;
   if constexpr (std::is_same_v<T, float>) {
-    if (unconditional == nullptr && args.scoring.soft_cap == 0 && scorer.logit_divisor() == 1 && n % kLanes == 0 &&
+    if (row.unconditional == nullptr && scoring.soft_cap == 0 && scorer.logit_divisor() == 1 && n % kLanes == 0 &&
         !banned.any_in(column, n))
       return logits;
   }
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const bool whole = n - j >= kLanes;
-    F x = whole ? load(logits + j) : load_first(logits + j, n - j, 0.0f);
-    if (unconditional != nullptr)
-      x = mix(x, whole ? load(unconditional + j) : load_first(unconditional + j, n - j, 0.0f), scale);
-    store(buffer + j, x);
+  const int64_t whole = n / kLanes * kLanes;
+  if (row.unconditional == nullptr) {
+    for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, load(logits + j));
+    if (whole < n) store(buffer + whole, load_first(logits + whole, n - whole, 0.0f));
+  } else {
+    const T* other = row.unconditional + column;
+    for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, mix(load(logits + j), load(other + j), row.scale));
+    if (whole < n)
+      store(buffer + whole, mix(load_first(logits + whole, n - whole, 0.0f), load_first(other + whole, n - whole, 0.0f), row.scale));
   }
-  finish_logits(args.scoring, scorer, banned, buffer, n, column);
+  finish_logits(scoring, scorer, banned, buffer, n, column);
   return buffer;
 }
 
@@ -49,19 +65,24 @@ void score_rows(const ScoreArgs& args, const Parallel& parallel) {
   std::vector<Statistics> partial(args.r * pieces);
   const std::unique_ptr<std::atomic<float>[]> floors(new std::atomic<float>[args.r]);
   for (int64_t row = 0; row < args.r; ++row) floors[row].store(-kInfinity, std::memory_order_relaxed);
-  parallel(args.r * pieces, [&](int64_t index) {
-    const int64_t row = index / pieces, first = index % pieces * kPiece, stop = std::min(args.v, first + kPiece);
+  // Whole rows to a tile where there are many: what is fetched ahead is then read by the same thread.
+  const int64_t run = std::clamp<int64_t>(args.r * pieces / kTiles, 1, pieces), tiles = (pieces + run - 1) / run;
+  parallel(args.r * tiles, [&](int64_t index) {
+    const int64_t row = index / tiles, first = index % tiles * run, stop = std::min(pieces, first + run);
     if (!is_active(args.scoring, row)) return;
     const RowScorer scorer(args.scoring, row, args.v, floors[row]);
+    const Row<T> logits(args, row);
     alignas(64) float buffer[kChunk];
-    Statistics statistics;
-    for (int64_t column = first; column < stop; column += kChunk) {
-      const int64_t n = std::min(kChunk, stop - column);
-      const T* next = static_cast<const T*>(args.logits) + row * args.v + column + n;
-      scorer.take(statistics, prepare<T>(args, scorer, banned, row, column, n, buffer), n, column,
-                  reinterpret_cast<const float*>(next));
+    for (int64_t piece = first; piece < stop; ++piece) {
+      Statistics statistics;
+      const int64_t end = std::min(args.v, (piece + 1) * kPiece);
+      for (int64_t column = piece * kPiece; column < end; column += kChunk) {
+        const int64_t n = std::min(kChunk, end - column);
+        scorer.take(statistics, prepare(logits, args.scoring, scorer, banned, column, n, buffer), n, column,
+                    logits.ahead(column + n));
+      }
+      partial[row * pieces + piece] = statistics;
     }
-    partial[index] = statistics;
   });
   merge_parts(args.scoring, args.r, pieces, partial, parallel);
 }
