@@ -11,12 +11,12 @@ The first call with a new kind of arguments compiles its kernels, in seconds; Tr
 
 import functools
 import importlib
-import importlib.util
 
 import jax
 import torch
 
 import dlm_kernels
+from dlm_kernels import triton_kernels
 
 __all__ = [
     "attention",
@@ -61,8 +61,8 @@ def _on_tensors(operation):
 
 
 def _native():
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("dlm_kernels.torch: tensors on a GPU need the triton package: pip install 'dlm_kernels[gpu]'")
+    if reason := triton_kernels.without_triton():
+        raise RuntimeError(f"dlm_kernels.torch: a tensor is on a GPU, and {reason}")
     return importlib.import_module("dlm_kernels.torch.native")
 
 

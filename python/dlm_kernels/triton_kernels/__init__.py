@@ -6,10 +6,22 @@ Importing this package imports neither Triton nor a framework; `unavailable()` s
 import importlib.util
 
 
+def without_triton() -> str | None:
+    """None where Triton is there, else the sentence that says what to install."""
+    need = "the Triton kernels need the triton package, 3.6 or newer"
+    if importlib.util.find_spec("triton") is None:
+        return f"{need}: pip install 'dlm_kernels[gpu]'"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"{need}, and {triton.__version__} is installed: pip install 'dlm_kernels[gpu]'"
+    return None
+
+
 def unavailable() -> str | None:
     """None where JAX can lower the kernels for a GPU or interpret them, else the sentence that says what to install."""
-    if importlib.util.find_spec("triton") is None:
-        return "the Triton kernels need the triton package, 3.6 or newer: pip install 'dlm_kernels[gpu]'"
+    if reason := without_triton():
+        return reason
     import triton
 
     if triton.knobs.runtime.interpret:

@@ -24,13 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-
-try:
-    import triton
-except ImportError as error:
-    raise ImportError(
-        "the Triton kernels need the triton package, 3.6 or newer: pip install 'dlm_kernels[gpu]'"
-    ) from error
+import triton
 
 _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 160, 120: 170}
 _DEFAULT_ARCH = 90
