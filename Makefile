@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-tpu test-browser lint clean
+.PHONY: demo test test-gpu bench-gpu test-tpu test-browser lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,14 +22,12 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 	DLM_KERNELS_ISA=portable $(BIN)/python -m pytest -n 2 tests/leaves -k cpu
 
-# Needs an NVIDIA GPU, and JAX with its CUDA plugin in .venv: .venv/bin/pip install 'jax[cuda13]'; torch too, for its tests.
-test-gpu: export TRITON_INTERPRET = 0
-test-gpu: export JAX_PLATFORMS = cuda,cpu
-test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
-test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -m gpu tests/triton
-	$(BIN)/python -m pytest tests/leaves -k triton
-	$(BIN)/python -m pytest tests/torch/test_native.py
+# Need an NVIDIA GPU, and JAX with its CUDA plugin, Triton and pytest in .venv where there is one, else in $(PYTHON); fetch nothing.
+test-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/on_gpu.py
+
+bench-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/on_gpu.py --bench
 
 # Opens the page of `generate --html` in a headless browser: needs Chromium on the path.
 test-browser: $(VENV)/.installed

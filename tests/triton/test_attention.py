@@ -51,6 +51,34 @@ def test_forward_and_backward(pairs, cap, t, s, g):
         assert np.linalg.norm(mine - other) <= 3e-6 * np.linalg.norm(other)
 
 
+@pytest.mark.parametrize("h", [64, 96, 128, 256])
+def test_every_head_size(h):
+    query, key, value, dout, dlse = inputs(2, 34, 1, h)
+    bounds = intervals(1, 2, 34)
+    options = dict(scale=h**-0.5, logits_soft_cap=None)
+    out, lse = kernels.attention_forward(query, key, value, bounds, None, **options)
+    np.testing.assert_allclose(out, plain.attention_forward(query, key, value, bounds, None, **options)[0], rtol=1e-4, atol=2e-6)
+    arguments = (query, key, value, bounds, None, out, lse, dout, dlse)
+    got = kernels.attention_backward(*arguments, **options)
+    for mine, other in zip(got, plain.attention_backward(*arguments, **options)):
+        assert np.linalg.norm(mine - other) <= 3e-6 * np.linalg.norm(other)
+
+
+# kv heads and groups of LLaDA-8B, SDAR-4B, LLaDA2-mini, Dream-7B.
+@pytest.mark.parametrize("kv_heads, groups", [(32, 1), (8, 4), (4, 4), (4, 7)])
+@pytest.mark.parametrize("queries", [32, 128, 256, 1024])
+@pytest.mark.parametrize("length", [4096, 32768])
+def test_a_short_block_against_a_long_cache_keeps_every_multiprocessor_busy(kv_heads, groups, queries, length):
+    block = kernels._tiles("bfloat16", 128, queries * groups, 1)[0]["BLOCK_M"]
+    programs = -(-queries * groups // block) * kv_heads
+    split, parts = kernels._split(programs, length)
+    assert (parts - 1) * split < length <= parts * split
+    # Hopper's 132; the least cache of the fewest heads has 64 runs of keys to give.
+    assert programs * parts >= (64 if kv_heads * length <= 4 * 4096 else 0.8 * 132)
+    # Parts are float32 [programs * parts, block, 128].
+    assert parts == 1 or programs * parts * block * 128 * 4 <= 18e6
+
+
 def test_unseen_keys_change_no_bit():
     query, key, value, dout, dlse = inputs()
     bounds = np.zeros((1, T, 4), np.int32)

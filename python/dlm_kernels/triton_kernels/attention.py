@@ -12,12 +12,13 @@ from dlm_kernels.triton_kernels.attention_backward import (
     bounds_stride,
     supports_attention_backward,
 )
-from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiprocessors, strides
 from dlm_kernels.triton_kernels.numerics import tanh
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
 
-_SPLIT = 512  # keys per program at least, a multiple of every tile of keys
+_LEAST_SPLIT = 256  # keys per program at least, and a multiple of every tile of keys
+_MOST_SPLITS = 64  # the merge holds a row's parts in registers
 
 
 @triton.jit
@@ -214,6 +215,21 @@ def _tiles(dtype: str, h: int, rows: int, pairs: int) -> tuple[dict, int, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 4 if block_m == 64 else 8, 3
 
 
+def _split(programs: int, length: int) -> tuple[int, int]:
+    """Keys per program, and how many programs share a row's keys, where without sharing a batch row has `programs`.
+
+    Where those leave more than a fifth of the multiprocessors idle at batch 1, as many as give two to each, and no more: every
+    program writes its rows in float32 for the merge to read, on Hopper 264 times 128 x 128 at most, 17 MB, which stay in L2. 128
+    queries of LLaDA's 32 heads against 32768 keys read 537 MB; 64 parts instead of 8 would write 134 MB beside that.
+    The batch is left out, or a row's bits would depend on what else is in it.
+    """
+    if programs >= 0.8 * multiprocessors():
+        return length, 1
+    wanted = min(2 * multiprocessors() // programs, _MOST_SPLITS)
+    split = triton.cdiv(triton.cdiv(length, wanted), _LEAST_SPLIT) * _LEAST_SPLIT
+    return split, triton.cdiv(length, split)
+
+
 def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):
     """query [B,T,N,H], key and value [B,S,K,H], bounds int32 [1|B,T,2|4], contiguous, or None.
 
@@ -224,11 +240,7 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     groups = heads // kv_heads
     pairs = 0 if bounds is None else bounds.shape[-1] // 2
     tiles, num_warps, num_stages = _tiles(dtype_name(query), h, queries * groups, pairs)
-    split, splits = length, 1
-    if queries * groups <= 512 and length >= 2 * _SPLIT:
-        # At most 64 parts; the merge holds them all in registers.
-        split = _SPLIT * triton.cdiv(length, 64 * _SPLIT)
-        splits = triton.cdiv(length, split)
+    split, splits = _split(triton.cdiv(queries * groups, tiles["BLOCK_M"]) * kv_heads, length)
     block_h = max(16, triton.next_power_of_2(h))
     out, lse = launch(
         _forward_kernel,
@@ -240,7 +252,7 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
         },
         scalars={
             "batch": batch, "queries": queries, "length": length, "heads": heads,
-            "split": triton.cdiv(split, tiles["BLOCK_N"]) * tiles["BLOCK_N"], "scale": float(scale),
+            "split": split, "scale": float(scale),
             **strides(query, "query_b query_t query_n query_h"), **strides(key, "key_b key_s key_k key_h"),
             **strides(value, "value_b value_s value_k value_h"), "bounds_b": bounds_stride(bounds),
         },

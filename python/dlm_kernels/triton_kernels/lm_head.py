@@ -13,6 +13,30 @@ from dlm_kernels.triton_kernels.numerics import gumbel, head_tile, tanh
 
 _SPAN = 128  # tokens per program
 _CHUNK = 16384  # tokens whose logits' gradient is in memory at once
+_RESIDENT = 16 << 20  # bytes of hidden states that stay in L2 (40 MB on A100, 50 on H100) beside what streams through
+
+
+@triton.jit
+def grouped_block():
+    """The block of axis 0 that is this program's, in a grid by `grouped`."""
+    return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+
+
+def grouped(blocks: int, others: int, most: int) -> tuple[int, int, int]:
+    """A grid of blocks by others, started in groups of `most` blocks: all of a group, for one of the others after another."""
+    return min(blocks, most), others, triton.cdiv(blocks, most)
+
+
+def _grid(hidden, block: int, spans: int) -> tuple[int, int, int]:
+    """Blocks of rows by spans of the vocabulary: a group's hidden states stay in L2, and the weights pass by once for each group.
+
+    2048 rows of LLaDA, 17 MB, are one group: 132 programs in flight are 8 spans, and all 988, 1.04 GB, are read once. 8192 rows
+    would not stay in L2 from one span to the next, and would be read anew for every two, 33 GB; in 4 groups the weights are
+    read 4 times.
+    """
+    rows, width = hidden.shape
+    row_bytes = width * (4 if dtype_name(hidden) == "float32" else 2)
+    return grouped(triton.cdiv(rows, block), spans, max(1, _RESIDENT // (row_bytes * block)))
 
 
 @triton.jit
@@ -46,7 +70,7 @@ def _scores_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
     start = tl.program_id(1) * BLOCK_V
     tokens = start + tl.arange(0, BLOCK_V)
     wanted = row < rows
@@ -145,7 +169,7 @@ def lm_head_scores(
     rounds = {None: None, "float32": None, "bfloat16": tl.bfloat16, "float16": tl.float16}
     results = launch(
         _scores_kernel,
-        (triton.cdiv(rows, tiles["BLOCK_R"]), spans),
+        _grid(hidden, tiles["BLOCK_R"], spans),
         inputs={
             "hidden": hidden, "weight": weight, "temperature": temperature,
             "key_data": key_data if noise is None else None, "counter_row": counter_row if noise is None else None,
@@ -193,7 +217,7 @@ def _loss_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
     tokens = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     wanted = row < rows
     wanted &= tl.load(active + row, mask=wanted, other=0) != 0
@@ -253,7 +277,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
     tiles, num_warps, num_stages = _tiles(dtype_name(hidden), rows)
     top, total, chosen = launch(
         _loss_kernel,
-        (triton.cdiv(rows, tiles["BLOCK_R"]), spans),
+        _grid(hidden, tiles["BLOCK_R"], spans),
         inputs={"hidden": hidden, "weight": weight, "targets": targets, "active": active},
         outputs={
             "top": Out((rows, spans), "float32"), "total": Out((rows, spans), "float32"),
@@ -299,7 +323,7 @@ def _dlogits_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     tokens = first + column
     wanted = row < rows
@@ -339,7 +363,7 @@ def _product_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = grouped_block() * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     left_at = left + i.to(tl.int64)[:, None] * left_m + inner.to(tl.int64)[None, :] * left_k
@@ -370,7 +394,8 @@ def _product(left, left_strides, right, seen, addend, m, n, k, dtype):
         tiles, num_warps, num_stages = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PRECISION": "ieee"}, 8, 3
     return launch(
         _product_kernel,
-        (triton.cdiv(m, tiles["BLOCK_M"]), triton.cdiv(n, tiles["BLOCK_N"])),
+        # 128 programs in flight make a square of tiles, 8 by 16, which reads 24 blocks of the operands and not 129.
+        grouped(triton.cdiv(m, tiles["BLOCK_M"]), triton.cdiv(n, tiles["BLOCK_N"]), 8),
         inputs={"left": left, "right": right, "seen": seen, "addend": addend},
         outputs={"out": Out((m, n), dtype)},
         scalars={
@@ -398,7 +423,7 @@ def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *
         chunk = min(_CHUNK, vocabulary - first)
         (dlogits,) = launch(
             _dlogits_kernel,
-            (triton.cdiv(rows, tiles["BLOCK_R"]), triton.cdiv(chunk, tiles["BLOCK_V"])),
+            _grid(hidden, tiles["BLOCK_R"], triton.cdiv(chunk, tiles["BLOCK_V"])),
             inputs={
                 "hidden": hidden, "weight": weight, "targets": targets, "active": active, "lse": lse, "dloss": dloss,
             },

@@ -1,0 +1,56 @@
+"""All that needs an NVIDIA GPU, in the order in which it should work: the tests, and with --bench the benchmarks after them.
+
+    python tests/on_gpu.py [--bench]
+
+Fetches nothing: it wants jax with its CUDA plugin, triton and pytest, for its part torch, and builds the package with the pybind11
+and setuptools that are there where that is not done. Prints last what failed; the exit status is how many steps did.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Kernels run and are not interpreted; JAX and torch share the memory.
+ON_GPU = {"TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# Torch's kernels are compared with JAX on the CPU, which does not round the products of float32 to TF32.
+TORCH = ON_GPU | {"JAX_PLATFORMS": "cpu"}
+TESTS = {
+    "kernels at the sizes of models": (["pytest", "-rf", "-m", "gpu", "tests/triton"], ON_GPU),
+    "kernels against the oracle": (["pytest", "-rf", "tests/leaves", "-k", "triton"], ON_GPU),
+    "kernels from torch": (["pytest", "-rf", "tests/torch"], TORCH),
+}
+BENCH = {"benchmarks": (["bench"], ON_GPU)}
+BUILD = ["pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+LOOK = "import jax, triton; print(jax.__version__, triton.__version__, *jax.devices('gpu'))"
+
+
+def run(module, environment):
+    root = Path(__file__).resolve().parent.parent
+    return subprocess.run([sys.executable, *module], cwd=root, env=os.environ | environment).returncode
+
+
+def main(bench):
+    absent = [name for name in ("jax", "triton", "pytest", "numpy") if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"{sys.executable} has no {' and no '.join(absent)}: pip install 'jax[cuda13]' triton pytest numpy"
+    if run(["-c", LOOK], ON_GPU):
+        return "JAX finds no NVIDIA GPU: it needs its driver, and pip install 'jax[cuda13]'"
+    if run(["-c", "import dlm_kernels._cpu"], {"JAX_PLATFORMS": "cpu"}) and run(["-m", *BUILD], {}):
+        return "the package could not be built: pip install pybind11 'setuptools>=77', and a C++ compiler"
+    steps = TESTS | (BENCH if bench else {})
+    if importlib.util.find_spec("torch") is None:
+        del steps["kernels from torch"]
+        print("no torch: its tests are left out")
+    failed = []
+    for name, (module, environment) in steps.items():
+        print(f"== {name}: {' '.join(module)}", flush=True)
+        if run(["-m", *module], environment):
+            failed.append(name)
+    print("failed: " + ", ".join(failed) if failed else f"passed: {', '.join(steps)}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main("--bench" in sys.argv[1:]))
