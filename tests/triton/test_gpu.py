@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_kernels import attention, lm_head_scores, masked_cross_entropy, masks, score_tokens
+from dlm_kernels import attention, explain, lm_head_scores, masked_cross_entropy, masks, score_tokens, unmask_step
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +38,36 @@ def test_attention_and_its_gradients(dtype, t, s, h):
         assert error[0] <= max(1.5 * error[1], 4e-6)
 
 
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8)])
+def test_a_block_against_a_long_cache_is_within_the_plain_error_and_repeats_its_bits(heads):
+    n, k = heads
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (
+        jax.random.normal(x, (1, t, m, 128)).astype(jnp.bfloat16) for x, t, m in zip(keys, (128, 8192, 8192), (n, k, k))
+    )
+    exact = attention(*(x.astype(jnp.float32) for x in (query, key, value)), implementation="triton")
+    mine, again, plain = (attention(query, key, value, implementation=name) for name in ("triton", "triton", "xla"))
+    np.testing.assert_array_equal(np.asarray(mine, np.float32), np.asarray(again, np.float32))
+    error = [np.linalg.norm(np.asarray(x, np.float32) - exact) for x in (mine, plain)]
+    assert error[0] <= 1.5 * error[1]
+
+
+def test_cudnn_where_it_is_asked_for():
+    query = jax.random.normal(jax.random.key(0), (2, 256, 4, 128)).astype(jnp.bfloat16)
+    assert "cudnn" in str(explain(attention, query, query, query, implementation="cudnn"))
+    mine, cudnn = (attention(query, query, query, implementation=name) for name in ("triton", "cudnn"))
+    np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(cudnn, np.float32), rtol=2e-2, atol=1e-2)
+
+
+def test_a_step_commits_what_the_plain_one_commits():
+    logits = 4 * jax.random.normal(jax.random.key(1), (2, 128, 126464))
+    tokens = jnp.where(jnp.arange(128) % 3 == 0, 5, 126336) + jnp.zeros((2, 1), jnp.int32)
+    options = dict(mask_id=126336, num_unmask=8, threshold=0.9, candidates=(16, 112))
+    got, expected = (unmask_step(logits, tokens, implementation=name, **options) for name in ("triton", "xla"))
+    for mine, other in zip(got, expected):
+        np.testing.assert_array_equal(mine, other)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_scores_of_a_large_vocabulary(dtype, temperature):
@@ -51,11 +81,12 @@ def test_scores_of_a_large_vocabulary(dtype, temperature):
         np.testing.assert_allclose(np.asarray(mine)[same], np.asarray(other)[same], rtol=1e-4, atol=1e-5)
 
 
-def test_the_head_and_the_loss():
-    hidden = jax.random.normal(jax.random.key(3), (1, 200, 512))
+@pytest.mark.parametrize("rows", [200, 9000])  # of 512 float32s, 8192 rows are a group of those that stay in L2
+def test_the_head_and_the_loss(rows):
+    hidden = jax.random.normal(jax.random.key(3), (1, rows, 512))
     weight = jax.random.normal(jax.random.key(4), (20000, 512)) / 16
-    targets = jax.random.randint(jax.random.key(5), (1, 200), 0, 20000)
-    weights = jnp.ones((1, 200))
+    targets = jax.random.randint(jax.random.key(5), (1, rows), 0, 20000)
+    weights = jnp.ones((1, rows))
     with jax.default_matmul_precision("highest"):
         got, expected = (lm_head_scores(hidden, weight, implementation=name) for name in ("triton", "xla"))
         np.testing.assert_array_equal(got.token, expected.token)

@@ -93,7 +93,7 @@ def arch() -> int:
         return 10 * major + minor
     if (jax := sys.modules.get("jax")) is not None:
         for device in jax.local_devices():
-            if device.platform == "gpu":
+            if device.platform in ("gpu", "cuda"):
                 return int(str(device.compute_capability).replace(".", ""))
     return _DEFAULT_ARCH
 
