@@ -1,8 +1,6 @@
 """Fused attention over key intervals, forward: online softmax in base 2. attention_tiles.py has the layout and the masks."""
 
-import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +8,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import attention_tiles, chips
-from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LANES, WHOLE
+from dlm_kernels.pallas_kernels.attention_backward import attention_backward, supports_attention_backward
+from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LANES, LOG2_E, WHOLE
 
-__all__ = ["attention_forward", "supports_attention_forward"]
-
-LOG2_E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How a call is cut. A grid step takes `rows` rows and `keys` keys of each of `heads` kv heads.
-
-    It works on parts of row_part rows and key_part keys; of `unrolled` heads at once, so that the compiler finds work for the
-    vector units while the matrix units are busy, and the other way round. `ahead` parts' logits are computed before a part's
-    weights, and `behind` parts' weights before a part's product with the values.
-    """
-
-    heads: int
-    rows: int
-    keys: int
-    row_part: int
-    key_part: int
-    unrolled: int
-    ahead: int
-    behind: int
-    # A part's logits are [keys, rows]: the maximum over keys then runs down the sublanes, without the cross-lane unit. Few rows
-    # would leave most lanes empty: then they are [rows, keys].
-    keys_first: bool
+__all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
 
 
 def choose_tiles(kv_heads, rows, keys, head_size, dtype):
@@ -47,14 +22,10 @@ def choose_tiles(kv_heads, rows, keys, head_size, dtype):
     key_tile = chips.tile(keys, 2048 // size, LANES)
     # Key, value, query and result blocks are there twice; the sums are float32.
     bytes_of_head = 4 * chips.round_up(head_size, LANES) * (key_tile * size + row_tile * (size + 1))
-
-    def most(total, fits):
-        return max(n for n in range(1, total + 1) if total % n == 0 and (n == 1 or fits(n)))
-
-    heads = most(kv_heads, lambda n: n <= 8 and n * bytes_of_head <= chips.chip().budget)
-    unrolled = most(heads, lambda n: n * row_tile * key_tile * size <= 2**21)
-    row_part, key_part = (256 if n % 256 == 0 else LANES if n % LANES == 0 else n for n in (row_tile, key_tile))
-    return Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, 2, 2, keys_first)
+    heads = attention_tiles.most(kv_heads, lambda n: n <= 8 and n * bytes_of_head <= chips.chip().budget)
+    unrolled = attention_tiles.most(heads, lambda n: n * row_tile * key_tile * size <= 2**21)
+    row_part, key_part = map(attention_tiles.part, (row_tile, key_tile))
+    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, (2, 2), keys_first)
 
 
 def _forward_kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap):
@@ -92,9 +63,9 @@ def _forward_kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap):
     def logits_of(head, row, at):
         q, k = query[0, head, row : row + tiles.row_part], key[0, head, at : at + tiles.key_part]
         logits = chips.dot(k, q, (1, 1)) if tiles.keys_first else chips.dot(q, k, (1, 1))
-        return logits if soft_cap is None else jnp.tanh(logits * (scale / soft_cap))
+        return (logits if soft_cap is None else jnp.tanh(logits * (scale / soft_cap)),)
 
-    def weights_of(head, row, at, logits, first):
+    def weights_of(head, row, at, logits, *, first):
         part, seen = of_rows(head, row), None
         if first is not None:
             rows = slice(row, row + tiles.row_part)
@@ -124,25 +95,7 @@ def _forward_kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap):
     def attend(first):
         """first: the first key of the tile, or None where every row sees all of it."""
 
-        def some_heads(group, carry):
-            parts = [
-                (group * tiles.unrolled + head, row, at)
-                for at in range(0, tiles.keys, tiles.key_part)
-                for head in range(tiles.unrolled)
-                for row in range(0, tiles.rows, tiles.row_part)
-            ]
-            logits, weights = {}, {}
-            for i in range(len(parts) + tiles.ahead + tiles.behind):
-                weighed, added = i - tiles.ahead, i - tiles.ahead - tiles.behind
-                if i < len(parts):
-                    logits[i] = logits_of(*parts[i])
-                if 0 <= weighed < len(parts):
-                    weights[weighed] = weights_of(*parts[weighed], logits.pop(weighed), first)
-                if 0 <= added:
-                    add_values(*parts[added], *weights.pop(added))
-            return carry
-
-        jax.lax.fori_loop(0, tiles.heads // tiles.unrolled, some_heads, 0)
+        attention_tiles.visit(tiles, logits_of, functools.partial(weights_of, first=first), add_values)
 
     if masked:
         row = pl.program_id(2) if shared_bounds else pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)

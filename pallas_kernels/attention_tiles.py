@@ -7,6 +7,9 @@ interleaved, and separating them in VMEM takes 12 vector operations a register; 
 which XLA copies a cache whole at every step.
 """
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -14,7 +17,62 @@ from jax.experimental import pallas as pl
 from dlm_kernels.pallas_kernels import chips
 
 LANES = 128
+LOG2_E = math.log2(math.e)
 DEAD, EDGE, WHOLE = 0, 1, 2  # of a tile of keys: no row sees any of it; some row does not see all of it; every row sees all
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a call is cut. A grid step takes `rows` rows and `keys` keys of each of `heads` kv heads, in parts of row_part rows and
+    key_part keys, of `unrolled` heads at once.
+    """
+
+    heads: int
+    rows: int
+    keys: int
+    row_part: int
+    key_part: int
+    unrolled: int
+    # By how many parts the work on the weights runs behind the products that they are of, and what is done with them behind that.
+    behind: tuple[int, int]
+    # A part's logits are [keys, rows]: the maximum over keys then runs down the sublanes, without the cross-lane unit. Few rows
+    # would leave most lanes empty: then they are [rows, keys].
+    keys_first: bool
+
+
+def most(total, fits):
+    """The largest divisor of `total` that fits; 1 always does."""
+    return max(n for n in range(1, total + 1) if total % n == 0 and (n == 1 or fits(n)))
+
+
+def part(tile):
+    return next((size for size in (256, LANES) if tile % size == 0), tile)
+
+
+def visit(tiles, *stages):
+    """Runs three stages on every part of a step: stage(head, row, at, *what the stage before returned), row and at from the tile's
+    first.
+
+    The stages of several parts alternate, so that the compiler has products for the matrix units while the vector units are busy
+    with another part's weights, and the other way round.
+    """
+
+    def some_heads(group, carry):
+        parts = [
+            (group * tiles.unrolled + head, row, at)
+            for at in range(0, tiles.keys, tiles.key_part)
+            for head in range(tiles.unrolled)
+            for row in range(0, tiles.rows, tiles.row_part)
+        ]
+        results = dict.fromkeys(range(len(parts)), ())
+        delays = 0, tiles.behind[0], sum(tiles.behind)
+        for i in range(len(parts) + delays[-1]):
+            for stage, delay in zip(stages, delays):
+                if i - delay in results:
+                    results[i - delay] = stage(*parts[i - delay], *results[i - delay])
+        return carry
+
+    jax.lax.fori_loop(0, tiles.heads // tiles.unrolled, some_heads, 0)
 
 
 def by_head(array, kv_heads):

@@ -111,10 +111,13 @@ def attention_cases():
     for model, t, s, pairs, dtype in ATTENTION:
         n, k, h = HEADS[model]
         name = f"attention {model} {t} x {s}, {pairs} intervals, {jnp.dtype(dtype).name}"
-        query, key = ((2, t, n, h), dtype), ((2, s, k, h), dtype)
+        query, key, row = ((2, t, n, h), dtype), ((2, s, k, h), dtype), ((2, n, t), F32)
         operands = query, key, key, ((2, t, 2 * pairs), INT) if pairs else None, None
         static = dict(scale=h**-0.5, logits_soft_cap=30.0 if s == 1280 else None)
         yield f"{name}, forward", functools.partial(attention.attention_forward, **static), operands
+        if t == s:
+            gradient = functools.partial(attention.attention_backward, **static)
+            yield f"{name}, backward", gradient, (*operands, query, row, query, row)
 
 
 def main(kind, part=""):

@@ -20,6 +20,10 @@ OPERATIONS = {
         lambda q, k, v, n: dlm_kernels.attention(q, k, v, mask=dlm_kernels.masks.cache(48, n), logits_soft_cap=30.0),
         (QUERY, KEY, KEY, jax.ShapeDtypeStruct((2,), jnp.int32)),
     ),
+    "attention's gradient": (
+        jax.grad(lambda q, k, v: dlm_kernels.attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2)),
+        (QUERY, KEY, KEY),
+    ),
     "combine_guidance": (dlm_kernels.combine_guidance, (jax.ShapeDtypeStruct((3, 2, 8, 1000), jnp.float32), jnp.ones(3))),
     "score_tokens": (lambda x: dlm_kernels.score_tokens(x, temperature=0.5, key=jax.random.key(0)), (LOGITS,)),
     "unmask_step": (lambda x, tokens: dlm_kernels.unmask_step(x, tokens, **STEP), (LOGITS, TOKENS)),
