@@ -8,6 +8,7 @@ from dlm_kernels.ops.attention import attention
 from dlm_kernels.ops.explain import explain
 from dlm_kernels.ops.guidance import combine_guidance, mix_guidance
 from dlm_kernels.ops.lm_head import lm_head_scores, masked_cross_entropy
+from dlm_kernels.ops.soft_embedding import soft_embedding
 from dlm_kernels.ops.unmask import TokenScores, UnmaskResult, score_tokens, unmask_step, unmask_topk
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "masks",
     "mix_guidance",
     "score_tokens",
+    "soft_embedding",
     "unmask_step",
     "unmask_topk",
 ]

@@ -9,7 +9,7 @@ import sys
 GENERATE_OPTIONS = (
     "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "remask", "remask_rule", "confidence",
     "temperature", "seed", "guidance", "negative_prompt", "style", "adaptive", "guidance_final", "guidance_interval",
-    "guidance_refresh", "eos_bias", "exact", "attend", "cache", "refresh", "drafts", "implementation",
+    "guidance_refresh", "eos_bias", "exact", "attend", "cache", "refresh", "drafts", "noise_budget", "implementation",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def _parser():
     rules = ("least", "cap", "rescale", "confidence")
     add("--remask-rule", choices=rules, help="the least certain, or ReMDM's rules of strength --remask")
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
-    add("--temperature", type=float, help="0 is greedy (default: 1, and 0 with --drafts)")
+    add("--temperature", type=float, help="0 is greedy (default: 1; 0 with --drafts; 0.8 with --noise-budget)")
     add("--seed", type=int)
     add("--ban", action="append", default=[], metavar="TEXT", help="use no token that contains TEXT")
     add("--require", action="append", default=[], metavar="TEXT", help="write TEXT, where it is likeliest")
@@ -70,6 +70,7 @@ def _parser():
     add("--refresh", type=int, help="passes between renewals of the cache (default: once a block)")
     add("--drafts", type=int, help="check this many guessed steps in each pass: the same text in fewer passes")
     add("--drafter", metavar="DIR", help="a student that guesses for the model; needs --drafts")
+    add("--noise-budget", type=float, metavar="NATS", help="decode from random tokens; needs a model trained with --uniform-share")
     add("--html", metavar="FILE", help="write a page that replays the passes beside one token at a time")
     add("--json", action="store_true", help="print numbers and text as JSON")
 
@@ -98,6 +99,7 @@ def _parser():
     train.add_argument("--length", type=int, default=256)
     train.add_argument("--learning-rate", type=float, default=2e-3)
     train.add_argument("--block-share", type=float, default=0.0, help="share of updates on block-causal denoising")
+    train.add_argument("--uniform-share", type=float, default=0.0, help="share of updates on random tokens for --noise-budget")
     train.add_argument("--error-share", type=float, default=0.0, help="share of visible tokens to replace and correct")
     train.add_argument("--initial", metavar="DIR", help="a checkpoint to start from")
     train.add_argument("--seed", type=int, default=0)
@@ -159,7 +161,7 @@ def _generate(options):
     if options.drafts and options.html:
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")
     named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
-    named.setdefault("temperature", 0.0 if options.drafts else 1.0)
+    named.setdefault("temperature", 0.0 if options.drafts else 0.8 if options.noise_budget is not None else 1.0)
     named["length"] = options.block if options.length is None else options.length
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     named["required"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.require]
@@ -262,6 +264,7 @@ def _train(options):
         length=options.length,
         learning_rate=options.learning_rate,
         block_share=options.block_share,
+        uniform_share=options.uniform_share,
         error_share=options.error_share,
         steps=options.steps,
         minutes=options.minutes,

@@ -19,6 +19,7 @@ class DenoiserConfig:
     qk_norm: bool = True  # RMSNorm of each query and key head, before RoPE
     qkv_bias: bool = False
     tie_embeddings: bool = True
+    self_conditioning: bool = False  # has learnt to read the soft embedding of the pass before, see `model.self_conditioned`
     shifted: bool = False  # the state of position i - 1 predicts token i, as Dream's does; position 0 its own
     pad_id: int = 0
     eos_id: int = 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
-from dlm_kernels.denoiser import control, sampler, speculative
+from dlm_kernels.denoiser import control, renoise, sampler, speculative
 
 HOLE = re.compile(r"<mask:(\d+)>")
 BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
@@ -101,6 +101,7 @@ def generate(
     exact=False,
     drafts=None,
     drafter=None,
+    noise_budget=None,
     on_pass=None,
     **options,
 ):
@@ -118,8 +119,9 @@ def generate(
     what it draws away from is the prompt without it. banned: token ids. required: texts that are written where they are likeliest
     before anything else, see `control.require`; then the length is exact. logit_bias: {token id: what to add to its logit};
     eos_bias: likewise for end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before `length`.
-    drafts, drafter: speculate, see `speculative.decode`; it goes with steps alone. Returns Generation; the first, compiling run
-    is not in its seconds. Raises ValueError for options that do not fit.
+    drafts, drafter: speculate, see `speculative.decode`; it goes with steps alone. noise_budget: decode from random tokens, see
+    `renoise.decode`, in 48 steps unless they are given, from temperature, 0.8 unless it is given, to half of it. Returns
+    Generation; the first, compiling run is not in its seconds. Raises ValueError for options that do not fit.
     """
     config, params, tokenizer = model
     if not prompts:
@@ -133,6 +135,8 @@ def generate(
         )
         board = dataclasses.replace(board, tokens=tokens)
     rules = ("threshold", "factor", "entropy_budget")
+    if noise_budget is not None:
+        steps, temperature = steps or 48, temperature or 0.8
     if steps is None and all(options.get(rule) is None for rule in rules):
         steps = max(block // 4, 1)
     if exact or required or any(HOLE.search(prompt) for prompt in prompts):
@@ -165,6 +169,12 @@ def generate(
             raise ValueError(f"drafts: goes with steps and greedy decoding alone, got {given or 'no steps'}")
         options = dict(drafts=drafts, drafter=drafter, implementation=options.get("implementation"))
         decode = speculative.decode
+    if noise_budget is not None:
+        given = [n for n, x in options.items() if x is not None and n not in ("key", "temperature", "on_pass", "implementation")]
+        if given or drafts:
+            raise ValueError(f"noise_budget: goes with steps and temperature alone, got {given or 'drafts'}")
+        options |= dict(budget=noise_budget, temperature=(temperature, temperature / 2))
+        decode = renoise.decode
     options |= dict(block=block, start=board.start, first=board.first, stop_at=config.eos_id)
     options |= dict(banned_tokens=np.array(banned, np.int32))
     asked = time.perf_counter()

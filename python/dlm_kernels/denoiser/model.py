@@ -31,6 +31,8 @@ def parameter_shapes(config):
     shapes = {"embed": (c.vocab, c.d_model), "final_norm": (c.d_model,)}
     if not c.tie_embeddings:
         shapes["head"] = (c.vocab, c.d_model)
+    if c.self_conditioning:
+        shapes |= {f"soft.{name}": layer[name] for name in ("ffn_norm", "gate", "up", "down")}
     for i in range(c.layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes
@@ -39,13 +41,14 @@ def parameter_shapes(config):
 def init(config, key, dtype=jnp.float32):
     """Random parameters: norms 1, biases 0, matrices normal with variance 1 / fan-in.
 
-    A matrix whose result joins the residual has its variance divided by twice the number of layers as well.
+    A matrix whose result joins the residual has its variance divided by twice the number of layers as well; that of the soft
+    embedding is 0, so that a model which is given one later goes on from where it was.
     """
     params = {}
     for i, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name.endswith("norm"):
             params[name] = jnp.ones(shape, dtype)
-        elif name.endswith("bias"):
+        elif name.endswith("bias") or name == "soft.down":
             params[name] = jnp.zeros(shape, dtype)
         else:
             fan_in = shape[1] if name in ("embed", "head") else shape[0]
@@ -67,6 +70,16 @@ def hidden_states(config, params, tokens, *, embedded=None, positions=None, mask
         return attention(query, key, value, mask=mask, implementation=implementation)
 
     return _states(config, params, tokens, positions, attend, embedded)
+
+
+def self_conditioned(config, params, embedded, soft):
+    """What the layers read where a pass came before: embedded + ffn(soft), [B, L, d_model]; zeros add nothing.
+
+    soft [B, L, d_model]: the `soft_embedding` of that pass. As DiffusionGemma's, but without the norm after the sum.
+    """
+    p = {name: params[f"soft.{name}"] for name in ("ffn_norm", "gate", "up", "down")}
+    h = rms_norm(soft, p["ffn_norm"], config.rms_norm_eps)
+    return embedded + (jax.nn.gelu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
 
 
 def empty_cache(config, batch, length, dtype):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels import masked_cross_entropy, masks
+from dlm_kernels import masked_cross_entropy, masks, soft_embedding
 from dlm_kernels.denoiser import checkpoint, data, model
 from dlm_kernels.denoiser.config import DenoiserConfig
 
@@ -26,6 +26,7 @@ class TrainConfig:
     clip: float = 1.0
     least_ratio: float = 0.1  # see `loss`
     block_share: float = 0.0  # share of the updates that are `block_loss`, at a random block size
+    uniform_share: float = 0.0  # share of the updates that are `uniform_loss`, which makes a model for `renoise.decode`
     error_share: float = 0.0  # share of the visible tokens that the other updates replace, see `with_errors`
     average: float = (
         0.999  # what a step keeps of the running average of the parameters, which is what a checkpoint holds
@@ -39,7 +40,7 @@ class TrainConfig:
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps, minutes: expected one of them, got {self.steps} and {self.minutes}")
-        for name, most in (("block_share", 1), ("error_share", 0.5)):
+        for name, most in (("block_share", 1), ("uniform_share", 1), ("error_share", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: expected a share in [0, {most}], got {getattr(self, name)}")
 
@@ -139,6 +140,34 @@ def block_loss(config, params, tokens, key, block_size, *, least_ratio=0.0, impl
     )
 
 
+def uniform_loss(config, params, tokens, key, *, implementation=None):
+    """Cross-entropy of every token where some are random: what `renoise.decode` asks of a model, which no mask tells where.
+
+        noisy = where(uniform() < ratio, random tokens, tokens)                 # a ratio a row, spread evenly over 0-100%
+        soft = soft_embedding(hidden_states(noisy), embed)                      # in every other row; zeros in the others
+        return mean(-log_softmax(head(hidden_states(self_conditioned(noisy, soft))))[tokens])
+
+    packed rows [B, L]; config.self_conditioning. No gradient flows through soft. Source: DiffusionGemma's fine-tuning.
+    """
+    b, length = tokens.shape
+    for_ratio, for_place, for_token, for_rows = jax.random.split(key, 4)
+    ratio = (jax.random.uniform(for_ratio, ()) + jnp.arange(b)[:, None] / b) % 1.0
+    random = jax.random.randint(for_token, (b, length), 0, config.vocab)
+    noisy = jnp.where(jax.random.uniform(for_place, (b, length)) < ratio, random, tokens)
+    document = masks.packed(data.segments(tokens, config.eos_id).astype(jnp.int32))
+    options = dict(mask=document, implementation=implementation)
+    head, embedded = model.head_weight(config, params), params["embed"][noisy]
+    first = model.hidden_states(config, params, noisy, **options)
+    soft = soft_embedding(first, head, embedding=params["embed"], implementation=implementation)
+    # Neighbouring ratios take turns, whichever rows begin.
+    turn = (jnp.arange(b) + jax.random.randint(for_rows, (), 0, 2)) % 2 == 0
+    soft = jnp.where(turn[:, None, None], jax.lax.stop_gradient(soft), 0)
+    embedded = model.self_conditioned(config, params, embedded, soft)
+    hidden = model.hidden_states(config, params, noisy, embedded=embedded, **options)
+    weights = jnp.full(tokens.shape, 1 / tokens.size)
+    return masked_cross_entropy(hidden, head, tokens, weights, implementation=implementation)
+
+
 def optimizer(train):
     """Muon for the layers' matrices and Adam for the rest, with decoupled weight decay; without the learning rate, which the loop
     gives each step as data, because it may follow the clock.
@@ -180,6 +209,10 @@ def block_objective(config, train, params, given, tokens, key):
     return block_loss(config, params, tokens, for_loss, size, **options)
 
 
+def uniform_objective(config, train, params, given, tokens, key):
+    return uniform_loss(config, params, tokens, key, implementation=train.implementation)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
 def train_step(config, train, objective, state, given, tokens, step, learning_rate):
     """One update. state = {"params", "average", "optimizer"}; everything random in it follows from the seed and the step."""
@@ -197,6 +230,13 @@ def schedule(train, done):
     """The learning rate when a share `done` of the run is over: a linear warm-up, then a cosine to zero."""
     warm = min(1.0, done / train.warmup) if train.warmup else 1.0
     return train.learning_rate * warm * 0.5 * (1 + np.cos(np.pi * min(1.0, done)))
+
+
+def _drawn_objective(train, step):
+    draw = np.random.default_rng([train.seed, step]).random()
+    if draw < train.block_share:
+        return block_objective
+    return uniform_objective if draw < train.block_share + train.uniform_share else whole_objective
 
 
 def prepare(config, seed_texts=None, tokenizer=None):
@@ -231,8 +271,9 @@ def run(
     tokenizer = None
     if initial is not None:
         config, params, tokenizer = checkpoint.load(initial, dtype=jnp.float32)
-    else:
-        params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed))
+    config = dataclasses.replace(config, self_conditioning=config.self_conditioning or train.uniform_share > 0)
+    fresh = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed))
+    params = fresh if initial is None else fresh | params
     tokenizer, streams, _ = prepare(config, seed_texts, tokenizer)
     batches = data.Batches(streams, train.rows, train.length, train.seed)
     average = jax.tree.map(jnp.copy, params)
@@ -248,8 +289,7 @@ def run(
 
     while share() < 1:
         step = progress["step"]
-        blocks = np.random.default_rng([train.seed, step]).random() < train.block_share
-        chosen = objective or (block_objective if blocks else whole_objective)
+        chosen = objective or _drawn_objective(train, step)
         rate = np.float32(schedule(train, share()))
         state, value = train_step(config, train, chosen, state, given, batches[step], step, rate)
         value = float(value)

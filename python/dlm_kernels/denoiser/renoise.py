@@ -1,0 +1,172 @@
+"""Decoding without masks: of a block of random tokens a pass keeps those it is sure of and draws all others anew."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_kernels import lm_head_scores, masks, soft_embedding, unmask_topk
+from dlm_kernels.denoiser import model, sampler
+
+
+class _State(NamedTuple):
+    """The loop's carry; rows go through the blocks together."""
+
+    decoded: sampler.Decoded
+    at: jax.Array  # int32 [B], the window's first column
+    index: jax.Array  # int32, the block
+    step: jax.Array  # int32, passes made on it
+    inside: jax.Array  # bool [B, block], what the block has to write
+    best: jax.Array  # int32 [B, block], the likeliest tokens of the pass before
+    soft: jax.Array  # [B, block, D], its soft embeddings; zeros in a block's first pass
+    settled: jax.Array  # bool [B], rows whose block is done
+    over: jax.Array  # bool, whether the next pass opens a block
+
+
+def decode(
+    config, params, tokens, *, block, key, steps=48, budget=0.1, temperature=(0.8, 0.4), calm=0.005, start=0, first=0, stop=None,
+    banned_tokens=None, stop_at=None, on_pass=None, implementation=None,
+):  # fmt: skip
+    """Replaces every mask in `tokens`, block after block, by DiffusionGemma's rules; a committed token is never final.
+
+        for begin in range(first, stop, block):
+            canvas, soft = random tokens, zeros
+            for step in range(steps):
+                t = temperature[0] + (temperature[1] - temperature[0]) * step / steps
+                logits = head(hidden_states(self_conditioned(canvas, soft)))    # it sees what stands before, and its own block
+                sample, entropy = categorical(softmax(logits / t)), entropy(softmax(logits / t))
+                accepted = the most certain, while the entropies of those before sum to at most budget
+                canvas = where(accepted, sample, random tokens)
+                soft = soft_embedding(...)                                      # of softmax(logits / t)
+                if argmax(logits) is as in the pass before and mean(entropy) <= calm: break
+            tokens = argmax(logits)
+
+    Arguments:
+      config, params: a model that has learnt from such noise, see `train.uniform_loss`; without config.self_conditioning nothing
+        is expected of `soft`, and it is not computed.
+      tokens: int32 [B, L]; the masks in it are what is written. start, first, stop, block, banned_tokens, stop_at, on_pass: as in
+        `sampler.decode`. key: a JAX threefry key for each row, [B].
+      steps: passes a block at most. budget: in nats. temperature: of the first pass, and what it falls to. calm: in nats.
+
+    All but block are data. A row does not depend on its batch. Returns Decoded: `revealed` is the pass that last changed the token.
+    Raises ValueError for arguments that do not fit. Source: DiffusionGemma's sampler; its ports', which end by writing argmax.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
+    b, length = tokens.shape
+    if not isinstance(block, int) or block < 1:
+        raise ValueError(f"block: expected an int of at least 1, got {block!r}")
+    if jnp.shape(key)[:1] != (b,):
+        raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
+    if np.shape(temperature) != (2,):
+        raise ValueError(f"temperature: expected two numbers, the first pass's and the last's, got {temperature}")
+    columns = dict(start=start, first=first, stop=length if stop is None else stop)
+    columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
+    data = dict(
+        steps=jnp.asarray(steps, jnp.int32), budget=jnp.asarray(budget, jnp.float32), calm=jnp.asarray(calm, jnp.float32),
+        temperature=jnp.asarray(temperature, jnp.float32), key=key, banned=sampler.banned_ids(config, banned_tokens),
+        stop_at=stop_at,
+    )  # fmt: skip
+    return _decode((config, min(block, length), implementation, on_pass), params, tokens, columns, data)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(static, params, tokens, columns, data):
+    config, block, implementation, on_pass = static
+    b, length = tokens.shape
+    position = jnp.arange(length, dtype=jnp.int32)[None]
+    hole = (tokens == config.mask_id) & (columns["start"][:, None] <= position) & (position < columns["stop"][:, None])
+    head = model.head_weight(config, params)
+
+    def unwritten(decoded):
+        return hole & (decoded.tokens == config.mask_id)
+
+    def noise(index, step, stream):
+        """Random tokens [B, block], of the row, the block and the step alone."""
+        keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(k, index), step), stream))(data["key"])
+        return keys, jax.vmap(lambda k: jax.random.randint(k, (block,), 0, config.vocab))(keys)
+
+    def opened(state):
+        """The next block that has masks, filled with noise."""
+        todo = unwritten(state.decoded)
+        index = jnp.where(todo, (position - columns["first"][:, None]) // block, length).min()
+        begin = columns["first"] + index * block
+        at = jnp.clip(begin, 0, length - block)
+        inside = at[:, None] + jnp.arange(block)
+        inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block) & model.read_window(todo, at, block)
+        canvas = jnp.where(inside, noise(index, 0, 0)[1], model.read_window(state.decoded.tokens, at, block))
+        return state._replace(
+            decoded=state.decoded._replace(tokens=model.write_window(state.decoded.tokens, canvas, at)),
+            at=at, index=index, step=jnp.int32(0), inside=inside, best=jnp.full_like(state.best, -1),
+            soft=jnp.zeros_like(state.soft), settled=~inside.any(1),
+        )  # fmt: skip
+
+    def one_pass(state):
+        state = jax.lax.cond(state.over, opened, lambda state: state, state)
+        decoded, at, inside, step = state.decoded, state.at, state.inside, state.step
+        # What follows the block is not there yet.
+        end = jnp.minimum(columns["stop"], columns["first"] + (state.index + 1) * block)
+        begin, end = (jnp.broadcast_to(x[:, None], tokens.shape) for x in (columns["start"], end))
+        embedded = params["embed"][decoded.tokens]
+        if config.self_conditioning:
+            window = model.self_conditioned(config, params, model.read_window(embedded, at, block), state.soft)
+            embedded = model.write_window(embedded, window, at)
+        hidden = model.hidden_states(
+            config, params, decoded.tokens, embedded=embedded, positions=position - begin, mask=masks.KeyIntervals(begin, end),
+            implementation=implementation,
+        )  # fmt: skip
+        hidden = model.read_window(hidden, at, block)
+        warm, cool = data["temperature"]
+        t = warm + (cool - warm) * step / data["steps"]
+        # Samples and likeliest tokens at once: the head is read once for both.
+        keys = jnp.tile(noise(state.index, step, 1)[0], 2)
+        both = lm_head_scores(
+            jnp.tile(hidden, (2, 1, 1)), head, temperature=jnp.repeat(jnp.stack([t, jnp.zeros_like(t)]), b), key=keys,
+            tempered_confidence=True, active=jnp.tile(inside, (2, 1)), banned_tokens=data["banned"], implementation=implementation,
+        )  # fmt: skip
+        sampled, likeliest = jax.tree.map(lambda x: x[:b], both), jax.tree.map(lambda x: x[b:], both)
+        accepted = unmask_topk(
+            jnp.where(inside, config.mask_id, 0), sampled, mask_id=config.mask_id, entropy_budget=data["budget"],
+            candidates=inside, implementation=implementation,
+        ).unmasked  # fmt: skip
+        count = jnp.maximum(inside.sum(1), 1)
+        stable = ((likeliest.token == state.best) | ~inside).all(1)
+        settled = state.settled | (stable & (jnp.where(inside, sampled.entropy, 0).sum(1) / count <= data["calm"]))
+        over = settled.all() | (step >= data["steps"] - 1)
+        canvas = jnp.where(accepted, sampled.token, noise(state.index, step, 2)[1])
+        canvas = jnp.where((settled | over)[:, None], likeliest.token, canvas)
+        # A row that settled earlier keeps what it had then.
+        old = model.read_window(decoded.tokens, at, block)
+        changing = inside & ~state.settled[:, None]
+        canvas = jnp.where(changing, canvas, old)
+
+        def put(array, values, where):
+            return model.write_window(array, jnp.where(where, values, model.read_window(array, at, block)), at)
+
+        decoded = sampler.Decoded(
+            put(decoded.tokens, canvas, changing),
+            put(decoded.revealed, decoded.passes, changing & (canvas != old)),
+            put(decoded.confidence, likeliest.confidence, changing),
+            decoded.passes + 1,
+        )
+        ended = sampler.end_rows(config, data["stop_at"], decoded, hole).tokens
+        decoded = decoded._replace(tokens=jnp.where(over, ended, decoded.tokens))
+        soft = state.soft
+        if config.self_conditioning:
+            soft = soft_embedding(hidden, head, embedding=params["embed"], temperature=t, implementation=implementation)
+        if on_pass is not None:
+            jax.debug.callback(lambda *fields: on_pass(sampler.Decoded(*fields)), *decoded, ordered=True)
+        return _State(decoded, at, state.index, step + 1, inside, likeliest.token, soft, settled, over)
+
+    untouched = sampler.Decoded(
+        tokens, jnp.full(tokens.shape, -1, jnp.int32), jnp.ones(tokens.shape, jnp.float32), jnp.zeros((), jnp.int32)
+    )
+    nothing = jnp.zeros((b, block), bool)
+    before = _State(
+        untouched, jnp.zeros(b, jnp.int32), jnp.int32(0), jnp.int32(0), nothing, jnp.zeros((b, block), jnp.int32),
+        jnp.zeros((b, block, config.d_model), params["embed"].dtype), jnp.zeros(b, bool), jnp.bool_(True),
+    )  # fmt: skip
+    return jax.lax.while_loop(lambda state: ~state.over | unwritten(state.decoded).any(), one_pass, before).decoded

@@ -1,0 +1,101 @@
+"""The soft embedding, the mean under the LM head's distribution: for self-conditioning, with no probabilities in memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dlm_kernels.ops import checks
+from dlm_kernels.ops.attention import attention
+
+CHUNK = 4096  # vocabulary entries whose logits exist at a time, where attention does not serve
+HEAD_SIZE = 256  # the greatest that the attention kernels of every platform take
+
+
+def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_soft_cap=None, implementation=None):
+    """What a model expects of the embedding at each position.
+
+        logits = jnp.einsum("bld,vd->blv", hidden, weight)
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)           # with a cap
+        return jnp.einsum("blv,ve->ble", softmax(logits / temperature), embedding)
+
+    Arguments:
+      hidden: [B, L, D]; weight: [V, D]; embedding: [V, E], default weight (tied); one dtype, float32, bfloat16 or float16.
+      temperature: a scalar above 0, traced or not.
+      implementation: as in `attention`, which with hidden as queries and the vocabulary as keys and values computes this where D
+        and E are equal, at most 256; where they are not, and for "xla", the vocabulary is streamed in chunks, by plain XLA.
+
+    Returns [B, L, E] in hidden's dtype; accumulates in float32. Differentiable. Raises ValueError for arguments that do not fit,
+    and where an explicit `implementation` cannot run the call. Source: DiffusionGemma's self-conditioning.
+    """
+    hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")
+    embedding = weight if embedding is None else checks.floats("embedding", embedding, "VE")
+    (b, length, d), (v, e) = hidden.shape, embedding.shape
+    checks.shaped("weight", weight, (v, d), "as many entries as embedding, hidden's width")
+    if v == 0:
+        raise ValueError("weight: expected a vocabulary of at least 1, got 0")
+    if not hidden.dtype == weight.dtype == embedding.dtype:
+        raise ValueError(f"weight, embedding: expected hidden's dtype {hidden.dtype}, got {weight.dtype} and {embedding.dtype}")
+    if jnp.ndim(temperature) != 0:
+        raise ValueError(f"temperature: expected a scalar, got shape {list(jnp.shape(temperature))}")
+    if isinstance(temperature, (int, float)) and not temperature > 0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    soft_cap = checks.soft_cap(logits_soft_cap)
+    if hidden.size == 0:
+        return jnp.zeros((b, length, e), hidden.dtype)
+    reason = _attention_cannot(hidden, e, temperature, soft_cap)
+    if reason is None and implementation != "xla":
+        return _by_attention(hidden, weight, embedding, temperature, soft_cap, implementation)
+    if implementation not in (None, "xla"):
+        raise ValueError(f"implementation={implementation!r} cannot run soft_embedding: {reason}")
+    rows = _by_chunks(hidden.reshape(-1, d), weight, embedding, jnp.asarray(temperature, jnp.float32), soft_cap)
+    return rows.reshape(b, length, e).astype(hidden.dtype)
+
+
+def _attention_cannot(hidden, e, temperature, soft_cap):
+    """Why attention does not compute the call, or None."""
+    d = hidden.shape[-1]
+    if d != e or d > HEAD_SIZE:
+        return f"it takes equal widths of at most {HEAD_SIZE}, got {d} and {e}"
+    if isinstance(temperature, (int, float)):
+        return None
+    if soft_cap is not None:
+        return "with a soft cap it takes a temperature that is a Python number"
+    # The queries have to be divided by it, which rounds them once more.
+    return None if hidden.dtype == jnp.float32 else "for a temperature that is an array it takes float32"
+
+
+def _by_attention(hidden, weight, embedding, temperature, soft_cap, implementation):
+    b, length, d = hidden.shape
+    if isinstance(temperature, (int, float)):
+        scale, soft_cap = 1 / temperature, None if soft_cap is None else soft_cap / temperature
+    else:
+        hidden, scale = hidden / temperature, 1.0
+    query, key, value = hidden.reshape(1, -1, 1, d), weight[None, :, None], embedding[None, :, None]
+    out = attention(query, key, value, scale=scale, logits_soft_cap=soft_cap, implementation=implementation)
+    return out.reshape(b, length, d)
+
+
+def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
+    """[R, E] float32 of hidden [R, D], with a running maximum over chunks of the vocabulary."""
+    (r, _), (v, e) = hidden.shape, embedding.shape
+
+    # The backward pass makes a chunk's logits anew; keeping them all would be the matrix that this avoids.
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+    def add(state, begin, size):
+        most, total, mean = state
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, size) for x in (weight, embedding))
+        logits = jnp.einsum("rd,vd->rv", hidden, keys, preferred_element_type=jnp.float32)
+        logits = (logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)) / temperature
+        new = jnp.maximum(most, logits.max(-1))
+        p, keep = jnp.exp(logits - new[:, None]), jnp.exp(most - new)
+        added = jnp.einsum("rv,ve->re", p, values.astype(jnp.float32))
+        return new, total * keep + p.sum(-1), mean * keep[:, None] + added
+
+    state = jnp.full(r, -jnp.inf), jnp.zeros(r), jnp.zeros((r, e))
+    if whole := v // CHUNK:
+        state, _ = jax.lax.scan(lambda s, i: (add(s, i * CHUNK, CHUNK), None), state, jnp.arange(whole))
+    if rest := v % CHUNK:
+        state = add(state, v - rest, rest)
+    _, total, mean = state
+    return mean / total[:, None]
