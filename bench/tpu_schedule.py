@@ -149,7 +149,7 @@ def head_cases():
     static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=None)
     for model, rows in [(model, 128) for model in models] + [("LLaDA-8B", 8), ("LLaDA-8B", 32), ("LLaDA-8B", 1024)]:
         d, v = models[model]
-        held, columns = head.tiles(rows, v, d, 2)
+        held, columns = head.tiles(rows, v, d, 2, *head.streamed(2))
         live = {"lm_head_scores": [np.ones(-(-rows // held), int)]}
         operands = (((rows, d), BF16), ((v, d), BF16), *[None] * 6)
         yield Case(
@@ -188,6 +188,8 @@ def run(chip, only=None, out=None):
     folder = Path(tempfile.mkdtemp(prefix="tpu-schedule-"))
     # Before libtpu starts; there is no TPU to be asked what it is.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    # With no TPU to share, several processes may compile at a time.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ["LIBTPU_INIT_ARGS"] = tpu_bundles.dump_flags(folder)
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding

@@ -78,7 +78,7 @@ def _forward_kernel(
 
 
 def supports_masked_cross_entropy_forward(hidden, weight, **_):
-    return chips.refuse(hidden) or head.refuse(weight)
+    return chips.refuse(hidden) or head.refuse(weight, *head.streamed(weight.dtype.itemsize))
 
 
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
@@ -87,7 +87,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
     Returns loss and lse, float32 [R]; loss 0 and lse -inf where inactive. A tile of rows costs nothing where none is active.
     """
     (r, d), v = hidden.shape, weight.shape[0]
-    rows, columns = head.tiles(r, v, d, hidden.dtype.itemsize)
+    rows, columns = head.tiles(r, v, d, hidden.dtype.itemsize, *head.streamed(hidden.dtype.itemsize))
     tiles, cores = pl.cdiv(v, columns), chips.chip().cores
     steps = pl.cdiv(tiles, cores)
 
@@ -100,7 +100,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
             num_scalar_prefetch=1,
             grid=(pl.cdiv(r, rows), cores, steps),
             in_specs=[
-                pl.BlockSpec((rows, d), lambda i, part, step, live: (i, 0)),
+                head.resident((rows, d), lambda i, part, step, live: (i, 0)),
                 pl.BlockSpec((columns, d), lambda *at: (tile(*at), 0)),
                 pl.BlockSpec((rows, 1), lambda i, part, step, live: (i, 0)),
             ],
@@ -222,8 +222,14 @@ def _dweight_kernel(
 
 
 def supports_masked_cross_entropy_backward(hidden, weight, **_):
-    kept = 4 + 2 * weight.dtype.itemsize
-    return chips.refuse(hidden) or head.refuse(weight, kept, 0) or head.refuse(weight, 0, kept)
+    kept = [_kept(by_weight, weight.dtype.itemsize) for by_weight in (False, True)]
+    return chips.refuse(hidden) or head.refuse(weight, *kept[0]) or head.refuse(weight, *kept[1])
+
+
+def _kept(by_weight, itemsize):
+    """row_bytes and column_bytes, see head.tiles: two blocks of what is read, and of the result two and a float32 sum."""
+    result = 2 * itemsize + 4
+    return (2 * itemsize, 2 * itemsize + result) if by_weight else (2 * itemsize + result, 2 * itemsize)
 
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
@@ -233,13 +239,12 @@ def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *
     for each tile of the weight.
     """
     (r, d), v, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
-    kept = 4 + 2 * itemsize  # a float32 sum and two blocks of the result
     # Zero times a NaN of an inactive row would be NaN.
     hidden = jnp.where(active[:, None], hidden, jnp.zeros_like(hidden))
     lse, dloss = jnp.where(active, lse, 0.0), jnp.where(active, dloss, 0.0)
 
     def gradient(of, kernel, by_weight):
-        rows, columns = head.tiles(r, v, d, itemsize, 0 if by_weight else kept, kept if by_weight else 0)
+        rows, columns = head.tiles(r, v, d, itemsize, *_kept(by_weight, itemsize))
         row_tiles, tiles = pl.cdiv(r, rows), pl.cdiv(v, columns)
         padding = row_tiles * rows - r
         padded = [jnp.pad(x[:, None], ((0, padding), (0, 0))) for x in (targets, lse, dloss)]

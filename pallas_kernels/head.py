@@ -12,35 +12,46 @@ PART = 256  # rows multiplied at a time, for the code of a product grows with it
 TILE_BYTES = 4 * chips.MIB  # of the weight: a step must outlast what starting a copy costs
 
 
-def tiles(r, v, d, itemsize, row_bytes=0, column_bytes=0):
+def tiles(r, v, d, itemsize, row_bytes, column_bytes):
     """(rows, columns): hidden rows held at a time and rows of the weight in a tile, as many as the chip's VMEM holds.
 
-    row_bytes, column_bytes: what a kernel keeps besides for each element of a hidden row, of a row of the weight.
+    row_bytes, column_bytes: what a kernel keeps for each element of a hidden row, and of a row of the weight.
     """
-    budget, depth = chips.chip().budget, chips.round_up(d, LANES)
+    depth = chips.round_up(d, LANES)
     columns = TILE_BYTES // (depth * itemsize) // LANES * LANES
     columns = chips.tile(v, min(max(columns, LANES), MOST_COLUMNS), LANES)
 
+    def split(count):
+        """Rows of each of `count` tiles, a multiple of what is multiplied at a time."""
+        rows = pl.cdiv(r, count)
+        parts = pl.cdiv(rows, PART)
+        return parts * chips.round_up(pl.cdiv(rows, parts), 16)
+
     def fits(rows):
-        # Two of each block, for the next one's copy meanwhile; the logits; and up to seven statistics, twice.
-        blocks = rows * (2 * itemsize + row_bytes) + columns * (2 * itemsize + column_bytes)
-        return depth * blocks + 4 * rows * (columns + 14 * LANES) <= budget
+        # Besides the two: the logits, and up to seven statistics twice.
+        return depth * (rows * row_bytes + columns * column_bytes) + 4 * rows * (columns + 14 * LANES) <= chips.chip().budget
 
-    parts = pl.cdiv(min(r, MOST_ROWS), PART)
-    while parts > 1 and not fits(parts * PART):
-        parts -= 1
-    rows = parts * chips.round_up(pl.cdiv(min(r, parts * PART), parts), 16)
-    while rows > 16 and not fits(rows):
-        rows = chips.round_up(rows // 2, 16)
-    return rows, columns
+    count = pl.cdiv(r, MOST_ROWS)
+    while not fits(split(count)) and split(count) > 16:
+        count += 1
+    return split(count), columns
 
 
-def refuse(weight, row_bytes=0, column_bytes=0):
+def streamed(itemsize):
+    """row_bytes and column_bytes of a kernel in which hidden rows stay and the weight goes by: one block, and two."""
+    return itemsize, 2 * itemsize
+
+
+def resident(shape, index):
+    """A block that stays for many steps: a second one, for the next to be copied meanwhile, would take VMEM and save little."""
+    return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(1))
+
+
+def refuse(weight, row_bytes, column_bytes):
     """Why no kernel takes this weight, or None."""
     v, d = weight.shape
-    itemsize = weight.dtype.itemsize
-    rows, columns = tiles(1, v, d, itemsize, row_bytes, column_bytes)
-    if d * (rows * (2 * itemsize + row_bytes) + columns * (2 * itemsize + column_bytes)) > chips.chip().budget:
+    rows, columns = tiles(1, v, d, weight.dtype.itemsize, row_bytes, column_bytes)
+    if d * (rows * row_bytes + columns * column_bytes) > chips.chip().budget:
         return f"VMEM holds no {columns} rows of a weight of width {d}"
     return None
 

@@ -31,13 +31,13 @@ __all__ = [
 def _stream_kernel(live, hidden, weight, *refs, given, tiles, tempered, soft_cap, logits_dtype, vocabulary):
     """live: int32 [row tiles] in SMEM, 0 where no row is active. hidden: [ROWS, D]. weight: [COLUMNS, D].
 
-    refs: the inputs that are `given`, as lm_head_scores lays them out; the state, [ROWS, 128] each, out; float32 [ROWS, COLUMNS],
-    scratch.
+    refs: the inputs that are `given`, as lm_head_scores lays them out; the state, [6, ROWS, 128] and [ROWS, 128], out; float32
+    [ROWS, COLUMNS], scratch.
     """
     inputs = dict.fromkeys(("temperature", "words", "noise", "banned"))
     inputs |= dict(zip(given, refs))
-    *state, values = refs[len(given) :]
-    state, step = scores.State(*state), pl.program_id(2)
+    floats, token, values = refs[len(given) :]
+    state, step = scores.stacked(floats, token), pl.program_id(2)
     tile = pl.program_id(1) * pl.num_programs(2) + step
 
     @pl.when(step == 0)
@@ -60,14 +60,14 @@ def _stream_kernel(live, hidden, weight, *refs, given, tiles, tempered, soft_cap
 
 
 def _finish_kernel(*refs, confidence, sampled, masked, vocabulary):
-    """refs: the state, [ROWS, parts * 128] each; active float32 [ROWS, 1], if masked; the four results [ROWS, 1]."""
-    state, refs = scores.State(*refs[:7]), refs[7:]
+    """refs: the state, [6, ROWS, parts * 128] and [ROWS, parts * 128]; active float32 [ROWS, 1], if masked; results [ROWS, 1]."""
+    state, refs = scores.stacked(*refs[:2]), refs[2:]
     active = refs[0] if masked else None
     scores.finish(state, *refs[-4:], active, vocabulary=vocabulary, confidence=confidence, sampled=sampled)
 
 
 def supports_lm_head_scores(hidden, weight, **_):
-    return chips.refuse(hidden) or head.refuse(weight)
+    return chips.refuse(hidden) or head.refuse(weight, *head.streamed(weight.dtype.itemsize))
 
 
 def lm_head_scores(
@@ -90,7 +90,7 @@ def lm_head_scores(
     The weight is read once for as many rows as VMEM holds (`head.tiles`), and not at all for rows of which none is active.
     """
     (r, d), v = hidden.shape, weight.shape[0]
-    rows, columns = head.tiles(r, v, d, hidden.dtype.itemsize)
+    rows, columns = head.tiles(r, v, d, hidden.dtype.itemsize, *head.streamed(hidden.dtype.itemsize))
     row_tiles, tiles, parts = pl.cdiv(r, rows), pl.cdiv(v, columns), chips.chip().cores
     steps = pl.cdiv(tiles, parts)
 
@@ -126,11 +126,14 @@ def lm_head_scores(
             num_scalar_prefetch=1,
             grid=(row_tiles, parts, steps),
             in_specs=[
-                pl.BlockSpec((rows, d), lambda i, part, step, live: (i, 0)),
+                head.resident((rows, d), lambda i, part, step, live: (i, 0)),
                 pl.BlockSpec((columns, d), lambda *at: (tile(*at), 0)),
                 *(spec for _, spec in given.values()),
             ],
-            out_specs=[pl.BlockSpec((rows, scores.LANES), lambda i, part, step, live: (i, part))] * 7,
+            out_specs=[
+                pl.BlockSpec((6, rows, scores.LANES), lambda i, part, step, live: (0, i, part)),
+                pl.BlockSpec((rows, scores.LANES), lambda i, part, step, live: (i, part)),
+            ],
             scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
         ),
         out_shape=scores.lanes(r, parts),
@@ -140,7 +143,9 @@ def lm_head_scores(
     )(head.live(active, r, rows), hidden, weight, *(array for array, _ in given.values()))
 
     rows = chips.tile(r, 128, scores.GROUP)
-    by_row = [pl.BlockSpec((rows, width), lambda i: (i, 0)) for width in (parts * scores.LANES, 1)]
+    states = [pl.BlockSpec((6, rows, parts * scores.LANES), lambda i: (0, i, 0))]
+    states += [pl.BlockSpec((rows, parts * scores.LANES), lambda i: (i, 0))]
+    column = pl.BlockSpec((rows, 1), lambda i: (i, 0))
     masks = [] if active is None else [active[:, None].astype(jnp.float32)]
     results = pl.pallas_call(
         functools.partial(
@@ -151,8 +156,8 @@ def lm_head_scores(
             vocabulary=v,
         ),
         grid=(pl.cdiv(r, rows),),
-        in_specs=[by_row[0]] * 7 + [by_row[1]] * len(masks),
-        out_specs=[by_row[1]] * 4,
+        in_specs=states + [column] * len(masks),
+        out_specs=[column] * 4,
         out_shape=scores.outputs(r),
         compiler_params=chips.parameters("parallel"),
         name="lm_head_scores_finish",

@@ -14,6 +14,8 @@ from dlm_kernels.pallas_kernels import numerics
 
 LANES = 128
 GROUP = 16  # rows whose statistics are in registers at once: a bfloat16 tile's
+# Steps of a loop laid out one after the other, so that the latency of one hides behind the others.
+UNROLL_CHUNKS, UNROLL_GROUPS = 8, 8
 
 
 class State(NamedTuple):
@@ -26,6 +28,11 @@ class State(NamedTuple):
     choice: jax.Array  # the greatest of what is drawn from: the value, or value / temperature + noise
     picked: jax.Array  # the value of that token
     token: jax.Array  # int32, that token
+
+
+def unroll(steps, most):
+    """The greatest number of at most `most` that divides a loop's steps."""
+    return max(n for n in range(1, most + 1) if steps % n == 0)
 
 
 def scratch(rows):
@@ -55,7 +62,8 @@ def accumulate(
 ):
     """Adds a tile of COLUMNS tokens to the statistics."""
     rows_all, columns_all = values.shape
-    chunks = columns_all // LANES
+    chunks, groups = columns_all // LANES, rows_all // GROUP
+    together = unroll(chunks, UNROLL_CHUNKS)
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
 
     def part(chunk):
@@ -84,7 +92,8 @@ def accumulate(
             return jnp.maximum(top, value), second, token
 
         old_top = state.top[rows, :]
-        top, second, token = jax.lax.fori_loop(0, chunks, greatest, (old_top, state.second[rows, :], state.token[rows, :]))
+        carried = old_top, state.second[rows, :], state.token[rows, :]
+        top, second, token = jax.lax.fori_loop(0, chunks, greatest, carried, unroll=together)
         base = jnp.where(top == -jnp.inf, 0.0, top)
 
         def sums(chunk, carry):
@@ -98,7 +107,7 @@ def accumulate(
         shift = jnp.where(old_top == -jnp.inf, 0.0, old_top - base)
         shrink = jnp.exp(shift)
         moment = (moment + shift * total) * shrink
-        total, moment = jax.lax.fori_loop(0, chunks, sums, (total * shrink, moment))
+        total, moment = jax.lax.fori_loop(0, chunks, sums, (total * shrink, moment), unroll=together)
         state.top[rows, :], state.second[rows, :] = top, second
         state.total[rows, :], state.moment[rows, :] = total, moment
         if temperature is None:
@@ -131,7 +140,8 @@ def accumulate(
             draw_all()
         return carry
 
-    jax.lax.fori_loop(0, rows_all // GROUP, over_rows, 0)
+    # Those of a draw would be code that most tiles skip.
+    jax.lax.fori_loop(0, groups, over_rows, 0, unroll=unroll(groups, UNROLL_GROUPS) if temperature is None else 1)
 
 
 def finish(
@@ -206,7 +216,12 @@ def banned_row(banned, vocabulary):
 def lanes(rows, parts):
     """Shapes of the state of each part of a vocabulary, side by side: more lanes to `finish` over."""
     shape = rows, parts * LANES
-    return [jax.ShapeDtypeStruct(shape, jnp.float32)] * 6 + [jax.ShapeDtypeStruct(shape, jnp.int32)]
+    return [jax.ShapeDtypeStruct((6, *shape), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)]
+
+
+def stacked(floats, token):
+    """The State in two arrays, as `lanes` has them: each array that a kernel gives costs it scalar work at every step."""
+    return State(*(floats.at[i] for i in range(6)), token)
 
 
 def outputs(rows):
