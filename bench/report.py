@@ -274,7 +274,7 @@ def readme_block():
     """The README's results: for each results file the headlines, where we lose, and a link to all the rest."""
     parts = [BEGIN]
     for path in sorted(RESULTS.glob("*.json")):
-        if path.stem.endswith("-quick"):
+        if path.stem.endswith("-quick") or path.stem.startswith("tpu-static-"):
             continue
         result = load(path)
         parts += [

@@ -8,6 +8,8 @@ import pytest
 from jax import export
 
 import dlm_kernels
+from dlm_kernels.denoiser import model, sampler
+from dlm_kernels.denoiser.config import DenoiserConfig
 
 LOGITS = jax.ShapeDtypeStruct((2, 8, 1000), jnp.float32)
 HIDDEN, WEIGHT = jax.ShapeDtypeStruct((2, 8, 64), jnp.float32), jax.ShapeDtypeStruct((1000, 64), jnp.float32)
@@ -49,3 +51,16 @@ def test_the_tpu_takes_pallas(name):
     kernels = re.findall(r'kernel_name = "(\w+)"', exported.mlir_module())
     for choice in choices:
         assert any(name.startswith(choice.kernel) for name in kernels), (choice, kernels)
+
+
+def test_decoding_exported_for_the_tpu_carries_every_kernel_of_a_step():
+    config = DenoiserConfig(layers=1, d_model=32, heads=2, kv_heads=1, head_size=16, ffn=64, vocab=300)
+    params = model.init(config, jax.random.key(0))
+    tokens = jnp.full((2, 12), config.mask_id, jnp.int32)
+
+    def decode(params, tokens):
+        return sampler.decode(config, params, tokens, block=6, steps=3, threshold=0.9)
+
+    exported = export.export(jax.jit(decode), platforms=["tpu"])(params, tokens)
+    kernels = set(re.findall(r'kernel_name = "(\w+)"', exported.mlir_module()))
+    assert {"attention_forward", "lm_head_scores", "unmask_topk"} <= kernels
