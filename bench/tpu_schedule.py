@@ -113,7 +113,7 @@ def _splash(heads, t, s, size):
     operands = (((heads, t, size), BF16), *[((heads, s, size), BF16)] * 2)
     for rows in _blocks(t, (128, 512, 1024)):
         for columns, inner in ((128, 128), (512, 512), (1024, 512), (2048, 512), (2048, 1024)):
-            if columns > s or (columns == 128) != (rows == min(128, t)):
+            if columns > s or (columns == 128 and rows > 128):
                 continue
             sizes = kernel.BlockSizes(block_q=rows, block_kv=columns, block_kv_compute=inner)
 
@@ -130,7 +130,7 @@ def _flash(heads, t, s, size):
     operands = (((1, heads, t, size), BF16), *[((1, heads, s, size), BF16)] * 2)
     for rows in _blocks(t, (128, 512)):
         for major, minor in ((128, 128), (512, 512), (1024, 512)):
-            if major <= s and (major == 128) == (rows == min(128, t)):
+            if major <= s and (major > 128 or rows <= 128):
                 sizes = flash.BlockSizes(block_q=rows, block_k_major=major, block_k=minor, block_b=1)
                 function = functools.partial(flash.flash_attention, sm_scale=size**-0.5, block_sizes=sizes)
                 yield Contender(function, operands, note=f"blocks {rows}, {major}, {minor}")
