@@ -137,7 +137,6 @@ def cases():
         case("DiffusionGemma global", 256, 2048, "bfloat16"),
         case("MDLM", 1024, 1024, "float32"),
         *(case("LLaDA-8B", 1024, 1024, "bfloat16", mask, headline=mask[:2] in ("pa", "bl")) for mask in MASKS),
-        case("LLaDA-8B", 1024, 1024, "float32", "block-causal 32"),
         case("MDLM", 1024, 1024, "float32", backward=True, quick=True, headline=True),
         case("MDLM", 1024, 1024, "float32", "BD3 16", backward=True),
         case("LLaDA-8B", 512, 512, "bfloat16", backward=True, headline=True),

@@ -27,7 +27,6 @@ class Contender:
     function: Callable
     prepare: Callable = lambda *inputs: inputs
     missing: str | None = None  # the reason it cannot run here
-    eager: bool = False  # it compiles nothing, so that its first call is like any other
     compiles: bool = False  # for half a minute at its first call, so not in a quick run
 
 
@@ -116,8 +115,13 @@ def measure(case, seconds, quick=False):
             start = time.perf_counter()
             function = _compiled(contender.function, prepared[0])
             compiling = time.perf_counter() - start
-            output = wait(function(*prepared[0]))
-            first = time.perf_counter() - start - compiling
+            again = functools.partial(_call, function, prepared)
+            if contender.compiles:  # within its first call
+                again(0)
+                compiling = time.perf_counter() - start
+            start = time.perf_counter()
+            output, peak = machine.peak_bytes(functools.partial(again, 0), function)
+            first = time.perf_counter() - start
         except Exception as failure:  # a peer may fail in any way; its row says how
             results[name] = dict(missing=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}")
             continue
@@ -127,19 +131,11 @@ def measure(case, seconds, quick=False):
             results[name] = dict(missing=f"wrong: differs by {gap:.2g}, more than {case.tolerance:.2g}")
             continue
         del output
-        again = functools.partial(_call, function, prepared)
-        # Torch compiles within its first call, JAX before it.
-        results[name] = dict(compile=compiling, first_call=first, error=gap, times=[])
-        # The first call of what compiles says little of the next.
-        once = first if contender.eager or first < SLOW_SECONDS else _seconds(again, 1)
-        if once > SLOW_SECONDS:
-            results[name]["times"] = [once]
-        else:
+        results[name] = dict(compile=compiling, first_call=first, peak_bytes=peak, error=gap, times=[first])
+        if first < SLOW_SECONDS:
             ready[name] = again
-            start = time.perf_counter()
-            results[name]["peak_bytes"] = machine.peak_bytes(functools.partial(again, 1), function)
             # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide.
-            calls[name] = max(1, math.ceil(0.01 / (time.perf_counter() - start)))
+            calls[name] = max(1, math.ceil(0.01 / _seconds(again, 1)))
     for name, times in _rounds(ready, calls, seconds, 2 if quick else 3).items():
         results[name]["times"] = times
     return dict(

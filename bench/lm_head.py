@@ -31,7 +31,7 @@ def case(name, rows, d, v, dtype, guided=False, **options):
     if hasattr(dlm_kernels, "pack_lm_head"):
         contenders[harness.OURS] = _packed(contenders[harness.OURS])
     contenders["torch"] = peers.torch_peer(peers.no_grad(_torch_head))
-    if dtype != "float32":
+    if dtype != "float32" and not guided and "sweep" not in options:
         # Where bfloat16 products are emulated, a user of torch would keep the weight in float32.
         contenders["torch in float32"] = peers.torch_peer(
             peers.no_grad(_torch_head), lambda *arrays: tuple(x.float() for x in arrays)
@@ -82,7 +82,7 @@ def cases():
         case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16", guided=True, headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "float32", headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "float32", guided=True),
-        case("LLaDA-8B", 32, 4096, 126464, "bfloat16"),
+        case("LLaDA-8B", 32, 4096, 126464, "bfloat16", full=True),
         case("SDAR-4B", 4, 2560, 151936, "float32"),
         case("MDLM", 256, 768, 50258, "float32"),
         *(case("LLaDA-8B slice", rows, 4096, 32768, "bfloat16", sweep=("rows, 4096 x 32768", rows)) for rows in (1, 16, 512)),

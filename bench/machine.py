@@ -159,32 +159,29 @@ def _fastest(function, seconds):
 
 
 def peak_bytes(call, function=None):
-    """The most memory that `call` held at one time beyond what was held before, its result included; None where unknown.
+    """(what `call` returns, the most memory that it held at one time beyond what was held before; None where unknown).
 
     Linux keeps the peak of the resident size and lets a process reset it. What earlier calls have freed is given back first, or
     an array that fits into it would seem to take nothing. On a GPU or TPU XLA says what the compiled `function` takes, and torch's
     allocator what it gave.
     """
     if platform_name() != "cpu":
+        torch = sys.modules.get("torch")
         if hasattr(function, "memory_analysis"):
             sizes = function.memory_analysis()
-            return sizes.temp_size_in_bytes + sizes.output_size_in_bytes
-        torch = sys.modules.get("torch")
+            return call(), sizes.temp_size_in_bytes + sizes.output_size_in_bytes
         if torch is None or not torch.cuda.is_available():
-            return None
+            return call(), None
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
+        return call(), torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
-        return None
+        return call(), None
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     result = call()
-    peak = _status("VmHWM")
-    del result
-    return max(0, peak - before)
+    return result, max(0, _status("VmHWM") - before)
 
 
 def _status(field):
