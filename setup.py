@@ -8,6 +8,7 @@ supported.
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -24,7 +25,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     # GCC 12 warns of its own AVX-512 header.
     INSTRUCTION_SETS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
 class BuildKernels(build_ext):
@@ -61,6 +62,8 @@ def _system_includes():
 setup(
     packages=[*find_packages("python"), "dlm_kernels.pallas_kernels"],
     package_dir={"": "python", "dlm_kernels.pallas_kernels": "pallas_kernels"},
-    ext_modules=[Extension("dlm_kernels._cpu", [f"csrc/{name}.cc" for name in KERNELS + COMMON])],
+    ext_modules=[
+        Extension("dlm_kernels._cpu", [f"csrc/{name}.cc" for name in KERNELS + COMMON], depends=sorted(glob("csrc/*.h")))
+    ],
     cmdclass={"build_ext": BuildKernels},
 )

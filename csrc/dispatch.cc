@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 #include "scratch.h"
@@ -20,21 +21,24 @@ struct Candidate {
   bool available;
 };
 
-const Kernels& choose() {
+// Best first.
+std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const Candidate candidates[] = {{&kernels_avx512_bf16, avx512_bf16}, {&kernels_avx512, avx512}, {&kernels_avx2, avx2},
-                                  {&kernels_portable, true}};
+  return {{&kernels_avx512_bf16, avx512_bf16}, {&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, true}};
 #else
-  const Candidate candidates[] = {{&kernels_portable, true}};
+  return {{&kernels_portable, true}};
 #endif
+}
+
+const Kernels& choose() {
   const char* wanted = std::getenv("DLM_KERNELS_ISA");
   std::string known;
-  for (const Candidate& candidate : candidates) {
+  for (const Candidate& candidate : candidates()) {
     const std::string isa = candidate.kernels->isa;
     if (wanted == nullptr || *wanted == '\0') {
       if (candidate.available) return *candidate.kernels;
@@ -52,6 +56,13 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates())
+    if (candidate.available) names.push_back(candidate.kernels->isa);
+  return names;
 }
 
 Scratch& thread_scratch() {

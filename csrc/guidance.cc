@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "pages.h"
 
 namespace dlm::DLM_ISA {
 namespace {
@@ -22,8 +23,15 @@ void for_pieces(int64_t rows, int64_t columns, const Parallel& parallel, Body&& 
 
 // out[j] = value(j), a vector, for j < n; value is told how many of its lanes are real.
 template <typename T, typename Value>
-void fill(T* out, int64_t n, Value&& value) {
+void fill(T* out, int64_t n, bool large, Value&& value) {
   int64_t j = 0;
+  if (large) {
+    constexpr int64_t kBytes = kLanes * sizeof(T);
+    j = std::min(n, (kBytes - (int64_t)((uintptr_t)out % kBytes)) % kBytes / (int64_t)sizeof(T));
+    store_first(out, j, value(0, j));
+    for (; j + kLanes <= n; j += kLanes) store_past_caches(out + j, value(j, (int64_t)kLanes));
+    finish_stores_past_caches();
+  }
   for (; j + kLanes <= n; j += kLanes) store(out + j, value(j, (int64_t)kLanes));
   if (j < n) store_first(out + j, n - j, value(j, n - j));
 }
@@ -33,8 +41,18 @@ F load_some(const T* p, int64_t n) {
   return n == kLanes ? load(p) : load_first(p, n, 0.0f);
 }
 
+// Whether the output is too large for a reader to find it in the caches; malloc maps such memory anew for every call.
+template <typename T>
+bool is_large(const MixArgs& args) {
+  const int64_t bytes = args.r * args.v * (int64_t)sizeof(T);
+  if (bytes < kLargeBytes) return false;
+  prefer_huge_pages(args.out, bytes);
+  return true;
+}
+
 template <typename T>
 void mix_rows(const MixArgs& args, const Parallel& parallel) {
+  const bool large = is_large<T>(args);
   for_pieces(args.r, args.v, parallel, [&](int64_t row, int64_t first, int64_t n) {
     const int64_t at = row * args.v + first;
     const T* conditional = static_cast<const T*>(args.logits[0]) + at;
@@ -45,7 +63,7 @@ void mix_rows(const MixArgs& args, const Parallel& parallel) {
     if (scale == 0 || scale == 1) {
       std::copy_n(scale == 0 ? unconditional : conditional, n, out);
     } else {
-      fill(out, n, [&](int64_t j, int64_t lanes) {
+      fill(out, n, large, [&](int64_t j, int64_t lanes) {
         return mix(load_some(conditional + j, lanes), load_some(unconditional + j, lanes), scale);
       });
     }
@@ -54,9 +72,10 @@ void mix_rows(const MixArgs& args, const Parallel& parallel) {
 
 template <typename T>
 void combine_rows(const MixArgs& args, const Parallel& parallel) {
+  const bool large = is_large<T>(args);
   for_pieces(args.r, args.v, parallel, [&](int64_t row, int64_t first, int64_t n) {
     const T* logits = static_cast<const T*>(args.logits[0]) + row * args.v + first;
-    fill(static_cast<T*>(args.out) + row * args.v + first, n, [&](int64_t j, int64_t lanes) {
+    fill(static_cast<T*>(args.out) + row * args.v + first, n, large, [&](int64_t j, int64_t lanes) {
       F sum = F{};
       I forbidden = I{};
       for (int64_t stream = 0; stream < args.streams; ++stream) {

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "parallel.h"
 #include "types.h"
@@ -112,5 +114,8 @@ struct Kernels {
 // The table for this machine: the best instruction set it has, or the one that DLM_KERNELS_ISA names. Throws
 // std::invalid_argument where that is unknown or not to be had here.
 const Kernels& kernels();
+
+// What DLM_KERNELS_ISA may name on this machine, best first.
+std::vector<std::string> available_isas();
 
 }  // namespace dlm

@@ -1,5 +1,6 @@
-// The Python module: hands out the FFI handlers, and says which instruction set was chosen.
+// The Python module: hands out the FFI handlers, and says which instruction sets there are, and which was chosen.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "handlers.h"
 #include "kernels.h"
@@ -8,6 +9,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return dlm::kernels().isa; });
+  module.def("available_isas", dlm::available_isas);
   module.def("ffi_version", [] { return py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   module.def("ffi_handlers", [] {
     py::dict handlers;

@@ -104,6 +104,28 @@ inline void store(Float16* p, F x) {
 #endif
 }
 
+// Stores without reading the memory into the caches first, nor keeping it there. p is a multiple of the vector's size, and
+// finish_stores_past_caches() must come before another thread is told.
+template <typename T>
+inline void store_past_caches(T* p, F x) {
+  alignas(64) T lanes[kLanes];
+  store(lanes, x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(lanes) == 64) return _mm512_stream_si512((__m512i*)p, *(const __m512i*)lanes);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(lanes) == 32) return _mm256_stream_si256((__m256i*)p, *(const __m256i*)lanes);
+  if constexpr (sizeof(lanes) == 16) return _mm_stream_si128((__m128i*)p, *(const __m128i*)lanes);
+#endif
+  std::memcpy(p, lanes, sizeof(lanes));
+}
+
+inline void finish_stores_past_caches() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes to p; writes nothing past p[n - 1].
 template <typename T>
 inline void store_first(T* p, int64_t n, F x) {

@@ -1,0 +1,48 @@
+"""What only large arrays reach in the CPU kernels: outputs stored past the caches, and offsets that 32 bits cannot hold."""
+
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels.cpu_kernels import guidance, unmask
+
+
+def available_bytes():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_outputs_stored_past_the_caches(dtype):
+    # 18 MiB or more in each dtype; rows of an odd length begin at any alignment.
+    rows, v = 5, 1000003 if dtype == "float32" else 2000003
+    rng = np.random.default_rng(0)
+    streams = rng.standard_normal((2, rows, v), "float32").astype(jnp.dtype(dtype))
+    streams[0, 2, 7] = streams[1, 3, v - 1] = -np.inf
+    scale = np.array([0, 1, 2.5, -0.5, 1.5], np.float32)
+    weights = np.stack([scale, 1 - scale])
+    mixed = np.asarray(guidance.mix_guidance(*streams, scale))
+    combined = np.asarray(guidance.combine_guidance(streams, weights))
+    # The same rows cut into pieces small enough to be stored as usual: to the bit.
+    for first in range(0, v, 400000):
+        part = np.ascontiguousarray(streams[:, :, first : first + 400000])
+        np.testing.assert_array_equal(mixed[:, first : first + 400000], guidance.mix_guidance(*part, scale))
+        np.testing.assert_array_equal(combined[:, first : first + 400000], guidance.combine_guidance(part, weights))
+
+
+def test_offsets_past_2_to_the_31():
+    rows, v = 9, 262144000  # bfloat16: 4.7 GB, of which all but two rows are not read
+    if available_bytes() < 6 << 30:
+        pytest.skip("needs 6 GiB of free memory")
+    logits = np.zeros((rows, v), jnp.bfloat16)  # untouched pages take no memory until they are read
+    logits[8, [5, v - 1]] = 3, 20
+    active = np.zeros(rows, bool)
+    active[[0, 8]] = True
+    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None)
+    token, sure, entropy, logsumexp = unmask.score_tokens(logits, *[None] * 6, active, None, **static)
+    np.testing.assert_array_equal(token, [0, *[-1] * 7, v - 1])
+    total = np.exp(20.0) + np.exp(3.0) + v - 2
+    np.testing.assert_allclose(logsumexp[8], np.log(total), rtol=1e-6)
+    np.testing.assert_allclose(sure[8], np.exp(20.0) / total, rtol=1e-5)
+    np.testing.assert_allclose(entropy[0], np.log(v), rtol=1e-6)
