@@ -1,7 +1,7 @@
 // Attention forward: tiles of query rows against tiles of keys, with an online softmax; the logits never leave the cache.
 //
-// The G query heads that share a kv head are packed into one tile of rows: row m is query m / G, head m % G. Each key tile is
-// converted to float32 and packed once for all rows of the tile.
+// The G query heads that share a kv head make one run of rows: row m is query m / G, head m % G. Within a tile, a panel of rows
+// at a time goes from logits over weights to its part of the result, all of which lie in first-level cache.
 #include <cmath>
 
 #include "attention.h"
@@ -9,134 +9,201 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kRows = 192;       // a multiple of every kRowTile; each key tile is packed once for so many rows
-constexpr int64_t kKeys = 128;       // rows x keys of logits, query, out, the key and the value tile share 512 KiB of second-level cache
-constexpr int64_t kSplitKeys = 4096; // a lone row tile splits its keys in pieces of this; of S alone, so batch-invariant
+constexpr int64_t kSplitKeys = 4096;  // few rows split their keys in pieces of this; of S alone, so batch-invariant
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// What a panel of rows has summed so far.
+struct Sums {
+  float* out;       // [H, kPanel], to be divided by total
+  float* greatest;  // [kPanel] logit times log2(e); -inf: nothing seen yet
+  float* total;     // [kPanel] of the weights, relative to the greatest
+};
 
 template <typename T>
 struct Forward {
-  const AttentionArgs& args;
-  const int64_t groups = args.n / args.k;
-  const int64_t rows = args.t * groups;               // per kv head
-  const int64_t row_tiles = (rows + kRows - 1) / kRows;
-  const int64_t splits = row_tiles == 1 ? (args.s + kSplitKeys - 1) / kSplitKeys : 1;
-  const int64_t width = round_up(args.h, kPanel);
+  using E = Element<T>;
 
-  float* partial_out = nullptr;                       // [B,K,splits,rows,width], not normalised
-  float* partial_max = nullptr;                       // [B,K,splits,rows]
-  float* partial_sum = nullptr;                       // [B,K,splits,rows]
+  const AttentionArgs& args;
+  const int64_t rows = args.t * (args.n / args.k);    // per kv head
+  const int64_t panels = (rows + kPanel - 1) / kPanel;
+  const int64_t tile_panels = std::min(panels, kRows / kPanel);
+  const int64_t row_tiles = (panels + tile_panels - 1) / tile_panels;
+  const int64_t splits = row_tiles == 1 ? (args.s + kSplitKeys - 1) / kSplitKeys : 1;
+  const int64_t depth = elements<E>(args.h);          // of the product with keys
+  const int64_t key_row = round_up(depth, kLanes), value_row = round_up(args.h, kLanes);
+  // A scale that is not positive, or a soft cap, is applied to the logits; else it goes into the exponent's factor.
+  const bool bent = args.soft_cap != 0 || !(args.scale > 0);
+  const float factor = bent ? kLog2E : args.scale * kLog2E;
+
+  float* partial = nullptr;                           // [B,K,splits,panels] sums, as sums_at() lays them
+
+  int64_t sums_size() const { return kPanel * (args.h + 2); }
+  Sums sums_at(float* at) const { return {at, at + kPanel * args.h, at + kPanel * (args.h + 1)}; }
 
   void run(const Parallel& parallel) {
     Scratch partials;
     if (splits > 1) {
-      const int64_t count = args.b * args.k * splits * rows;
-      partials.reset(count * (width + 2) * 4 + 192);
-      partial_out = partials.take<float>(count * width);
-      partial_max = partials.take<float>(count);
-      partial_sum = partials.take<float>(count);
+      const int64_t count = args.b * args.k * splits * panels * sums_size();
+      partials.reset(4 * count + 64);
+      partial = partials.take<float>(count);
     }
     parallel(args.b * args.k * row_tiles * splits, [&](int64_t index) { tile(index); });
-    if (splits > 1) parallel(args.b * args.k * rows, [&](int64_t index) { combine(index); });
+    if (splits > 1) parallel(args.b * args.k * panels, [&](int64_t index) { combine(index); });
   }
 
   void tile(int64_t index) {
     const int64_t split = index % splits, row_tile = index / splits % row_tiles;
     const int64_t head = index / splits / row_tiles % args.k, batch = index / splits / row_tiles / args.k;
-    const int64_t first = row_tile * kRows, count = std::min(kRows, rows - first);
+    const int64_t first = row_tile * tile_panels * kPanel, count = std::min(tile_panels * kPanel, rows - first);
+    const int64_t own_panels = (count + kPanel - 1) / kPanel, query_panel = depth * kPanel;
 
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * (kRows * (2 * width + kKeys + 2) + 2 * kKeys * width) + sizeof(RowTile) + 1024);
-    float* query = scratch.take<float>(kRows * width);     // [rows, width], scaled
-    float* keys = scratch.take<float>(kKeys * width);      // [kKeys / kPanel][H][kPanel]
-    float* values = scratch.take<float>(kKeys * width);    // [width / kPanel][kKeys][kPanel]
-    float* logits = scratch.take<float>(kRows * kKeys);    // [rows, kKeys]
-    float* out = scratch.take<float>(kRows * width);       // [rows, width]
-    float* greatest = scratch.take<float>(kRows);
-    float* total = scratch.take<float>(kRows);
-    RowTile& tile = *scratch.take<RowTile>(1);
+    scratch.reset(count * args.h * sizeof(T) + 4 * (own_panels * (query_panel + sums_size()) + kKeys * (key_row + value_row + 2 * kPanel)) +
+                  sizeof(Sight) + 1024);
+    T* gathered = scratch.take<T>(count * args.h);                // [rows, H]
+    E* query = scratch.take<E>(own_panels * query_panel);         // [panels][depth][kPanel]
+    E* key = scratch.take<E>(kKeys * key_row);                    // [kKeys, key_row]
+    E* value = scratch.take<E>(kKeys * value_row);                // [elements(kKeys), value_row]
+    float* logits = scratch.take<float>(kKeys * kPanel);          // [kKeys, kPanel]
+    E* weights = scratch.take<E>(kKeys * kPanel);                 // [elements(kKeys), kPanel]
+    float* own_sums = scratch.take<float>(own_panels * sums_size());
+    Sight& sight = *scratch.take<Sight>(1);
 
-    tile.init(args, batch, first, count);
-    for (int64_t i = 0; i < count; ++i) {
-      widen(static_cast<const T*>(args.query) + query_offset(args, batch, head, first + i), args.h, args.scale, query + i * width);
-      greatest[i] = -kInfinity;
-      total[i] = 0;
+    gather(args, args.query, batch, head, first, count, gathered);
+    pack_transposed(gathered, args.h, count, args.h, nullptr, query);
+    sight.init(args, batch, first, count);
+    if (splits > 1) own_sums = partial + ((batch * args.k + head) * splits + split) * panels * sums_size();
+    for (int64_t panel = 0; panel < own_panels; ++panel) {
+      const Sums sums = sums_at(own_sums + panel * sums_size());
+      std::fill(sums.out, sums.greatest, 0.0f);
+      std::fill(sums.greatest, sums.total, -kInfinity);
+      std::fill(sums.total, sums.total + kPanel, 0.0f);
     }
-    std::fill(out, out + count * width, 0.0f);
 
-    const int64_t from = split * kSplitKeys, to = splits == 1 ? args.s : std::min(args.s, from + kSplitKeys);
-    const int64_t key_row = args.k * args.h, head_offset = (batch * args.s * args.k + head) * args.h;
-    for (int64_t key = from; key < to; key += kKeys) {
-      const int64_t n = std::min(kKeys, to - key), padded = round_up(n, kPanel);
-      if (!tile.look(key, n)) continue;
-      const int64_t offset = head_offset + key * key_row;
-      pack_transposed(static_cast<const T*>(args.key) + offset, key_row, n, args.h, tile.keep(), keys);
-      multiply(query, width, 1, count, keys, args.h, padded, logits, kKeys, false);
-      for (int64_t i = 0; i < count; ++i) {
-        float* row = logits + i * kKeys;
-        if (args.soft_cap != 0) cap(row, padded, args.soft_cap);
-        tile.hide(i, row, padded);
-        const float rescale = softmax(row, padded, greatest[i], total[i]);
-        if (rescale != 1.0f)
-          for (int64_t j = 0; j < width; j += kLanes) store(out + i * width + j, load(out + i * width + j) * rescale);
+    const int64_t to = splits == 1 ? args.s : std::min(args.s, (split + 1) * kSplitKeys);
+    for (int64_t from = split * kSplitKeys; from < to; from += kKeys) {
+      const int64_t n = std::min(kKeys, to - from);
+      if (!sight.look(from, n)) continue;
+      const int64_t stride = args.k * args.h, offset = ((batch * args.s + from) * args.k + head) * args.h;
+      copy_rows(static_cast<const T*>(args.key) + offset, stride, n, args.h, sight.keep(), key, key_row);
+      copy_columns(static_cast<const T*>(args.value) + offset, stride, n, args.h, sight.keep(), value, value_row);
+      for (int64_t panel = 0; panel < own_panels; ++panel) {
+        const auto [start, stop, whole] = sight.range(panel);
+        if (start >= stop) continue;
+        const Sums sums = sums_at(own_sums + panel * sums_size());
+        const int64_t seen = elements<E>(stop - start), first_element = start / kValues<E>;
+        multiply(key + start * key_row, key_row, 1, stop - start, query + panel * query_panel, depth, kPanel,
+                 logits + start * kPanel, kPanel, false);
+        if (bent) bend(logits + start * kPanel, stop - start);
+        if (!whole) sight.hide(panel, logits);
+        softmax(logits + start * kPanel, stop - start, sums, weights);
+        multiply(value + first_element * value_row, 1, value_row, args.h, weights, seen, kPanel, sums.out, kPanel, true);
       }
-      pack(static_cast<const T*>(args.value) + offset, key_row, n, args.h, tile.keep(), values);
-      multiply(logits, kKeys, 1, count, values, n, width, out, width, true);
     }
-    if (splits == 1) {
-      for (int64_t i = 0; i < count; ++i) finish(batch, head, first + i, out + i * width, greatest[i], total[i]);
-    } else {
-      const int64_t base = ((batch * args.k + head) * splits + split) * rows;
-      std::copy(out, out + count * width, partial_out + base * width);
-      std::copy(greatest, greatest + count, partial_max + base);
-      std::copy(total, total + count, partial_sum + base);
+    for (int64_t panel = 0; panel < own_panels && splits == 1; ++panel)
+      finish(batch, head, first + panel * kPanel, sums_at(own_sums + panel * sums_size()));
+  }
+
+  void bend(float* logits, int64_t n) const {
+    for (int64_t j = 0; j < n * kPanel; j += kLanes) {
+      const F x = load(logits + j) * args.scale;
+      store(logits + j, args.soft_cap == 0 ? x : args.soft_cap * tanh(x / args.soft_cap));
     }
   }
 
-  // Turns a row of logits into exponentials relative to the greatest so far, and returns what earlier sums are to be scaled by.
-  static float softmax(float* row, int64_t n, float& greatest, float& total) {
-    F best = splat(-kInfinity);
-    for (int64_t j = 0; j < n; j += kLanes) best = max(best, load(row + j));
-    const float before = greatest, now = std::max(before, max_lane(best));
-    // A row that has seen nothing yet: -inf - -inf would be NaN.
-    const float base = now == -kInfinity ? 0.0f : now;
-    F added = F{};
-    for (int64_t j = 0; j < n; j += kPanel) {
-      F p[2] = {load(row + j) - base, load(row + j + kLanes) - base};
-      exp_each<2>(p);
-      store(row + j, p[0]);
-      store(row + j + kLanes, p[1]);
-      added += p[0] + p[1];
+  // Turns logits [n, kPanel] into weights [elements(n), kPanel] relative to the greatest logit so far, which they are added
+  // to the sums' total with; what was summed before is scaled to it.
+  void softmax(const float* logits, int64_t n, const Sums& sums, E* weights) const {
+    F greatest[2], base[2], total[2];
+    bool moved = false;
+    F rescale[2];
+    for (int half = 0; half < 2; ++half) {
+      const float* column = logits + half * kLanes;
+      F best[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
+      int64_t j = 0;
+      for (; j + 4 <= n; j += 4)
+        for (int i = 0; i < 4; ++i) best[i] = max(best[i], load(column + (j + i) * kPanel));
+      for (; j < n; ++j) best[0] = max(best[0], load(column + j * kPanel));
+      const F before = load(sums.greatest + half * kLanes);
+      greatest[half] = max(before, factor * max(max(best[0], best[1]), max(best[2], best[3])));
+      // A row that has seen nothing yet: -inf - -inf would be NaN.
+      base[half] = greatest[half] == -kInfinity ? splat(0.0f) : greatest[half];
+      rescale[half] = before - base[half];
+      moved |= any(before != greatest[half]);
+      total[half] = load(sums.total + half * kLanes);
     }
-    const float rescale = before == now ? 1.0f : std::exp(before - base);
-    greatest = now;
-    total = total * rescale + sum(added);
-    return rescale;
+    if (moved) {
+      exp2_each<2>(rescale);
+      for (int half = 0; half < 2; ++half) {
+        store(sums.greatest + half * kLanes, greatest[half]);
+        total[half] *= rescale[half];
+      }
+      for (int64_t i = 0; i < args.h * kPanel; i += kPanel)
+        for (int half = 0; half < 2; ++half)
+          store(sums.out + i + half * kLanes, load(sums.out + i + half * kLanes) * rescale[half]);
+    }
+    for (int64_t j = 0; j < n; j += 2, logits += 2 * kPanel, weights += 2 / kValues<E> * kPanel) {
+      F p[4] = {load(logits) * factor - base[0], load(logits + kLanes) * factor - base[1], splat(-kInfinity), splat(-kInfinity)};
+      if (j + 1 < n) p[2] = load(logits + kPanel) * factor - base[0], p[3] = load(logits + kPanel + kLanes) * factor - base[1];
+      exp2_each<4>(p);
+      total[0] += p[0], total[1] += p[1];
+      total[0] += p[2], total[1] += p[3];
+      store_keys(weights, p[0], p[2]);
+      store_keys(weights + kLanes, p[1], p[3]);
+    }
+    store(sums.total, total[0]);
+    store(sums.total + kLanes, total[1]);
   }
 
-  void finish(int64_t batch, int64_t head, int64_t m, const float* out, float greatest, float total) {
-    T* target = static_cast<T*>(args.out) + query_offset(args, batch, head, m);
-    const bool seen = !(greatest == -kInfinity && total == 0);
-    const float inverse = seen ? 1.0f / total : 0.0f;
-    for (int64_t j = 0; j < args.h; ++j) from_float(out[j] * inverse, target[j]);
-    args.lse[lse_offset(args, batch, head, m)] = seen ? greatest + std::log(total) : -kInfinity;
+  // Rows m, m + 1 ... of the panel's sums to out and lse.
+  void finish(int64_t batch, int64_t head, int64_t m, const Sums& sums) const {
+    for (int64_t half = 0; half < kPanel && m + half < rows; half += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, rows - m - half);
+      const F greatest = load(sums.greatest + half), total = load(sums.total + half);
+      const I unseen = (greatest == -kInfinity) & (total == 0.0f);
+      const F inverse = unseen ? splat(0.0f) : 1.0f / total;
+      float lse[kLanes];
+      store(lse, unseen ? splat(-kInfinity) : greatest * kLn2 + log(total));
+      T* targets[kLanes];
+      for (int64_t i = 0; i < count; ++i) {
+        args.lse[lse_offset(args, batch, head, m + half + i)] = lse[i];
+        targets[i] = static_cast<T*>(args.out) + query_offset(args, batch, head, m + half + i);
+      }
+      for (int64_t p = 0; p < args.h; p += kLanes) {
+        const int64_t left = std::min<int64_t>(kLanes, args.h - p);
+        F block[kLanes];
+        for (int i = 0; i < kLanes; ++i) block[i] = i < left ? load(sums.out + (p + i) * kPanel + half) * inverse : F{};
+        transpose(block);
+        for (int64_t i = 0; i < count; ++i) {
+          if (left == kLanes) store(targets[i] + p, block[i]);
+          else store_first(targets[i] + p, left, block[i]);
+        }
+      }
+    }
   }
 
   void combine(int64_t index) {
-    const int64_t m = index % rows, pair = index / rows;
-    Scratch& scratch = thread_scratch();
-    scratch.reset(width * 4 + 64);
-    float* out = scratch.take<float>(width);
-    std::fill(out, out + width, 0.0f);
-    float greatest = -kInfinity, total = 0;
-    for (int64_t split = 0; split < splits; ++split) greatest = std::max(greatest, partial_max[(pair * splits + split) * rows + m]);
-    for (int64_t split = 0; split < splits; ++split) {
-      const int64_t at = (pair * splits + split) * rows + m;
-      if (partial_max[at] == -kInfinity && partial_sum[at] == 0) continue;
-      const float factor = std::exp(partial_max[at] - greatest);
-      total += partial_sum[at] * factor;
-      for (int64_t j = 0; j < width; j += kLanes) store(out + j, load(out + j) + load(partial_out + at * width + j) * factor);
+    const int64_t panel = index % panels, pair = index / panels;
+    const auto part = [&](int64_t split) { return sums_at(partial + ((pair * splits + split) * panels + panel) * sums_size()); };
+    const Sums sums = part(0);
+    for (int64_t half = 0; half < kPanel; half += kLanes) {
+      F greatest = load(sums.greatest + half);
+      for (int64_t split = 1; split < splits; ++split) greatest = max(greatest, load(part(split).greatest + half));
+      const F base = greatest == -kInfinity ? splat(0.0f) : greatest;
+      F total = F{};
+      for (int64_t split = 0; split < splits; ++split) {
+        F rescale = load(part(split).greatest + half) - base;
+        exp2_each<1>(&rescale);
+        total += load(part(split).total + half) * rescale;
+        for (int64_t i = half; i < args.h * kPanel; i += kPanel) {
+          const F x = load(part(split).out + i) * rescale;
+          store(sums.out + i, split == 0 ? x : load(sums.out + i) + x);
+        }
+      }
+      store(sums.greatest + half, greatest);
+      store(sums.total + half, total);
     }
-    finish(pair / args.k, pair % args.k, m, out, greatest, total);
+    finish(pair / args.k, pair % args.k, panel * kPanel, sums);
   }
 };
 

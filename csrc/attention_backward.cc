@@ -7,8 +7,76 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kRows = 96;
-constexpr int64_t kKeys = 128;
+constexpr int64_t kTileRows = 96;
+constexpr int64_t kTileKeys = 128;
+
+// Which keys of a tile each of up to 192 rows sees.
+class RowTile {
+ public:
+  void init(const AttentionArgs& args, int64_t batch, int64_t first, int64_t count) {
+    count_ = count;
+    width_ = args.bounds == nullptr ? 0 : args.bounds_width;
+    const int64_t groups = args.n / args.k, row = args.bounds_b == 1 ? 0 : batch;
+    for (int64_t i = 0; i < count && width_ > 0; ++i)
+      bounds_[i] = args.bounds + (row * args.t + (first + i) / groups) * width_;
+  }
+
+  // Turns to the keys [key, key + n), n at most kMost. False where no row sees any of them.
+  bool look(int64_t key, int64_t n) {
+    key_ = key;
+    n_ = n;
+    if (width_ == 0) return true;
+    int32_t steps[kMost + 1] = {};
+    whole_ = true;
+    for (int64_t i = 0; i < count_; ++i) {
+      int64_t seen = 0;
+      for (int64_t w = 0; w < width_; w += 2) {
+        const int64_t start = clip(bounds_[i][w]), stop = clip(bounds_[i][w + 1]);
+        steps[start] += 1;
+        steps[stop] -= 1;
+        seen += stop - start;
+      }
+      whole_ &= seen == n;
+    }
+    int32_t rows = 0;
+    bool some = false, all = true;
+    for (int64_t j = 0; j < n; ++j) {
+      rows += steps[j];
+      keep_[j] = rows > 0;
+      some |= keep_[j];
+      all &= keep_[j];
+    }
+    every_ = all;
+    return some;
+  }
+
+  // Per key whether any row sees it; null where all are seen. Only such keys may be read: others may hold NaN.
+  const uint8_t* keep() const { return width_ == 0 || every_ ? nullptr : keep_; }
+
+  // Sets the logits of keys that row i does not see, and those of the padding behind the n-th, to -inf.
+  void hide(int64_t i, float* row, int64_t padded) const {
+    std::fill(row + n_, row + padded, -kInfinity);
+    if (width_ == 0 || whole_) return;
+    int64_t at = 0;
+    for (int64_t w = 0; w < width_; w += 2) {
+      const int64_t start = clip(bounds_[i][w]), stop = clip(bounds_[i][w + 1]);
+      if (start == stop) continue;
+      std::fill(row + at, row + start, -kInfinity);
+      at = stop;
+    }
+    std::fill(row + at, row + n_, -kInfinity);
+  }
+
+ private:
+  static constexpr int64_t kMost = 128;
+
+  int64_t clip(int64_t end) const { return std::clamp<int64_t>(end - key_, 0, n_); }
+
+  int64_t count_, width_, key_, n_;
+  bool whole_, every_;         // every row sees every key; every key is seen by some row
+  const int32_t* bounds_[192];  // per row, its [start, stop) pairs
+  uint8_t keep_[kMost];
+};
 
 template <typename T>
 struct Backward {
@@ -23,33 +91,33 @@ struct Backward {
 
   void head(int64_t batch, int64_t head) {
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * ((rows + 4 * kRows + 5 * kKeys) * width + 3 * kRows * kKeys + 2 * kRows) + sizeof(RowTile) + 4096);
+    scratch.reset(4 * ((rows + 4 * kTileRows + 5 * kTileKeys) * width + 3 * kTileRows * kTileKeys + 2 * kTileRows) + sizeof(RowTile) + 4096);
     float* dquery = scratch.take<float>(rows * width);        // [rows, width], to be scaled
-    float* query = scratch.take<float>(kRows * width);        // [rows, width], scaled
-    float* dout = scratch.take<float>(kRows * width);         // [rows, width]
-    float* query_panels = scratch.take<float>(kRows * width); // [width / kPanel][rows][kPanel]
-    float* dout_panels = scratch.take<float>(kRows * width);  // likewise
-    float* key_columns = scratch.take<float>(kKeys * width);  // [kKeys / kPanel][H][kPanel], as value_columns
-    float* value_columns = scratch.take<float>(kKeys * width);
-    float* key_panels = scratch.take<float>(kKeys * width);   // [width / kPanel][keys][kPanel]
-    float* dkey = scratch.take<float>(kKeys * width);         // [keys, width]
-    float* dvalue = scratch.take<float>(kKeys * width);       // [keys, width]
-    float* weights = scratch.take<float>(kRows * kKeys);      // [rows, kKeys], as the two below
-    float* slopes = scratch.take<float>(kRows * kKeys);       // of the soft cap
-    float* dlogits = scratch.take<float>(kRows * kKeys);
-    float* lse = scratch.take<float>(kRows);
-    float* delta = scratch.take<float>(kRows);
+    float* query = scratch.take<float>(kTileRows * width);        // [rows, width], scaled
+    float* dout = scratch.take<float>(kTileRows * width);         // [rows, width]
+    float* query_panels = scratch.take<float>(kTileRows * width); // [width / kPanel][rows][kPanel]
+    float* dout_panels = scratch.take<float>(kTileRows * width);  // likewise
+    float* key_columns = scratch.take<float>(kTileKeys * width);  // [kTileKeys / kPanel][H][kPanel], as value_columns
+    float* value_columns = scratch.take<float>(kTileKeys * width);
+    float* key_panels = scratch.take<float>(kTileKeys * width);   // [width / kPanel][keys][kPanel]
+    float* dkey = scratch.take<float>(kTileKeys * width);         // [keys, width]
+    float* dvalue = scratch.take<float>(kTileKeys * width);       // [keys, width]
+    float* weights = scratch.take<float>(kTileRows * kTileKeys);      // [rows, kTileKeys], as the two below
+    float* slopes = scratch.take<float>(kTileRows * kTileKeys);       // of the soft cap
+    float* dlogits = scratch.take<float>(kTileRows * kTileKeys);
+    float* lse = scratch.take<float>(kTileRows);
+    float* delta = scratch.take<float>(kTileRows);
     RowTile& tile = *scratch.take<RowTile>(1);
 
     std::fill(dquery, dquery + rows * width, 0.0f);
     const int64_t key_row = args.k * args.h;
-    for (int64_t key = 0; key < args.s; key += kKeys) {
-      const int64_t n = std::min(kKeys, args.s - key), padded = round_up(n, kPanel);
+    for (int64_t key = 0; key < args.s; key += kTileKeys) {
+      const int64_t n = std::min(kTileKeys, args.s - key), padded = round_up(n, kPanel);
       const int64_t offset = ((batch * args.s + key) * args.k + head) * args.h;
       std::fill(dkey, dkey + n * width, 0.0f);
       std::fill(dvalue, dvalue + n * width, 0.0f);
-      for (int64_t first = 0; first < rows; first += kRows) {
-        const int64_t count = std::min(kRows, rows - first);
+      for (int64_t first = 0; first < rows; first += kTileRows) {
+        const int64_t count = std::min(kTileRows, rows - first);
         tile.init(args, batch, first, count);
         if (!tile.look(key, n)) continue;
         // Keys seen by other row tiles only are zeros here: they may hold what no row of this one may see.
@@ -66,10 +134,10 @@ struct Backward {
         }
         pack(query, width, count, width, nullptr, query_panels);
         pack(dout, width, count, width, nullptr, dout_panels);
-        multiply(query, width, 1, count, key_columns, args.h, padded, weights, kKeys, false);
-        multiply(dout, width, 1, count, value_columns, args.h, padded, dlogits, kKeys, false);
+        multiply(query, width, 1, count, key_columns, args.h, padded, weights, kTileKeys, false);
+        multiply(dout, width, 1, count, value_columns, args.h, padded, dlogits, kTileKeys, false);
         for (int64_t i = 0; i < count; ++i) {
-          float *row = weights + i * kKeys, *slope = slopes + i * kKeys;
+          float *row = weights + i * kTileKeys, *slope = slopes + i * kTileKeys;
           if (args.soft_cap != 0) cap_with_slope(row, slope, padded);
           tile.hide(i, row, padded);
           // A row that sees nothing has lse -inf; its logits are all -inf, so any finite number gives weights of zero.
@@ -79,16 +147,16 @@ struct Backward {
             exp_each<2>(p);
             for (int half = 0; half < 2; ++half) {
               const int64_t at = j + half * kLanes;
-              F d = p[half] * (load(dlogits + i * kKeys + at) - delta[i]);
+              F d = p[half] * (load(dlogits + i * kTileKeys + at) - delta[i]);
               if (args.soft_cap != 0) d = d * load(slope + at);
               store(row + at, p[half]);
-              store(dlogits + i * kKeys + at, d);
+              store(dlogits + i * kTileKeys + at, d);
             }
           }
         }
-        multiply(weights, 1, kKeys, n, dout_panels, count, width, dvalue, width, true);
-        multiply(dlogits, 1, kKeys, n, query_panels, count, width, dkey, width, true);
-        multiply(dlogits, kKeys, 1, count, key_panels, n, width, dquery + first * width, width, true);
+        multiply(weights, 1, kTileKeys, n, dout_panels, count, width, dvalue, width, true);
+        multiply(dlogits, 1, kTileKeys, n, query_panels, count, width, dkey, width, true);
+        multiply(dlogits, kTileKeys, 1, count, key_panels, n, width, dquery + first * width, width, true);
       }
       for (int64_t j = 0; j < n; ++j) {
         narrow(dkey + j * width, 1.0f, static_cast<T*>(args.dkey) + offset + j * key_row);

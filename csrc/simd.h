@@ -226,6 +226,34 @@ inline void exp_each(F* x) {
   exp_bounded<N>(x);
 }
 
+// Each of N vectors becomes 2^x, to 1.3 ulp for -126 <= x <= 127; 0 for x < -150 and for -inf, NaN for NaN. Between, where the
+// result is no normal number, 0 or to the same absolute error. Larger x is for the caller to exclude.
+template <int N>
+inline void exp2_each(F* x) {
+  F r[N], p[N];
+#define DLM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
+#if defined(__AVX512F__)
+  // The distance from the next integer below: 0 for -inf, where a subtraction would give NaN.
+  DLM_EACH r[i] = (F)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  F below[N];
+  DLM_EACH x[i] = max(splat(-126.75f), x[i]);  // rounds to -127, whose power is 0; NaN is the second operand, so it stays
+  DLM_EACH below[i] = x[i] - 0.5f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  DLM_EACH r[i] = x[i] - (below[i] - 12582912.0f);
+#endif
+  DLM_EACH p[i] = splat(1.87757669e-3f) * r[i] + 8.98933969e-3f;
+  DLM_EACH p[i] = p[i] * r[i] + 5.58263175e-2f;
+  DLM_EACH p[i] = p[i] * r[i] + 2.40153611e-1f;
+  DLM_EACH p[i] = p[i] * r[i] + 6.93153083e-1f;
+  DLM_EACH p[i] = p[i] * r[i] + 9.99999940e-1f;
+#if defined(__AVX512F__)
+  DLM_EACH x[i] = (F)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);
+#else
+  DLM_EACH x[i] = p[i] * as_float((as_bits(below[i]) << 23) + 0x3F800000u);  // 2^n; +0 for n = -127
+#endif
+#undef DLM_EACH
+}
+
 inline F exp(F x) {
   exp_each<1>(&x);
   return x;
