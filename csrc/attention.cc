@@ -58,8 +58,8 @@ struct Forward {
     const int64_t own_panels = (count + kPanel - 1) / kPanel, query_panel = depth * kPanel;
 
     Scratch& scratch = thread_scratch();
-    scratch.reset(count * args.h * sizeof(T) + 4 * (own_panels * (query_panel + sums_size()) + kKeys * (key_row + value_row + 2 * kPanel)) +
-                  sizeof(Sight) + 1024);
+    const int64_t key_tile = kKeys * (key_row + value_row + 2 * kPanel);
+    scratch.reset(count * args.h * sizeof(T) + 4 * (own_panels * (query_panel + sums_size()) + key_tile) + sizeof(Sight) + 1024);
     T* gathered = scratch.take<T>(count * args.h);                // [rows, H]
     E* query = scratch.take<E>(own_panels * query_panel);         // [panels][depth][kPanel]
     E* key = scratch.take<E>(kKeys * key_row);                    // [kKeys, key_row]

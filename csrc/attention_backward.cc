@@ -91,7 +91,8 @@ struct Backward {
 
   void head(int64_t batch, int64_t head) {
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * ((rows + 4 * kTileRows + 5 * kTileKeys) * width + 3 * kTileRows * kTileKeys + 2 * kTileRows) + sizeof(RowTile) + 4096);
+    scratch.reset(4 * ((rows + 4 * kTileRows + 5 * kTileKeys) * width + 3 * kTileRows * kTileKeys + 2 * kTileRows) +
+                  sizeof(RowTile) + 4096);
     float* dquery = scratch.take<float>(rows * width);        // [rows, width], to be scaled
     float* query = scratch.take<float>(kTileRows * width);        // [rows, width], scaled
     float* dout = scratch.take<float>(kTileRows * width);         // [rows, width]
