@@ -27,26 +27,29 @@ struct CrossEntropy {
   const T* weight = static_cast<const T*>(args.weight);
 
   void forward(const Parallel& parallel) {
-    const int64_t tiles = (args.v + kHeadColumns - 1) / kHeadColumns, blocks = rows.blocks();
+    const int64_t tiles = (args.v + kHeadColumns - 1) / kHeadColumns;
+    HeadProduct<T> product(args.hidden, args.weight, false, args.v, args.d);
     std::vector<Part> parts(rows.size() * tiles);
     std::vector<float> target_logit(rows.size(), NAN);  // stays so where the target is no token
-    parallel(tiles * blocks, [&](int64_t index) {
-      const int64_t tile = index / blocks, first = rows.first(index % blocks), count = rows.count(index % blocks);
-      const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
-      Scratch& scratch = thread_scratch();
-      scratch.reset(kHeadScratch + 4 * kHeadRows * kHeadColumns + 64);
-      float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
-      head_tile(hidden, weight, args.d, rows, first, count, column, n, scratch, logits);
-      for (int64_t i = 0; i < count; ++i) {
-        float* row = logits + i * kHeadColumns;
-        if (args.soft_cap != 0)
-          for (int64_t j = 0; j < n; j += kLanes) store(row + j, args.soft_cap * tanh(load(row + j) / args.soft_cap));
-        std::fill(row + n, row + round_up(n, kLanes), -kInfinity);
-        const int64_t target = args.targets[rows[first + i]] - column;
-        if (target >= 0 && target < n) target_logit[first + i] = row[target];
-        parts[(first + i) * tiles + tile] = sum_of(row, n);
-      }
-    });
+    for (int64_t block = 0; block < rows.blocks(); ++block) {
+      product.take(rows, block, parallel);
+      parallel(tiles, [&](int64_t tile) {
+        const int64_t first = rows.first(block), column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
+        Scratch& scratch = thread_scratch();
+        scratch.reset(product.scratch() + 4 * kHeadRows * kHeadColumns + 64);
+        float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
+        product.tile(column, n, scratch, logits);
+        for (int64_t i = 0; i < rows.count(block); ++i) {
+          float* row = logits + i * kHeadColumns;
+          if (args.soft_cap != 0)
+            for (int64_t j = 0; j < n; j += kLanes) store(row + j, args.soft_cap * tanh(load(row + j) / args.soft_cap));
+          std::fill(row + n, row + round_up(n, kLanes), -kInfinity);
+          const int64_t target = args.targets[rows[first + i]] - column;
+          if (target >= 0 && target < n) target_logit[first + i] = row[target];
+          parts[(first + i) * tiles + tile] = sum_of(row, n);
+        }
+      });
+    }
     std::fill(args.loss, args.loss + args.r, 0.0f);
     std::fill(args.lse, args.lse + args.r, 0.0f);
     for (int64_t i = 0; i < rows.size(); ++i) {
@@ -84,11 +87,13 @@ struct CrossEntropy {
         widen(hidden + rows[i] * d + from, n, 1.0f, hidden_panels + (panel * count + i) * kPanel);
     });
 
+    HeadProduct<T> product(args.hidden, args.weight, false, args.v, args.d);
     for (int64_t chunk = 0; chunk < args.v; chunk += kChunk) {
       const int64_t columns = std::min(kChunk, args.v - chunk), tiles = (columns + kHeadColumns - 1) / kHeadColumns;
-      parallel(tiles * rows.blocks(), [&](int64_t index) {
-        logit_gradients(index / rows.blocks(), index % rows.blocks(), chunk, columns, dlogits);
-      });
+      for (int64_t block = 0; block < rows.blocks(); ++block) {
+        product.take(rows, block, parallel);
+        parallel(tiles, [&](int64_t tile) { logit_gradients(product, tile, block, chunk, columns, dlogits); });
+      }
       parallel(tiles, [&](int64_t tile) { weight_gradients(tile, chunk, columns, dlogits, hidden_panels); });
       parallel(panels, [&](int64_t panel) {
         Scratch& scratch = thread_scratch();
@@ -110,13 +115,13 @@ struct CrossEntropy {
   }
 
   // dlogits[i][chunk's column] of one tile of columns and one block of rows; zeros behind the last column of the vocabulary.
-  void logit_gradients(int64_t tile, int64_t block, int64_t chunk, int64_t columns, float* dlogits) {
+  void logit_gradients(const HeadProduct<T>& product, int64_t tile, int64_t block, int64_t chunk, int64_t columns, float* dlogits) {
     const int64_t first = rows.first(block), count = rows.count(block), at = tile * kHeadColumns, column = chunk + at;
     const int64_t n = std::min(kHeadColumns, columns - at);
     Scratch& scratch = thread_scratch();
-    scratch.reset(kHeadScratch + 4 * kHeadRows * kHeadColumns + 64);
+    scratch.reset(product.scratch() + 4 * kHeadRows * kHeadColumns + 64);
     float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
-    head_tile(hidden, weight, args.d, rows, first, count, column, n, scratch, logits);
+    product.tile(column, n, scratch, logits);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = rows[first + i], target = args.targets[row] - column;
       float *from = logits + i * kHeadColumns, *to = dlogits + (first + i) * kChunk + at;

@@ -151,12 +151,12 @@ ffi::Error combine_guidance(ffi::ThreadPool pool, Operand logits, Operand weight
 ffi::Error lm_head_scores(ffi::ThreadPool pool, Operand hidden, Operand weight, Operand temperature, Operand key_data,
                           Operand counter_row, Operand noise, Operand active, Operand banned, Output token,
                           Output confidence, Output entropy, Output logsumexp, std::string_view kind, bool tempered,
-                          float soft_cap, std::string_view logits_dtype) {
+                          float soft_cap, std::string_view logits_dtype, int64_t vocabulary) {
   return guarded([&] {
     HeadArgs args{};
     args.dtype = dtype(hidden);
-    args.r = hidden.dimensions()[0], args.d = hidden.dimensions()[1], args.v = weight.dimensions()[0];
-    args.hidden = hidden.untyped_data(), args.weight = weight.untyped_data();
+    args.r = hidden.dimensions()[0], args.d = hidden.dimensions()[1], args.v = vocabulary;
+    args.hidden = hidden.untyped_data(), args.weight = weight.untyped_data(), args.packed = weight.dimensions().size() == 4;
     args.round_logits = logits_dtype != "";
     args.logits_dtype = logits_dtype == "bfloat16"  ? DType::kBFloat16
                         : logits_dtype == "float16" ? DType::kFloat16
@@ -227,7 +227,7 @@ XLA_FFI_DEFINE_HANDLER(MixGuidance, mix_guidance, (bind_arrays<3, 1>()));
 XLA_FFI_DEFINE_HANDLER(CombineGuidance, combine_guidance, (bind_arrays<2, 1>()));
 XLA_FFI_DEFINE_HANDLER(LmHeadScores, lm_head_scores,
                        (bind_arrays<8, 4>().Attr<std::string_view>("kind").Attr<bool>("tempered").Attr<float>("soft_cap")
-                            .Attr<std::string_view>("logits_dtype")));
+                            .Attr<std::string_view>("logits_dtype").Attr<int64_t>("vocabulary")));
 XLA_FFI_DEFINE_HANDLER(CrossEntropyForward, masked_cross_entropy_forward, (bind_arrays<4, 2>().Attr<float>("soft_cap")));
 XLA_FFI_DEFINE_HANDLER(CrossEntropyBackward, masked_cross_entropy_backward, (bind_arrays<6, 2>().Attr<float>("soft_cap")));
 

@@ -1,4 +1,4 @@
-// A tile of the LM head's logits: some rows of hidden states times some rows of the weight.
+// The product under the LM head and its loss: blocks of rows of hidden states times tiles of columns of the weight.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,13 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kHeadRows = 192;   // with kHeadColumns and kHeadDepth: hidden, weight and logits fill 420 KiB of second-level cache
-constexpr int64_t kHeadColumns = 128;
-constexpr int64_t kHeadDepth = 256;
+constexpr int64_t kHeadRows = 192;
+constexpr int64_t kHeadColumns = 128;  // with kHeadRows: a tile of logits takes 96 KiB of second-level cache
+constexpr int64_t kHeadDepth = 128;    // elements; that much of a panel and of kRowTile rows fill 22 KiB of first-level cache
+
+// A packed weight has panels of this many columns on every instruction set, so that what one wrote another reads.
+constexpr int64_t kPackedPanel = 32;
+static_assert(kPackedPanel % kPanel == 0);
 
 // The rows to compute, in equal blocks of at most kHeadRows: one full block and a small rest would waste the rest's weight tiles.
 class HeadRows {
@@ -37,22 +41,79 @@ class HeadRows {
   int64_t block_;
 };
 
-constexpr int64_t kHeadScratch = 4 * (kHeadRows * kHeadDepth + kHeadColumns * kHeadDepth) + 256;  // bytes that head_tile takes
-
-// logits[i][j] = hidden[rows[first + i]] . weight[column + j] for i < count <= kHeadRows, j < n <= kHeadColumns; zeros for j from n
-// up to the next multiple of kPanel. logits: [kHeadRows, kHeadColumns]. A logit's sum has one order, whatever tile it falls in.
+// Rows of `hidden` [R,D], a block at a time, times columns of `weight`: [V,D], or packed
+// [ceil(V / kPackedPanel)][ceil(D / kTogether)][kPackedPanel][kTogether] with zeros behind V and D.
 template <typename T>
-void head_tile(const T* hidden, const T* weight, int64_t d, const HeadRows& rows, int64_t first, int64_t count, int64_t column,
-               int64_t n, Scratch& scratch, float* logits) {
-  float* left = scratch.take<float>(kHeadRows * kHeadDepth);      // [rows, kHeadDepth]
-  float* right = scratch.take<float>(kHeadColumns * kHeadDepth);  // [columns / kPanel][depth][kPanel]
-  for (int64_t p = 0; p < d; p += kHeadDepth) {
-    const int64_t depth = std::min(kHeadDepth, d - p);
-    for (int64_t i = 0; i < count; ++i) widen(hidden + rows[first + i] * d + p, depth, 1.0f, left + i * kHeadDepth);
-    pack_transposed(weight + column * d + p, d, n, depth, nullptr, right);
-    multiply(left, kHeadDepth, 1, count, right, depth, round_up(n, kPanel), logits, kHeadColumns, p > 0);
+class HeadProduct {
+ public:
+  HeadProduct(const void* hidden, const void* weight, bool packed, int64_t v, int64_t d)
+      : hidden_(static_cast<const T*>(hidden)), weight_(static_cast<const T*>(weight)), packed_(packed), v_(v), d_(d) {}
+
+  // What tile() takes of a Scratch, in bytes.
+  int64_t scratch() const { return (int64_t)sizeof(E) * depth_ * kPanel + 64; }
+
+  // Lays out the hidden states of a block of rows, which the tiles from here on are of.
+  void take(const HeadRows& rows, int64_t block, const Parallel& parallel) {
+    const int64_t parts = (depth_ + kHeadDepth - 1) / kHeadDepth, first = rows.first(block);
+    count_ = rows.count(block);
+    memory_.reset(sizeof(E) * parts * count_ * kHeadDepth + 64);
+    left_ = memory_.take<E>(parts * count_ * kHeadDepth);
+    parallel(parts, [&](int64_t part) {
+      const int64_t from = part * kHeadDepth * kValues<E>, depth = std::min(kHeadDepth * kValues<E>, d_ - from);
+      for (int64_t i = 0; i < count_; ++i)
+        copy_rows<E>(hidden_ + rows[first + i] * d_ + from, 0, 1, depth, nullptr, left_ + (part * count_ + i) * kHeadDepth, 0);
+    });
   }
-}
+
+  // logits[i][j] = hidden of the block's row i . weight[column + j] for j < n <= kHeadColumns; something for j from n up to the next
+  // multiple of kPanel. logits: [rows, kHeadColumns]. A logit's sum has one order, whatever tile it falls in.
+  void tile(int64_t column, int64_t n, Scratch& scratch, float* logits) const {
+    E* room = scratch.take<E>(depth_ * kPanel);
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const E* right = panel(column + j, room);
+      for (int64_t p = 0; p < depth_; p += kHeadDepth)
+        multiply(left_ + p * count_, kHeadDepth, 1, count_, right + p * kPanel, std::min(kHeadDepth, depth_ - p), kPanel, logits + j,
+                 kHeadColumns, p > 0);
+    }
+  }
+
+ private:
+  using E = Element<T>;
+  static constexpr int64_t kTogether = __is_same(T, BFloat16) ? 2 : 1;  // values along the depth that lie together when packed
+
+  // Columns [column, column + kPanel) over the whole depth: [elements of D][kPanel]. Packed weights are read where they lie if
+  // this instruction set multiplies them so, and else are unpacked into `room`.
+  const E* panel(int64_t column, E* room) const {
+    if (!packed_) {
+      pack_transposed(weight_ + column * d_, d_, std::min<int64_t>(kPanel, v_ - column), d_, nullptr, room);
+      return room;
+    }
+    const int64_t steps = (d_ + kTogether - 1) / kTogether;
+    const T* from = weight_ + column / kPackedPanel * steps * kPackedPanel * kTogether + column % kPackedPanel * kTogether;
+    if constexpr (kPanel == kPackedPanel && kValues<E> == kTogether && sizeof(E) == kTogether * sizeof(T)) {
+      return reinterpret_cast<const E*>(from);
+    } else {
+      for (int64_t p = 0; p < steps; ++p, from += kPackedPanel * kTogether)
+        for (int64_t j = 0; j < kPanel; j += kLanes) {
+          float* to = room + kTogether * p * kPanel + j;
+          if constexpr (kTogether == 1) {
+            store(to, load(from + j));
+          } else {
+            const U pair = *(const ULoad*)(from + 2 * j);
+            store(to, as_float(pair << 16));
+            if (2 * p + 1 < d_) store(to + kPanel, as_float(pair & 0xFFFF0000u));
+          }
+        }
+      return room;
+    }
+  }
+
+  const T *hidden_, *weight_;
+  bool packed_;
+  int64_t v_, d_, depth_ = elements<E>(d_), count_ = 0;
+  Scratch memory_;
+  E* left_ = nullptr;  // [parts of kHeadDepth][rows][kHeadDepth]
+};
 
 }  // namespace
 }  // namespace dlm::DLM_ISA

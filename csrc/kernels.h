@@ -78,7 +78,8 @@ struct HeadArgs {
   DType dtype;                         // of hidden and weight
   int64_t r, d, v;
   const void* hidden;                  // [R,D]
-  const void* weight;                  // [V,D]
+  const void* weight;                  // [V,D], or as head.h has it packed
+  bool packed;
   bool round_logits;                   // to logits_dtype before anything else
   DType logits_dtype;
   Scoring scoring;

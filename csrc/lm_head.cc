@@ -26,8 +26,9 @@ void round_logits(DType dtype, float* logits, int64_t n) {
 template <typename T>
 void score_head(const HeadArgs& args, const Parallel& parallel) {
   const HeadRows rows(args.r, [&](int64_t row) { return is_active(args.scoring, row); });
-  const int64_t tiles = (args.v + kHeadColumns - 1) / kHeadColumns, blocks = rows.blocks();
+  HeadProduct<T> product(args.hidden, args.weight, args.packed, args.v, args.d);
   const Banned banned(args.scoring);
+  const int64_t tiles = (args.v + kHeadColumns - 1) / kHeadColumns;
   // Statistics of a whole tile, not logits: 1 / 16 of the logits' size, and of a run of tiles less still.
   const int64_t run = std::max<int64_t>(1, tiles / 64);  // tiles that one row's statistics go through; of V alone
   const int64_t parts = (tiles + run - 1) / run;
@@ -35,26 +36,26 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
   const std::unique_ptr<std::atomic<float>[]> floors(new std::atomic<float>[args.r]);
   for (int64_t row = 0; row < args.r; ++row) floors[row].store(-kInfinity, std::memory_order_relaxed);
 
-  // Row blocks of one part follow each other, so that the weight's tiles come from a shared cache.
-  parallel(parts * blocks, [&](int64_t index) {
-    const int64_t part = index / blocks, first = rows.first(index % blocks), count = rows.count(index % blocks);
-    Scratch& scratch = thread_scratch();
-    for (int64_t tile = part * run; tile < std::min(tiles, (part + 1) * run); ++tile) {
-      scratch.reset(kHeadScratch + 4 * kHeadRows * kHeadColumns + 64);
-      float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
-      const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
-      head_tile(static_cast<const T*>(args.hidden), static_cast<const T*>(args.weight), args.d, rows, first, count, column, n,
-                scratch, logits);
-      for (int64_t i = 0; i < count; ++i) {
-        float* row_logits = logits + i * kHeadColumns;
-        const int64_t row = rows[first + i];
-        const RowScorer scorer(args.scoring, row, args.v, floors[row]);
-        if (args.round_logits) round_logits(args.logits_dtype, row_logits, n);
-        finish_logits(args.scoring, scorer, banned, row_logits, n, column);
-        scorer.take(partial[row * parts + part], row_logits, n, column);
+  for (int64_t block = 0; block < rows.blocks(); ++block) {
+    product.take(rows, block, parallel);
+    parallel(parts, [&](int64_t part) {
+      Scratch& scratch = thread_scratch();
+      for (int64_t tile = part * run; tile < std::min(tiles, (part + 1) * run); ++tile) {
+        scratch.reset(product.scratch() + 4 * kHeadRows * kHeadColumns + 64);
+        float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
+        const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
+        product.tile(column, n, scratch, logits);
+        for (int64_t i = 0; i < rows.count(block); ++i) {
+          float* row_logits = logits + i * kHeadColumns;
+          const int64_t row = rows[rows.first(block) + i];
+          const RowScorer scorer(args.scoring, row, args.v, floors[row]);
+          if (args.round_logits) round_logits(args.logits_dtype, row_logits, n);
+          finish_logits(args.scoring, scorer, banned, row_logits, n, column);
+          scorer.take(partial[row * parts + part], row_logits, n, column);
+        }
       }
-    }
-  });
+    });
+  }
   merge_parts(args.scoring, args.r, parts, partial, parallel);
 }
 

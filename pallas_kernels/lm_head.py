@@ -67,6 +67,8 @@ def _finish_kernel(*refs, confidence, sampled, masked, vocabulary):
 
 
 def supports_lm_head_scores(hidden, weight, **_):
+    if len(weight.shape) != 2:
+        return "it takes the weight as [V, D], not packed"
     return chips.refuse(hidden) or head.refuse(weight, *head.streamed(weight.dtype.itemsize))
 
 

@@ -7,13 +7,14 @@ from dlm_kernels import masks
 from dlm_kernels.ops.attention import attention
 from dlm_kernels.ops.explain import explain
 from dlm_kernels.ops.guidance import combine_guidance, mix_guidance
-from dlm_kernels.ops.lm_head import lm_head_scores, masked_cross_entropy
+from dlm_kernels.ops.lm_head import PackedHead, lm_head_scores, masked_cross_entropy, pack_lm_head
 from dlm_kernels.ops.soft_embedding import soft_embedding
 from dlm_kernels.ops.unmask import TokenScores, UnmaskResult, score_tokens, unmask_step, unmask_topk
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PackedHead",
     "TokenScores",
     "UnmaskResult",
     "attention",
@@ -23,6 +24,7 @@ __all__ = [
     "masked_cross_entropy",
     "masks",
     "mix_guidance",
+    "pack_lm_head",
     "score_tokens",
     "soft_embedding",
     "unmask_step",

@@ -1,10 +1,13 @@
 """The LM head's scores and loss against the float64 oracle."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlm_kernels.cpu_kernels.lm_head import pack
 from dlm_kernels.reference import lm_head as reference
 
 # (R, D, V): one of each; below and above the kernels' tiles of rows, columns and depth, dividing none.
@@ -56,6 +59,26 @@ def test_scores(leaf, shape, dtype, confidence, every_option):
     error = rounding(hidden, weight)
     for result, wanted in zip(got[1:], expected[1:]):
         np.testing.assert_allclose(result, wanted, rtol=3e-5 + 2 * error, atol=1e-6 + error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_packed_weight_changes_nothing(leaf, shape, dtype):
+    hidden, weight, _ = operands(*shape, dtype)
+    static = dict(confidence="margin", tempered_confidence=False, logits_soft_cap=None, logits_dtype=None)
+    if leaf.package not in ("cpu_kernels", "xla"):
+        supports = importlib.import_module(f"dlm_kernels.{leaf.package}.lm_head").supports_lm_head_scores
+        names = ("temperature", "key_data", "counter_row", "noise", "active", "banned")
+        assert "not packed" in supports(hidden=hidden, weight=pack(weight), **dict.fromkeys(names), **static)
+        return
+    scores = leaf("lm_head", "lm_head_scores")
+    got = scores(hidden, pack(weight), *[None] * 6, **static, vocabulary=shape[2])
+    expected = scores(hidden, weight, *[None] * 6, **static)
+    for result, wanted in zip(got, expected, strict=True):
+        if leaf.package == "cpu_kernels":
+            np.testing.assert_array_equal(result, wanted)
+        else:  # XLA multiplies what it has unpacked in an order of its own
+            np.testing.assert_allclose(result, wanted, rtol=3e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -116,6 +116,27 @@ CASES = {
         lambda: dlm.lm_head_scores(hidden, weight.astype(jnp.float16)),
         r"weight: expected hidden's dtype",
     ),
+    "packed head of another width": (
+        lambda: dlm.lm_head_scores(hidden, dlm.pack_lm_head(weight[:, :5])),
+        r"weight: expected shape \[V, 8\].*got \[7, 5\]",
+    ),
+    "packed head of another dtype": (
+        lambda: dlm.lm_head_scores(hidden, dlm.pack_lm_head(weight.astype(jnp.bfloat16))),
+        r"weight: expected hidden's dtype float32, got bfloat16",
+    ),
+    "head packed for another implementation": (
+        lambda: dlm.lm_head_scores(hidden, dlm.pack_lm_head(weight, implementation="cpu"), implementation="pallas"),
+        r"implementation='pallas' cannot run lm_head_scores: .*not packed",
+    ),
+    "head packed for nobody": (
+        lambda: dlm.pack_lm_head(weight, implementation="gpu"),
+        r"implementation: expected one of .*got 'gpu'",
+    ),
+    "packed head of integers": (lambda: dlm.pack_lm_head(weight.astype(int)), r"weight: expected dtype float32"),
+    "loss of a packed head": (
+        lambda: dlm.masked_cross_entropy(hidden, dlm.pack_lm_head(weight), tokens, jnp.ones((2, 3))),
+        r"weight: expected an array, got PackedHead",
+    ),
     "guided soft cap": (
         lambda: dlm.lm_head_scores(
             hidden, weight, unconditional_hidden=hidden, guidance_scale=2.0, logits_soft_cap=30.0

@@ -37,6 +37,10 @@ OPERATIONS = {
         lambda hidden: dlm_kernels.lm_head_scores(hidden, normal(8, 301, 40)),
         (normal(7, 4, 6, 40),),
     ),
+    "lm_head_scores of a packed head": (
+        lambda hidden: dlm_kernels.lm_head_scores(hidden, dlm_kernels.pack_lm_head(normal(8, 301, 40))),
+        (normal(7, 4, 6, 40),),
+    ),
     "masked_cross_entropy": (
         lambda hidden, targets: dlm_kernels.masked_cross_entropy(
             hidden, normal(8, 301, 40), targets, jnp.ones(targets.shape), reduction="none"
@@ -96,6 +100,20 @@ def test_export(name):
     assert "dlm_kernels_" in exported.mlir_module()
     assert exported.platforms == ("cpu",)
     same(jax.tree.leaves(exported.call(*arrays)), jax.tree.leaves(function(*arrays)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_head_is_an_argument(dtype):
+    hidden, weight = normal(7, 2, 6, 40).astype(dtype), normal(8, 301, 40).astype(dtype)
+    expected = dlm_kernels.lm_head_scores(hidden, weight)
+    same(jax.jit(dlm_kernels.lm_head_scores)(hidden, jax.jit(dlm_kernels.pack_lm_head)(weight)), expected)
+    rows = dlm_kernels.pack_lm_head(weight, implementation="xla")
+    assert rows.array is weight
+    same(dlm_kernels.lm_head_scores(hidden, rows), expected)
+    # One head for each entry: none of them may be read as another's.
+    heads = jax.vmap(dlm_kernels.pack_lm_head)(jnp.stack([weight, -weight]))
+    got = jax.vmap(dlm_kernels.lm_head_scores)(jnp.stack([hidden, -hidden]), heads)
+    same(got, jax.tree.map(lambda x: jnp.stack([x, x]), expected))
 
 
 @pytest.mark.parametrize("wrt", range(3))

@@ -1,9 +1,23 @@
-"""The LM head fused with scoring and with the loss: csrc/lm_head.cc and csrc/cross_entropy.cc."""
+"""The LM head fused with scoring and with the loss: csrc/head.h, csrc/lm_head.cc and csrc/cross_entropy.cc."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_kernels import cpu_kernels
 from dlm_kernels.cpu_kernels.unmask import scores
+
+PANEL = 32  # kPackedPanel in csrc/head.h
+
+
+def pack(weight):
+    """weight [V,D] -> [ceil(V/32), ceil(D/G), 32, G]: panels of 32 rows in the order in which the product reads them.
+
+    G is 2 for bfloat16, of which one instruction multiplies two neighbours, else 1. Zeros stand behind V and D.
+    """
+    v, d = weight.shape
+    together = 2 if weight.dtype == jnp.bfloat16 else 1
+    weight = jnp.pad(weight, ((0, -v % PANEL), (0, -d % together)))
+    return weight.reshape(-1, PANEL, weight.shape[1] // together, together).transpose(0, 2, 1, 3)
 
 
 def supports_lm_head_scores(hidden, **_):
@@ -24,8 +38,11 @@ def lm_head_scores(
     tempered_confidence,
     logits_soft_cap,
     logits_dtype,
+    vocabulary=None,
 ):
-    """hidden [R,D], weight [V,D], one dtype; the rest and the result as in `unmask.score_tokens`."""
+    """hidden [R,D], weight [V,D] or as `pack` has it, then with V = vocabulary, one dtype; the rest and the result as in
+    `unmask.score_tokens`.
+    """
     return cpu_kernels.run(
         "lm_head_scores",
         scores(hidden.shape[0]),
@@ -34,6 +51,7 @@ def lm_head_scores(
         tempered=tempered_confidence,
         soft_cap=cpu_kernels.number(logits_soft_cap),
         logits_dtype="" if logits_dtype is None else jnp.dtype(logits_dtype).name,
+        vocabulary=np.int64(weight.shape[0] if vocabulary is None else vocabulary),
     )
 
 

@@ -1,10 +1,13 @@
 """The LM head fused with what follows it: scores of tokens, and the training loss, with no logits in memory."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from dlm_kernels import cpu_kernels
+from dlm_kernels.cpu_kernels import lm_head as cpu_lm_head
 from dlm_kernels.ops import checks, dispatch, guidance, unmask
 
 SCORES = dispatch.Leaf(
@@ -24,6 +27,8 @@ SCORES = dispatch.Leaf(
     fold="r",
     sharded="r",
 )
+_PACKED = tuple((name, "xyzt" if name == "weight" else axes) for name, axes in SCORES.operands)
+PACKED_SCORES = dataclasses.replace(SCORES, operands=_PACKED)
 _LOSS_INPUTS = (("hidden", "rd"), ("weight", "vd"), ("targets", "r"), ("active", "r"))
 LOSS = dispatch.Leaf("lm_head", "masked_cross_entropy_forward", _LOSS_INPUTS, ("r", "r"), fold="r", sharded="r")
 LOSS_BACKWARD = dispatch.Leaf(
@@ -34,6 +39,46 @@ LOSS_BACKWARD = dispatch.Leaf(
     fold="r",
     sharded="",
 )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["layout", "vocabulary", "width"])
+@dataclasses.dataclass(frozen=True)
+class PackedHead:
+    """An LM head's weight [V, D] in the order in which a kernel reads it. `pack_lm_head` makes it.
+
+    A pytree of one array: it passes through jit, as an argument too, device_put and checkpoints.
+    """
+
+    array: jax.Array  # layout "rows": the weight; "panels": as cpu_kernels.lm_head.pack has it, on every CPU alike
+    layout: str
+    vocabulary: int  # V
+    width: int  # D
+
+
+def pack_lm_head(weight, *, implementation=None):
+    """Lays an LM head's weight out once for many calls of `lm_head_scores`, which give the same bits as without.
+
+        return weight                                                           # in another order
+
+    Arguments:
+      weight: [V, D], float32, bfloat16 or float16; rounded up to a multiple of 32 rows it takes the same memory again.
+      implementation: whose order. "cpu": panels of 32 rows; its kernel would else transpose the weight in every call. The others
+        read rows, so "triton", "pallas" and "xla" keep them. None: "cpu" where JAX's default backend is the CPU, else rows.
+
+    Returns a PackedHead. `lm_head_scores` takes one of rows with every implementation, and one of panels with "cpu" and "xla".
+    Raises ValueError for a weight that no head has, or for an implementation that is unknown or not to be had.
+    """
+    weight = checks.floats("weight", weight, "VD")
+    v, d = weight.shape
+    if implementation is None:
+        implementation = "cpu" if jax.default_backend() == "cpu" and not cpu_kernels.unavailable() else "xla"
+    if implementation not in dispatch.PACKAGES:
+        raise ValueError(f"implementation: expected one of {sorted(dispatch.PACKAGES)} or None, got {implementation!r}")
+    if implementation != "cpu":
+        return PackedHead(weight, "rows", v, d)
+    if reason := cpu_kernels.unavailable():
+        raise ValueError(f"implementation='cpu' cannot run pack_lm_head: {reason}")
+    return PackedHead(cpu_lm_head.pack(weight), "panels", v, d)
 
 
 def lm_head_scores(
@@ -71,9 +116,12 @@ def lm_head_scores(
     """
     hidden = checks.floats("hidden", hidden, "BLD")
     b, length, d = hidden.shape
-    weight = checks.floats("weight", weight, "VD")
-    v = weight.shape[0]
-    _check_weight(hidden, weight)
+    head = weight if isinstance(weight, PackedHead) else PackedHead(checks.floats("weight", weight, "VD"), "rows", *weight.shape)
+    v = head.vocabulary
+    _check_weight(hidden, (v, head.width), head.array.dtype)
+    leaf, packed = SCORES, {}
+    if head.layout == "panels":
+        leaf, packed = PACKED_SCORES, dict(vocabulary=v)
     if (unconditional_hidden is None) != (guidance_scale is None):
         raise ValueError("unconditional_hidden, guidance_scale: expected both or neither")
     if unconditional_hidden is not None:
@@ -85,27 +133,28 @@ def lm_head_scores(
     if logits_dtype is not None and jnp.dtype(logits_dtype) not in (jnp.dtype(x) for x in checks.FLOATS):
         raise ValueError(f"logits_dtype: expected float32, bfloat16, float16 or None, got {logits_dtype}")
     operands = unmask.sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
-    operands |= dict(hidden=hidden.reshape(-1, d), weight=weight)
+    operands |= dict(hidden=hidden.reshape(-1, d), weight=head.array)
     if hidden.size == 0:
         return unmask.empty_scores(b, length)
     results = dispatch.call(
-        SCORES,
+        leaf,
         implementation,
-        {name: operands[name] for name, _ in SCORES.operands},
+        {name: operands[name] for name, _ in leaf.operands},
         confidence="probability" if confidence == "random" else confidence,
         tempered_confidence=bool(tempered_confidence),
         logits_soft_cap=checks.soft_cap(logits_soft_cap),
         logits_dtype=None if logits_dtype is None else jnp.dtype(logits_dtype),
+        **packed,
     )
     return unmask.token_scores(results, b, length, confidence, key, active)
 
 
-def _check_weight(hidden, weight):
-    v, d = weight.shape
+def _check_weight(hidden, shape, dtype):
+    v, d = shape
     if v == 0 or d != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}] with V of at least 1, got {[v, d]}")
-    if weight.dtype != hidden.dtype:
-        raise ValueError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
+    if dtype != hidden.dtype:
+        raise ValueError(f"weight: expected hidden's dtype {hidden.dtype}, got {dtype}")
 
 
 def masked_cross_entropy(
@@ -118,7 +167,7 @@ def masked_cross_entropy(
         return jnp.sum(weights * loss)
 
     Arguments:
-      hidden: [B, L, D]; weight: [V, D]; one dtype, float32, bfloat16 or float16.
+      hidden: [B, L, D]; weight: [V, D], not packed; one dtype, float32, bfloat16 or float16.
       targets: int [B, L] in [0, V). weights: float [B, L], zero where a position has no loss (LLaDA: 1 / t where masked);
         rows of weight zero are not computed, and their targets may be anything.
       reduction: "sum", or "none" for weights * loss of every position.
@@ -130,7 +179,7 @@ def masked_cross_entropy(
     """
     hidden = checks.floats("hidden", hidden, "BLD")
     weight = checks.floats("weight", weight, "VD")
-    _check_weight(hidden, weight)
+    _check_weight(hidden, weight.shape, weight.dtype)
     b, length, d = hidden.shape
     targets = checks.shaped("targets", checks.ints("targets", targets, "BL"), (b, length), "batch, length of hidden")
     weights = checks.shaped("weights", checks.array("weights", weights), (b, length), "batch, length of hidden")

@@ -20,8 +20,15 @@ def lm_head_scores(
     tempered_confidence,
     logits_soft_cap,
     logits_dtype,
+    vocabulary=None,
 ):
-    """hidden [R,D]; weight [V,D]; the rest and the result as in `unmask.score_tokens`."""
+    """hidden [R,D]; weight [V,D], or as the CPU's kernel has it packed, then with V = vocabulary; the rest and the result as in
+    `unmask.score_tokens`.
+    """
+    if vocabulary is not None:
+        panels, steps, panel, together = weight.shape
+        rows = weight.transpose(0, 2, 1, 3).reshape(panels * panel, steps * together)
+        weight = rows[:vocabulary, : hidden.shape[1]]
     logits = _logits(hidden, weight)
     if logits_dtype is not None:
         # XLA may drop a pair of casts; this it keeps.
