@@ -114,9 +114,8 @@ struct Forward {
   // Turns logits [n, kPanel] into weights [elements(n), kPanel] relative to the greatest logit so far, which they are added
   // to the sums' total with; what was summed before is scaled to it.
   void softmax(const float* logits, int64_t n, const Sums& sums, E* weights) const {
-    F greatest[2], base[2], total[2];
+    F greatest[2], base[2], rescale[2];
     bool moved = false;
-    F rescale[2];
     for (int half = 0; half < 2; ++half) {
       const float* column = logits + half * kLanes;
       F best[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
@@ -130,29 +129,29 @@ struct Forward {
       base[half] = greatest[half] == -kInfinity ? splat(0.0f) : greatest[half];
       rescale[half] = before - base[half];
       moved |= any(before != greatest[half]);
-      total[half] = load(sums.total + half * kLanes);
     }
     if (moved) {
       exp2_each<2>(rescale);
       for (int half = 0; half < 2; ++half) {
         store(sums.greatest + half * kLanes, greatest[half]);
-        total[half] *= rescale[half];
+        store(sums.total + half * kLanes, load(sums.total + half * kLanes) * rescale[half]);
       }
       for (int64_t i = 0; i < args.h * kPanel; i += kPanel)
         for (int half = 0; half < 2; ++half)
           store(sums.out + i + half * kLanes, load(sums.out + i + half * kLanes) * rescale[half]);
     }
+    // The tile's own sums first: one running sum over all keys would round as often as there are keys.
+    F added[4] = {};
     for (int64_t j = 0; j < n; j += 2, logits += 2 * kPanel, weights += 2 / kValues<E> * kPanel) {
       F p[4] = {load(logits) * factor - base[0], load(logits + kLanes) * factor - base[1], splat(-kInfinity), splat(-kInfinity)};
       if (j + 1 < n) p[2] = load(logits + kPanel) * factor - base[0], p[3] = load(logits + kPanel + kLanes) * factor - base[1];
       exp2_each<4>(p);
-      total[0] += p[0], total[1] += p[1];
-      total[0] += p[2], total[1] += p[3];
+      for (int i = 0; i < 4; ++i) added[i] += p[i];
       store_keys(weights, p[0], p[2]);
       store_keys(weights + kLanes, p[1], p[3]);
     }
-    store(sums.total, total[0]);
-    store(sums.total + kLanes, total[1]);
+    for (int half = 0; half < 2; ++half)
+      store(sums.total + half * kLanes, load(sums.total + half * kLanes) + (added[half] + added[half + 2]));
   }
 
   // Rows m, m + 1 ... of the panel's sums to out and lse.
