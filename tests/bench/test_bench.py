@@ -71,15 +71,16 @@ def test_a_case_may_have_only_slow_contenders(monkeypatch):
 
 
 def test_peak_bytes_is_what_a_call_holds_at_one_time():
+    # Over 32 MiB: glibc may keep smaller arrays, once freed, in a heap that counts as held.
     def call():
-        a = np.ones(20 << 20, np.uint8)
+        a = np.ones(40 << 20, np.uint8)
         del a
-        return np.ones(30 << 20, np.uint8)
+        return np.ones(60 << 20, np.uint8)
 
     result, peak = machine.peak_bytes(call)
-    assert len(result) == 30 << 20
+    assert len(result) == 60 << 20
     if peak is not None:
-        assert 29 << 20 <= peak <= 33 << 20
+        assert 59 << 20 <= peak <= 63 << 20
 
 
 def result(ours, theirs):
