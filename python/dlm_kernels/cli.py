@@ -77,7 +77,7 @@ def _parser():
     correct = command("correct", _correct, "replace the tokens of a text that the model rejects")
     _model(correct)
     correct.add_argument("text", help="\\n and \\t in it are a newline and a tab; what is in <keep>...</keep> stays")
-    correct.add_argument("--threshold", type=float, default=0.5, help="how sure of another token (default: %(default)s)")
+    correct.add_argument("--threshold", type=float, default=0.7, help="how sure of another token (default: %(default)s)")
     correct.add_argument("--passes", type=int, default=8, help="at most (default: %(default)s)")
 
     classify = command("classify", _classify, "fit a classifier of wanted texts, for generate --classifier")

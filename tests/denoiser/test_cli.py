@@ -260,5 +260,5 @@ def test_the_model_corrects_what_python_cannot_mean():
     loop = "for i in range(10):\n    print(i)\n"
     method = "class Stack:\n    def push(self, x):\n        self.items.append(x)\n"
     for right, a, b in ((loop, " in", " on"), (method, ", x", ". x")):
-        text, changes, _ = correct.correct_text(loaded, right.replace(a, b), threshold=0.5)
+        text, changes, _ = correct.correct_text(loaded, right.replace(a, b), threshold=0.7)
         assert text == right and len(changes) == 1

@@ -234,7 +234,7 @@ def report(model, texts, *, cases=256, steps=4, implementation=None):
         "bits_per_byte": bits_per_byte(model, texts, **options),
         "autoregressive_bits_per_byte": bits_per_byte(model, texts, block_size=1, draws=1, **options),
     }
-    for threshold in (0.5, 0.9):
+    for threshold in (0.7, 0.9):
         numbers[f"correction_at_{threshold}"] = correction(model, texts, threshold=threshold, **options)
     for hole in (1, 4, 8):
         numbers[f"hole_of_{hole}"] = infilling(model, texts, cases=cases, hole=hole, steps=min(hole, steps), **options)
