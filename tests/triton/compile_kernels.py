@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 
 from dlm_kernels.triton_kernels import attention, guidance, launch, lm_head, unmask
 
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "uint32": "u32", "bool": "i1"}
+
 
 def array(*shape, dtype="float32"):
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -113,10 +115,10 @@ def launches(function):
     return found
 
 
-def with_unknown_sizes(call, dtypes):
-    """What Triton's own launcher has it compile under torch: the scalars are arguments, specialised by their values."""
+def source(call, dtypes, known_sizes):
+    """What Triton compiles for a launch: arrays aligned to 16 bytes, and scalars as constants or specialised as Triton does it."""
     scalars, constants = dict(call.scalars), {**call.absent, **dict(call.constants)}
-    constants |= {name: value for name, value in scalars.items() if value == 1}
+    constants |= {name: value for name, value in scalars.items() if known_sizes or value == 1}
     signature, attributes = {}, {}
     for position, name in enumerate(call.kernel.arg_names):
         if name in constants:
@@ -124,20 +126,18 @@ def with_unknown_sizes(call, dtypes):
             continue
         value = scalars.get(name)
         if name in dtypes:
-            signature[name] = "*" + launch.TYPES[dtypes[name]]
+            signature[name] = "*" + TYPES[dtypes[name]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
         if name in dtypes or (isinstance(value, int) and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(call.kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", call.arch, 32), options=call.options)
+    return ASTSource(call.kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def report(call, dtypes, known_sizes):
-    if known_sizes:
-        kernel = launch.compiled(call, tuple(dtypes[name] for name in call.present))
-    else:
-        kernel = with_unknown_sizes(call, dtypes)
+def compiled(call, dtypes, known_sizes):
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
+    target = GPUTarget("cuda", call.arch, 32)
+    kernel = triton.compile(source(call, dtypes, known_sizes), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -149,7 +149,7 @@ def report(call, dtypes, known_sizes):
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": kernel.metadata.shared,
-        # jaxlib passes no scratch memory.
+        # jax-triton passes no scratch memory and launches the warps it is told.
         "scratch": getattr(kernel.metadata, "global_scratch_size", 0),
         "warps": kernel.metadata.num_warps == call.num_warps,
         "tensor_core": "wgmma" if "wgmma" in ptx else "tcgen05" if "tcgen05.mma" in ptx else "mma" if "mma.sync" in ptx else "",
@@ -171,7 +171,7 @@ def main(arch, wanted=""):
                 seen.add(same)
                 row = {"case": name + ("" if known_sizes else ", sizes unknown")}
                 try:
-                    row |= report(call, dtypes, known_sizes)
+                    row |= compiled(call, dtypes, known_sizes)
                 except Exception as error:  # the report names the case; the test fails on it
                     row["error"] = f"{type(error).__name__}: {str(error)[-300:]}"
                 print(json.dumps(row), flush=True)

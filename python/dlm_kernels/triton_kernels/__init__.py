@@ -26,6 +26,8 @@ def unavailable() -> str | None:
 
     if triton.knobs.runtime.interpret:
         return None
+    if importlib.util.find_spec("jax_triton") is None:
+        return "the Triton kernels need the jax-triton package, 0.3.1 or newer: pip install 'dlm_kernels[gpu]'"
     from jaxlib import gpu_triton
 
     # Without JAX's CUDA plugin the module is there, and empty.

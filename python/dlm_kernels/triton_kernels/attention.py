@@ -221,9 +221,10 @@ def _split(programs: int, length: int) -> tuple[int, int]:
     Where those leave more than a fifth of the multiprocessors idle at batch 1, as many as give two to each, and no more: every
     program writes its rows in float32 for the merge to read, on Hopper 264 times 128 x 128 at most, 17 MB, which stay in L2. 128
     queries of LLaDA's 32 heads against 32768 keys read 537 MB; 64 parts instead of 8 would write 134 MB beside that.
-    The batch is left out, or a row's bits would depend on what else is in it.
+    The batch is left out, or a row's bits would depend on what else is in it. Fewer keys than two programs' least stay together:
+    the merge is a launch of its own.
     """
-    if programs >= 0.8 * multiprocessors():
+    if programs >= 0.8 * multiprocessors() or length < 2 * _LEAST_SPLIT:
         return length, 1
     wanted = min(2 * multiprocessors() // programs, _MOST_SPLITS)
     split = triton.cdiv(triton.cdiv(length, wanted), _LEAST_SPLIT) * _LEAST_SPLIT

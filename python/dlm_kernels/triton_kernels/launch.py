@@ -5,21 +5,23 @@ A leaf names what its kernel reads and writes and never touches a framework:
     out, lse = launch(kernel, grid, inputs={"query": query}, outputs={"out": Out(shape, dtype), ...},
                       scalars={"length": 5}, constants={"BLOCK": 64}, num_warps=4, num_stages=2)
 
-and this file finds out who is asking. Arrays of JAX go through the launcher that jaxlib has for Triton kernels, tensors of
-torch through Triton's own; NumPy arrays (and JAX arrays, through a callback) run in Triton's interpreter when
-TRITON_INTERPRET=1 is set. There is no autotuning: a kernel's tiles are constants of the call.
+and this file finds out who is asking. Arrays of JAX go through jax-triton, tensors of torch through Triton's own
+launcher; NumPy arrays (and JAX arrays, through a callback) run in Triton's interpreter when TRITON_INTERPRET=1 is set.
+There is no autotuning: a kernel's tiles are constants of the call.
 
-Under JAX the scalars are constants too: a stride that is not known to be a multiple of 16 bytes costs every wide load, and JAX
-compiles anew for new shapes anyway.
+Under JAX the scalars are constants too: jax-triton tells the compiler nothing about a scalar, and a stride that is not
+known to be a multiple of 16 bytes costs every wide load. JAX compiles anew for new shapes anyway.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
+import pathlib
 import sys
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +30,6 @@ import triton
 
 _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 160, 120: 170}
 _DEFAULT_ARCH = 90
-# Triton's names of the types that the kernels read and write.
-TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "uint32": "u32", "bool": "i1"}
-# jaxlib's launcher as XLA knows it; jax.export must be told to let it through (`DisabledSafetyCheck.custom_call`).
-JAX_TARGET = "triton_kernel_call_ffi"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +164,6 @@ class _Call:
         return {name: out for name, out in self.outputs if out is not None}
 
     @property
-    def options(self) -> dict[str, int | bool]:
-        """For Triton's compiler. Multiplications and additions fuse; Triton is about to change its default."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
-    @property
     def absent(self) -> dict[str, None]:
         """The inputs and outputs that are None."""
         return {name: None for name in (*self.inputs, *dict(self.outputs)) if name not in (*self.present, *self.wanted)}
@@ -185,72 +178,64 @@ def _launch_jax(call: _Call, values: list) -> list:
     if interpreting():
         shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in call.wanted.values()]
         return jax.pure_callback(lambda *arrays: _interpret(call, *map(np.asarray, arrays)), shapes, *values)
-    return _primitive().bind(*values, call=call)
+    present = dict(zip(call.present, values))
+    # jax-triton takes arrays by position: one that is absent needs a stand-in, which the kernel does not touch.
+    outputs = {name: out or Out((1,), "float32") for name, out in call.outputs}
+    results = _jax_triton().triton_call(
+        *(present.get(name, values[0]) for name in call.inputs),
+        kernel=call.kernel,
+        out_shape=[jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs.values()],
+        grid=call.grid,
+        name=call.kernel.__name__.strip("_"),
+        num_warps=call.num_warps,
+        num_stages=call.num_stages,
+        compute_capability=call.arch,
+        **dict(call.scalars),
+        **dict(call.constants),
+    )
+    return [result for name, result in zip(outputs, results) if name in call.wanted]
 
 
 @functools.cache
-def _primitive():
-    """A launch as a JAX primitive: its kernel is compiled on lowering, so for no platform that does not run it."""
-    import jax
-    from jax.extend.core import Primitive
-    from jax.interpreters import mlir, xla
+def _jax_triton():
+    from jax.interpreters import mlir
 
-    primitive = Primitive("triton_launch")
-    primitive.multiple_results = True
-    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    primitive.def_abstract_eval(
-        lambda *_, call: [jax.core.ShapedArray(out.shape, np.dtype(out.dtype)) for out in call.wanted.values()]
-    )
-    mlir.register_lowering(primitive, _refuse_lowering)
-    mlir.register_lowering(primitive, _lower, platform="cuda")
-    return primitive
+    # Its import empties this variable, and Triton's cache on disk would be lost, to torch in the same process too.
+    kept = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+    from jax_triton import triton_lib
 
-
-def _lower(context, *operands, call: _Call):
-    """Calls jaxlib's own launcher of Triton kernels, which takes the PTX and how to launch it as a compressed protocol buffer."""
-    import jax
-    from jaxlib import gpu_triton
-
-    kernel = compiled(call, tuple(dtype_name(array) for array in context.avals_in))
-    metadata = kernel.metadata
-    if metadata.global_scratch_size:
-        raise ValueError(f"launch of {kernel.name}: expected a kernel without scratch memory, for JAX gives it none")
-    found = gpu_triton.TritonKernel(
-        kernel.name, metadata.num_warps, metadata.num_ctas, metadata.shared, kernel.asm["ptx"], "", call.arch
-    )
-    arrays = [gpu_triton.create_array_parameter(0, 16)] * (len(context.avals_in) + len(context.avals_out))
-    launched = gpu_triton.TritonKernelCall(found, *call.grid, *(1,) * (3 - len(call.grid)), arrays)
-    opaque = zlib.compress(launched.to_proto(kernel.name, b""))
-    return jax.ffi.ffi_lowering(JAX_TARGET)(context, *operands, opaque=opaque)
+    os.environ.pop("TRITON_CACHE_DIR")
+    if kept is not None:
+        os.environ["TRITON_CACHE_DIR"] = kept
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, _refuse_lowering)
+    triton_lib.compile_ttir_inplace = _kept_on_disk(triton_lib.compile_ttir_inplace, triton_lib.CompilationResult)
+    return jax_triton
 
 
-def _refuse_lowering(context, *_, call: _Call):
+def _kept_on_disk(compile_ttir, result_type):
+    """jax-triton's compiler keeps what it makes for the process only; this one also in Triton's cache (TRITON_CACHE_DIR)."""
+    from jax_triton import __version__
+    from triton.runtime.cache import get_cache_manager, triton_key
+
+    def compile_or_find(ttir, backend, options, compute_capability, platform):
+        made_of = (str(ttir), options.hash(), backend.hash(), compute_capability, platform, triton_key(), __version__)
+        cache = get_cache_manager(hashlib.sha256("\0".join(map(str, made_of)).encode()).hexdigest())
+        if (path := cache.get_file("jax_triton.json")) is not None:
+            return result_type(**json.loads(pathlib.Path(path).read_text()))
+        result = compile_ttir(ttir, backend, options, compute_capability, platform)
+        cache.put(json.dumps(dataclasses.asdict(result)), "jax_triton.json", binary=False)
+        return result
+
+    return compile_or_find
+
+
+def _refuse_lowering(context, *_, fn, **parameters):
     platforms = ", ".join(context.module_context.platforms)
     raise RuntimeError(
-        f"the Triton kernel {call.kernel.__name__} runs on NVIDIA GPUs, and this computation is for {platforms}; "
+        f"the Triton kernel {fn.__name__} runs on NVIDIA GPUs, and this computation is for {platforms}; "
         "set TRITON_INTERPRET=1 before the first call to run it in Triton's interpreter"
     )
-
-
-@functools.cache
-def compiled(call: _Call, dtypes: tuple[str, ...]):
-    """What Triton makes of a launch on inputs of these dtypes, from its cache on disk (TRITON_CACHE_DIR) where it made it before.
-
-    Arrays begin at multiples of 16 bytes, as XLA's do, and the scalars are constants.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    dtypes = {**dict(zip(call.present, dtypes)), **{name: out.dtype for name, out in call.wanted.items()}}
-    constants = {**call.absent, **dict(call.scalars), **dict(call.constants)}
-    names = call.kernel.arg_names
-    source = ASTSource(
-        call.kernel,
-        {name: "*" + TYPES[dtypes[name]] if name in dtypes else "constexpr" for name in names},
-        constexprs=constants,
-        attrs={(position,): [["tt.divisibility", 16]] for position, name in enumerate(names) if name in dtypes},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", call.arch, 32), options=call.options)
 
 
 # --- torch -------------------------------------------------------------------------------------------------------
@@ -270,7 +255,9 @@ def _launch_torch(call: _Call, values: list, torch) -> list:
         return list(results.values())
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(device):
-        call.kernel[call.grid](**arguments, **call.options)
+        # Multiplications and additions fuse, as jax-triton asks for; Triton is about to change its default.
+        options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
+        call.kernel[call.grid](**arguments, **options)
     return list(results.values())
 
 
