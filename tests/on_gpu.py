@@ -2,8 +2,8 @@
 
     python tests/on_gpu.py [--bench]
 
-Fetches nothing: it wants jax with its CUDA plugin, triton and pytest, for its part torch, and builds the package with the pybind11
-and setuptools that are there where that is not done. Prints last what failed; the exit status is how many steps did.
+Fetches nothing: it wants jax with its CUDA plugin, triton, jax-triton and pytest, for its part torch, and builds the package with
+the pybind11 and setuptools that are there where that is not done. Prints last what failed; the exit status is how many steps did.
 """
 
 import importlib.util
@@ -32,9 +32,9 @@ def run(module, environment):
 
 
 def main(bench):
-    absent = [name for name in ("jax", "triton", "pytest", "numpy") if importlib.util.find_spec(name) is None]
+    absent = [name for name in ("jax", "triton", "jax_triton", "pytest", "numpy") if importlib.util.find_spec(name) is None]
     if absent:
-        return f"{sys.executable} has no {' and no '.join(absent)}: pip install 'jax[cuda13]' triton pytest numpy"
+        return f"{sys.executable} has no {' and no '.join(absent)}: pip install 'jax[cuda13]' triton 'jax-triton<0.4' pytest numpy"
     if run(["-c", LOOK], ON_GPU):
         return "JAX finds no NVIDIA GPU: it needs its driver, and pip install 'jax[cuda13]'"
     if run(["-c", "import dlm_kernels._cpu"], {"JAX_PLATFORMS": "cpu"}) and run(["-m", *BUILD], {}):
