@@ -90,33 +90,39 @@ struct Forward {
       for (int64_t panel = 0; panel < own_panels; ++panel) {
         const auto [start, stop, whole] = sight.range(panel);
         if (start >= stop) continue;
+        // A run of rows often ends within a first half: four queries in groups of four are 16 rows.
+        const int64_t columns = std::min<int64_t>(kPanel, round_up(count - panel * kPanel, kLanes));
         const Sums sums = sums_at(own_sums + panel * sums_size());
         const int64_t seen = elements<E>(stop - start), first_element = start / kValues<E>;
-        multiply(key + start * key_row, key_row, 1, stop - start, query + panel * query_panel, depth, kPanel,
+        multiply(key + start * key_row, key_row, 1, stop - start, query + panel * query_panel, depth, columns,
                  logits + start * kPanel, kPanel, false);
-        if (bent) bend(logits + start * kPanel, stop - start);
-        if (!whole) sight.hide(panel, logits);
-        softmax(logits + start * kPanel, stop - start, sums, weights);
-        multiply(value + first_element * value_row, 1, value_row, args.h, weights, seen, kPanel, sums.out, kPanel, true);
+        if (bent) bend(logits + start * kPanel, stop - start, columns);
+        if (!whole) sight.hide(panel, columns, logits);
+        if (columns == kPanel) softmax<2>(logits + start * kPanel, stop - start, sums, weights);
+        else softmax<1>(logits + start * kPanel, stop - start, sums, weights);
+        multiply(value + first_element * value_row, 1, value_row, args.h, weights, seen, columns, sums.out, kPanel, true);
       }
     }
     for (int64_t panel = 0; panel < own_panels && splits == 1; ++panel)
       finish(batch, head, first + panel * kPanel, sums_at(own_sums + panel * sums_size()));
   }
 
-  void bend(float* logits, int64_t n) const {
-    for (int64_t j = 0; j < n * kPanel; j += kLanes) {
-      const F x = load(logits + j) * args.scale;
-      store(logits + j, args.soft_cap == 0 ? x : args.soft_cap * tanh(x / args.soft_cap));
+  void bend(float* logits, int64_t n, int64_t columns) const {
+    for (int64_t j = 0; j < n; ++j, logits += kPanel) {
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        const F x = load(logits + i) * args.scale;
+        store(logits + i, args.soft_cap == 0 ? x : args.soft_cap * tanh(x / args.soft_cap));
+      }
     }
   }
 
   // Turns logits [n, kPanel] into weights [elements(n), kPanel] relative to the greatest logit so far, which they are added
-  // to the sums' total with; what was summed before is scaled to it.
+  // to the sums' total with; what was summed before is scaled to it. All that in the first of the panel's halves, or in both.
+  template <int Halves>
   void softmax(const float* logits, int64_t n, const Sums& sums, E* weights) const {
-    F greatest[2], base[2], rescale[2];
+    F greatest[Halves], base[Halves], rescale[Halves];
     bool moved = false;
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < Halves; ++half) {
       const float* column = logits + half * kLanes;
       F best[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
       int64_t j = 0;
@@ -131,27 +137,29 @@ struct Forward {
       moved |= any(before != greatest[half]);
     }
     if (moved) {
-      exp2_each<2>(rescale);
-      for (int half = 0; half < 2; ++half) {
+      exp2_each<Halves>(rescale);
+      for (int half = 0; half < Halves; ++half) {
         store(sums.greatest + half * kLanes, greatest[half]);
         store(sums.total + half * kLanes, load(sums.total + half * kLanes) * rescale[half]);
       }
       for (int64_t i = 0; i < args.h * kPanel; i += kPanel)
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < Halves; ++half)
           store(sums.out + i + half * kLanes, load(sums.out + i + half * kLanes) * rescale[half]);
     }
     // The tile's own sums first: one running sum over all keys would round as often as there are keys.
-    F added[4] = {};
+    F added[2 * Halves] = {};
     for (int64_t j = 0; j < n; j += 2, logits += 2 * kPanel, weights += 2 / kValues<E> * kPanel) {
-      F p[4] = {load(logits) * factor - base[0], load(logits + kLanes) * factor - base[1], splat(-kInfinity), splat(-kInfinity)};
-      if (j + 1 < n) p[2] = load(logits + kPanel) * factor - base[0], p[3] = load(logits + kPanel + kLanes) * factor - base[1];
-      exp2_each<4>(p);
-      for (int i = 0; i < 4; ++i) added[i] += p[i];
-      store_keys(weights, p[0], p[2]);
-      store_keys(weights + kLanes, p[1], p[3]);
+      F p[2 * Halves];
+      for (int half = 0; half < Halves; ++half) {
+        p[half] = load(logits + half * kLanes) * factor - base[half];
+        p[Halves + half] = j + 1 < n ? load(logits + kPanel + half * kLanes) * factor - base[half] : splat(-kInfinity);
+      }
+      exp2_each<2 * Halves>(p);
+      for (int i = 0; i < 2 * Halves; ++i) added[i] += p[i];
+      for (int half = 0; half < Halves; ++half) store_keys(weights + half * kLanes, p[half], p[Halves + half]);
     }
-    for (int half = 0; half < 2; ++half)
-      store(sums.total + half * kLanes, load(sums.total + half * kLanes) + (added[half] + added[half + 2]));
+    for (int half = 0; half < Halves; ++half)
+      store(sums.total + half * kLanes, load(sums.total + half * kLanes) + (added[half] + added[Halves + half]));
   }
 
   // Rows m, m + 1 ... of the panel's sums to out and lse.

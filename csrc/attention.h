@@ -120,11 +120,11 @@ class Sight {
 
   const Range& range(int64_t panel) const { return ranges_[panel]; }
 
-  // Sets the logits [kKeys, kPanel] of the panel's keys in range that a row does not see to -inf.
-  void hide(int64_t panel, float* logits) const {
+  // Sets the logits [kKeys, kPanel] of the panel's keys in range that one of its first `columns` rows does not see to -inf.
+  void hide(int64_t panel, int64_t columns, float* logits) const {
     const Range& range = ranges_[panel];
     if (range.whole) return;
-    for (int64_t i = 0; i < kPanel; i += kLanes) {
+    for (int64_t i = 0; i < columns; i += kLanes) {
       U start[2] = {}, length[2] = {};
       for (int64_t pair = 0; pair < pairs_; ++pair) {
         start[pair] = *(const ULoad*)(start_[pair] + panel * kPanel + i) - (uint32_t)key_;

@@ -54,53 +54,60 @@ inline int64_t elements(int64_t depth) {
   return (depth + kValues<E> - 1) / kValues<E>;
 }
 
-// c[i][j] (+)= sum over p < depth of a[i * a_row + p * a_step] * b[p * kPanel + j], for i < Rows, j < kPanel.
-template <int Rows, typename E>
+// c[i][j] (+)= sum over p < depth of a[i * a_row + p * a_step] * b[p * kPanel + j], for i < Rows, j < Halves * kLanes.
+template <int Rows, int Halves, typename E>
 inline void register_tile(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t depth, float* c, int64_t c_row,
                           bool accumulate) {
   F left[Rows], right[Rows];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     left[i] = accumulate ? load(c + i * c_row) : F{};
-    right[i] = accumulate ? load(c + i * c_row + kLanes) : F{};
+    if constexpr (Halves == 2) right[i] = accumulate ? load(c + i * c_row + kLanes) : F{};
   }
   for (int64_t p = 0; p < depth; ++p, a += a_step, b += kPanel) {
-    const auto b_left = load(b), b_right = load(b + kLanes);
+    const auto b_left = load(b), b_right = Halves == 2 ? load(b + kLanes) : b_left;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const auto x = splat(a[i * a_row]);
       left[i] = multiply_add(x, b_left, left[i]);
-      right[i] = multiply_add(x, b_right, right[i]);
+      if constexpr (Halves == 2) right[i] = multiply_add(x, b_right, right[i]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     store(c + i * c_row, left[i]);
-    store(c + i * c_row + kLanes, right[i]);
+    if constexpr (Halves == 2) store(c + i * c_row + kLanes, right[i]);
   }
 }
 
-template <int Rows, typename E>
+template <int Rows, int Halves, typename E>
 inline void last_rows(int64_t rows, const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t depth, float* c,
                       int64_t c_row, bool accumulate) {
   if constexpr (Rows > 0) {
-    if (rows == Rows) return register_tile<Rows>(a, a_row, a_step, b, depth, c, c_row, accumulate);
-    last_rows<Rows - 1>(rows, a, a_row, a_step, b, depth, c, c_row, accumulate);
+    if (rows == Rows) return register_tile<Rows, Halves>(a, a_row, a_step, b, depth, c, c_row, accumulate);
+    last_rows<Rows - 1, Halves>(rows, a, a_row, a_step, b, depth, c, c_row, accumulate);
   }
 }
 
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; depth, a_row and a_step count elements; columns is a multiple of
-// kPanel, B lies in panels: b[panel][p][kPanel]. A sum runs over p in order, whatever the tile it falls in: rows do not depend
-// on each other.
+template <int Halves, typename E>
+inline void multiply_panel(const E* a, int64_t a_row, int64_t a_step, int64_t rows, const E* b, int64_t depth, float* c,
+                           int64_t c_row, bool accumulate) {
+  int64_t i = 0;
+  for (; i + kRowTile <= rows; i += kRowTile)
+    register_tile<kRowTile, Halves>(a + i * a_row, a_row, a_step, b, depth, c + i * c_row, c_row, accumulate);
+  last_rows<kRowTile - 1, Halves>(rows - i, a + i * a_row, a_row, a_step, b, depth, c + i * c_row, c_row, accumulate);
+}
+
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; depth, a_row and a_step count elements; B lies in panels:
+// b[panel][p][kPanel]. Columns is a multiple of kLanes: of the last panel, half may be all that is wanted. A sum runs over p in
+// order, whatever the tile it falls in: neither rows nor columns depend on each other.
 template <typename E>
 inline void multiply(const E* a, int64_t a_row, int64_t a_step, int64_t rows, const E* b, int64_t depth, int64_t columns,
                      float* c, int64_t c_row, bool accumulate) {
-  for (int64_t j = 0; j < columns; j += kPanel, b += depth * kPanel, c += kPanel) {
-    int64_t i = 0;
-    for (; i + kRowTile <= rows; i += kRowTile)
-      register_tile<kRowTile>(a + i * a_row, a_row, a_step, b, depth, c + i * c_row, c_row, accumulate);
-    last_rows<kRowTile - 1>(rows - i, a + i * a_row, a_row, a_step, b, depth, c + i * c_row, c_row, accumulate);
-  }
+  int64_t j = 0;
+  for (; j + kPanel <= columns; j += kPanel)
+    multiply_panel<2>(a, a_row, a_step, rows, b + j * depth, depth, c + j, c_row, accumulate);
+  if (j < columns) multiply_panel<1>(a, a_row, a_step, rows, b + j * depth, depth, c + j, c_row, accumulate);
 }
 
 }  // namespace
