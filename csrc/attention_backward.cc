@@ -91,13 +91,14 @@ struct Backward {
 
   void head(int64_t batch, int64_t head) {
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * ((rows + 4 * kTileRows + 5 * kTileKeys) * width + 3 * kTileRows * kTileKeys + 2 * kTileRows) +
+    scratch.reset(4 * ((rows + 5 * kTileRows + 5 * kTileKeys) * width + 3 * kTileRows * kTileKeys + 2 * kTileRows) +
                   sizeof(RowTile) + 4096);
     float* dquery = scratch.take<float>(rows * width);        // [rows, width], to be scaled
     float* query = scratch.take<float>(kTileRows * width);        // [rows, width], scaled
     float* dout = scratch.take<float>(kTileRows * width);         // [rows, width]
     float* query_panels = scratch.take<float>(kTileRows * width); // [width / kPanel][rows][kPanel]
     float* dout_panels = scratch.take<float>(kTileRows * width);  // likewise
+    float* sums = scratch.take<float>(kTileRows * width);         // [rows, width], the key tile's part of dquery
     float* key_columns = scratch.take<float>(kTileKeys * width);  // [kTileKeys / kPanel][H][kPanel], as value_columns
     float* value_columns = scratch.take<float>(kTileKeys * width);
     float* key_panels = scratch.take<float>(kTileKeys * width);   // [width / kPanel][keys][kPanel]
@@ -157,7 +158,10 @@ struct Backward {
         }
         multiply(weights, 1, kTileKeys, n, dout_panels, count, width, dvalue, width, true);
         multiply(dlogits, 1, kTileKeys, n, query_panels, count, width, dkey, width, true);
-        multiply(dlogits, kTileKeys, 1, count, key_panels, n, width, dquery + first * width, width, true);
+        // The tile's own sums first: one running sum over all keys would round as often as there are keys.
+        multiply(dlogits, kTileKeys, 1, count, key_panels, n, width, sums, width, false);
+        float* own = dquery + first * width;
+        for (int64_t j = 0; j < count * width; j += kLanes) store(own + j, load(own + j) + load(sums + j));
       }
       for (int64_t j = 0; j < n; ++j) {
         narrow(dkey + j * width, 1.0f, static_cast<T*>(args.dkey) + offset + j * key_row);
