@@ -41,7 +41,7 @@ class HeadRows {
   int64_t block_;
 };
 
-// Rows of `hidden` [R,D], a block at a time, times columns of `weight`: [V,D], or packed
+// Rows of `hidden` [R,D] times columns of `weight`: [V,D], or packed
 // [ceil(V / kPackedPanel)][ceil(D / kTogether)][kPackedPanel][kTogether] with zeros behind V and D.
 template <typename T>
 class HeadProduct {
@@ -49,31 +49,47 @@ class HeadProduct {
   HeadProduct(const void* hidden, const void* weight, bool packed, int64_t v, int64_t d)
       : hidden_(static_cast<const T*>(hidden)), weight_(static_cast<const T*>(weight)), packed_(packed), v_(v), d_(d) {}
 
-  // What tile() takes of a Scratch, in bytes.
-  int64_t scratch() const { return (int64_t)sizeof(E) * depth_ * kPanel + 64; }
-
-  // Lays out the hidden states of a block of rows, which the tiles from here on are of.
-  void take(const HeadRows& rows, int64_t block, const Parallel& parallel) {
-    const int64_t parts = (depth_ + kHeadDepth - 1) / kHeadDepth, first = rows.first(block);
-    count_ = rows.count(block);
-    memory_.reset(sizeof(E) * parts * count_ * kHeadDepth + 64);
-    left_ = memory_.take<E>(parts * count_ * kHeadDepth);
-    parallel(parts, [&](int64_t part) {
+  // Lays out the hidden states of all rows, which must outlive the product.
+  void take(const HeadRows& rows, const Parallel& parallel) {
+    const int64_t parts = (depth_ + kHeadDepth - 1) / kHeadDepth;
+    rows_ = &rows;
+    memory_.reset(sizeof(E) * parts * rows.size() * kHeadDepth + 64);
+    left_ = memory_.take<E>(parts * rows.size() * kHeadDepth);
+    parallel(parts * rows.blocks(), [&](int64_t index) {
+      const int64_t block = index / parts, part = index % parts, first = rows.first(block), count = rows.count(block);
       const int64_t from = part * kHeadDepth * kValues<E>, depth = std::min(kHeadDepth * kValues<E>, d_ - from);
-      for (int64_t i = 0; i < count_; ++i)
-        copy_rows<E>(hidden_ + rows[first + i] * d_ + from, 0, 1, depth, nullptr, left_ + (part * count_ + i) * kHeadDepth, 0);
+      E* out = left_ + (first * parts + part * count) * kHeadDepth;
+      for (int64_t i = 0; i < count; ++i)
+        copy_rows<E>(hidden_ + rows[first + i] * d_ + from, 0, 1, depth, nullptr, out + i * kHeadDepth, 0);
     });
   }
 
-  // logits[i][j] = hidden of the block's row i . weight[column + j] for j < n <= kHeadColumns; something for j from n up to the next
-  // multiple of kPanel. logits: [rows, kHeadColumns]. A logit's sum has one order, whatever tile it falls in.
-  void tile(int64_t column, int64_t n, Scratch& scratch, float* logits) const {
-    E* room = scratch.take<E>(depth_ * kPanel);
-    for (int64_t j = 0; j < n; j += kPanel) {
-      const E* right = panel(column + j, room);
-      for (int64_t p = 0; p < depth_; p += kHeadDepth)
-        multiply(left_ + p * count_, kHeadDepth, 1, count_, right + p * kPanel, std::min(kHeadDepth, depth_ - p), kPanel, logits + j,
-                 kHeadColumns, p > 0);
+  // What tile() takes of a Scratch, in bytes.
+  int64_t scratch() const {
+    const int64_t panels = rows_->blocks() > 1 ? kHeadColumns / kPanel : 1;
+    return (int64_t)sizeof(E) * panels * depth_ * kPanel + 4 * kHeadRows * kHeadColumns + 128;
+  }
+
+  // Calls use(block, logits) for every block of rows: logits[i][j] = hidden of the block's row i . weight[column + j] for
+  // j < n <= kHeadColumns; something for j from n up to the next multiple of kPanel. logits: [rows, kHeadColumns], to write to.
+  // A logit's sum has one order, whatever tile it falls in.
+  template <typename Use>
+  void tile(int64_t column, int64_t n, Scratch& scratch, Use&& use) const {
+    const int64_t blocks = rows_->blocks(), parts = (depth_ + kHeadDepth - 1) / kHeadDepth;
+    float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
+    E* room = scratch.take<E>((blocks > 1 ? kHeadColumns : kPanel) * depth_);
+    const E* right[kHeadColumns / kPanel];
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t count = rows_->count(block);
+      const E* left = left_ + rows_->first(block) * parts * kHeadDepth;
+      for (int64_t j = 0; j < n; j += kPanel) {
+        // Laid out for the first block, right before it is used, and kept for the others if there are any.
+        if (block == 0) right[j / kPanel] = panel(column + j, room + (blocks > 1 ? j * depth_ : 0));
+        for (int64_t p = 0; p < depth_; p += kHeadDepth)
+          multiply(left + p * count, kHeadDepth, 1, count, right[j / kPanel] + p * kPanel, std::min(kHeadDepth, depth_ - p), kPanel,
+                   logits + j, kHeadColumns, p > 0);
+      }
+      use(block, logits);
     }
   }
 
@@ -110,9 +126,10 @@ class HeadProduct {
 
   const T *hidden_, *weight_;
   bool packed_;
-  int64_t v_, d_, depth_ = elements<E>(d_), count_ = 0;
+  int64_t v_, d_, depth_ = elements<E>(d_);
+  const HeadRows* rows_ = nullptr;
   Scratch memory_;
-  E* left_ = nullptr;  // [parts of kHeadDepth][rows][kHeadDepth]
+  E* left_ = nullptr;  // [blocks][parts of kHeadDepth][rows of the block][kHeadDepth]
 };
 
 }  // namespace

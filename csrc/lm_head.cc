@@ -36,15 +36,13 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
   const std::unique_ptr<std::atomic<float>[]> floors(new std::atomic<float>[args.r]);
   for (int64_t row = 0; row < args.r; ++row) floors[row].store(-kInfinity, std::memory_order_relaxed);
 
-  for (int64_t block = 0; block < rows.blocks(); ++block) {
-    product.take(rows, block, parallel);
-    parallel(parts, [&](int64_t part) {
-      Scratch& scratch = thread_scratch();
-      for (int64_t tile = part * run; tile < std::min(tiles, (part + 1) * run); ++tile) {
-        scratch.reset(product.scratch() + 4 * kHeadRows * kHeadColumns + 64);
-        float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
-        const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
-        product.tile(column, n, scratch, logits);
+  product.take(rows, parallel);
+  parallel(parts, [&](int64_t part) {
+    Scratch& scratch = thread_scratch();
+    for (int64_t tile = part * run; tile < std::min(tiles, (part + 1) * run); ++tile) {
+      scratch.reset(product.scratch());
+      const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
+      product.tile(column, n, scratch, [&](int64_t block, float* logits) {
         for (int64_t i = 0; i < rows.count(block); ++i) {
           float* row_logits = logits + i * kHeadColumns;
           const int64_t row = rows[rows.first(block) + i];
@@ -53,9 +51,9 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
           finish_logits(args.scoring, scorer, banned, row_logits, n, column);
           scorer.take(partial[row * parts + part], row_logits, n, column);
         }
-      }
-    });
-  }
+      });
+    }
+  });
   merge_parts(args.scoring, args.r, parts, partial, parallel);
 }
 
