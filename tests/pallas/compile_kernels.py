@@ -130,8 +130,10 @@ def main(kind, part=""):
         arrays = [x and jax.ShapeDtypeStruct(*x, sharding=SingleDeviceSharding(device)) for x in operands]
         row = {"case": name}
         try:
-            compiled = jax.jit(function).lower(*arrays).compile()
-            row["kernels"] = compiled.as_text().count("tpu_custom_call")
+            lowered = jax.jit(function).lower(*arrays)
+            lowered.compile()
+            # Not in the compiled program's text: jaxlib cannot read back a copy that a 7x leaves to its SparseCores.
+            row["kernels"] = lowered.as_text().count("stablehlo.custom_call @tpu_custom_call")
         except Exception as error:  # the test tells all that fail, not the first
             row["error"] = str(error)[:2000]
         print(json.dumps(row), flush=True)
