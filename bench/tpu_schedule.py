@@ -3,7 +3,6 @@
 Each contender is compiled by libtpu for the chip; bench/tpu_bundles.py counts its static cycles. They are no measurement.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import tpu_bundles
-from dlm_kernels.pallas_kernels import chips
+from dlm_kernels.pallas_kernels import attention, chips
 from dlm_kernels.xla import attention as xla_attention
 from dlm_kernels.xla import lm_head as xla_lm_head
 from dlm_kernels.xla import unmask as xla_unmask
@@ -84,26 +83,39 @@ def cases():
 
 
 def attention_cases():
-    """B 1, 32 heads of 128: LLaDA-8B's. All of S queries, and a block of queries against a cache of S keys."""
-    heads, size = 32, 128
-    shapes = [(s, s) for s in (512, 1024, 2048, 4096)] + [(t, s) for t in (32, 64, 128, 256) for s in (2048, 4096)]
-    for t, s in shapes:
-        ours = (((1, t, heads, size), BF16), *[((1, s, heads, size), BF16)] * 2, None, None)
-        static = dict(scale=size**-0.5, logits_soft_cap=None)
-        contenders = {}
-        with contextlib.suppress(ImportError):
-            from dlm_kernels.pallas_kernels import attention
+    """B 1, 32 heads of 128: LLaDA-8B's. All of S queries, and a block of queries against a cache of S keys.
 
-            contenders[OURS] = [Contender(functools.partial(attention.attention_forward, **static), ours)]
+    Every kernel is given its arrays head by head, as JAX's are defined; a contender of its own has what `attention` does around
+    ours for arrays [B, T, N, H] that lie as they are written.
+    """
+    heads, size = 32, 128
+    shapes = [(s, s) for s in (512, 1024, 2048, 4096)] + [(t, 2048) for t in (32, 64, 128, 256)]
+    for t, s in shapes:
+        rows, keys = ((1, t, heads, size), BF16), ((1, s, heads, size), BF16)
+        as_written = rows, keys, keys, None, None
+        by_head = ((1, heads, t, size), BF16), *[((1, heads, s, size), BF16)] * 2
+        static = dict(scale=size**-0.5, logits_soft_cap=None)
+        contenders = {
+            OURS: [Contender(functools.partial(_ours_by_head, **static), by_head)],
+            f"{OURS} and transposes": [Contender(functools.partial(attention.attention_forward, **static), as_written)],
+        }
         contenders["splash"] = list(_splash(heads, t, s, size))
         contenders["flash"] = list(_flash(heads, t, s, size))
-        contenders["XLA"] = [Contender(functools.partial(xla_attention.attention_forward, **static), ours)]
+        contenders["XLA"] = [Contender(functools.partial(xla_attention.attention_forward, **static), as_written)]
         pairs = heads * t * s
         yield Case(f"attention {t} x {s}, bfloat16", "128 x 128 of a head", pairs / 128**2, 2 * pairs * size, contenders)
 
 
-def _blocks(length, most):
-    return [block for block in most if block <= length] or [length]
+def _ours_by_head(query, key, value, **static):
+    """Our kernel alone: XLA cancels these transposes against the kernel's own."""
+    arrays = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
+    out, lse = attention.attention_forward(*arrays, None, None, **static)
+    return jnp.swapaxes(out, 1, 2), lse
+
+
+def _rows(queries):
+    """Block sizes of queries for JAX's kernels: all of few queries, else the two best of 128 to 1024."""
+    return [queries] if queries <= 512 else [512, 1024]
 
 
 def _splash(heads, t, s, size):
@@ -111,9 +123,9 @@ def _splash(heads, t, s, size):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
     operands = (((heads, t, size), BF16), *[((heads, s, size), BF16)] * 2)
-    for rows in _blocks(t, (128, 512, 1024)):
-        for columns, inner in ((128, 128), (512, 512), (1024, 512), (2048, 512), (2048, 1024)):
-            if columns > s or (columns == 128 and rows > 128):
+    for rows in _rows(t):
+        for columns, inner in ((512, 512), (1024, 512), (1024, 1024), (2048, 512), (2048, 1024)):
+            if columns > s or columns < min(s, 1024):
                 continue
             sizes = kernel.BlockSizes(block_q=rows, block_kv=columns, block_kv_compute=inner)
 
@@ -128,9 +140,9 @@ def _flash(heads, t, s, size):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     operands = (((1, heads, t, size), BF16), *[((1, heads, s, size), BF16)] * 2)
-    for rows in _blocks(t, (128, 512)):
-        for major, minor in ((128, 128), (512, 512), (1024, 512)):
-            if major <= s and (major > 128 or rows <= 128):
+    for rows in _rows(t):
+        for major, minor in ((512, 512), (1024, 512), (1024, 1024)):
+            if min(s, 1024) <= major <= s:
                 sizes = flash.BlockSizes(block_q=rows, block_k_major=major, block_k=minor, block_b=1)
                 function = functools.partial(flash.flash_attention, sm_scale=size**-0.5, block_sizes=sizes)
                 yield Contender(function, operands, note=f"blocks {rows}, {major}, {minor}")
