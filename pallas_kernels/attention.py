@@ -16,16 +16,20 @@ __all__ = ["attention_backward", "attention_forward", "supports_attention_backwa
 
 def choose_tiles(kv_heads, rows, keys, head_size, dtype):
     """Not by the batch: a row's result must not depend on it."""
-    size = jnp.dtype(dtype).itemsize
-    keys_first = rows > LANES // 2
-    row_tile = chips.tile(rows, 512, LANES if keys_first else 16)
-    key_tile = chips.tile(keys, 2048 // size, LANES)
+    size, width = jnp.dtype(dtype).itemsize, chips.round_up(head_size, LANES)
+    shape = chips.chip().attention
+    keys_first = rows > shape.most_rows_first
+    row_tile = chips.even_tile(rows, 2048 // size, LANES if keys_first else 16)
+    key_tile = chips.even_tile(keys, max(4096 // size * LANES // width, LANES), LANES)
     # Key, value, query and result blocks are there twice; the sums are float32.
-    bytes_of_head = 4 * chips.round_up(head_size, LANES) * (key_tile * size + row_tile * (size + 1))
+    bytes_of_head = 4 * width * (key_tile * size + row_tile * (size + 1))
     heads = attention_tiles.most(kv_heads, lambda n: n <= 8 and n * bytes_of_head <= chips.chip().budget)
-    unrolled = attention_tiles.most(heads, lambda n: n * row_tile * key_tile * size <= 2**21)
-    row_part, key_part = map(attention_tiles.part, (row_tile, key_tile))
-    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, (2, 2), keys_first)
+    row_part = attention_tiles.part(row_tile)
+    key_part = LANES if row_part > LANES else attention_tiles.part(key_tile)
+    parts = row_tile // row_part * (key_tile // key_part)
+    # A part's code grows with the passes of its products, of which float32 takes six.
+    unrolled = attention_tiles.most(heads, lambda n: n * parts * size**2 <= 64 * 2**2)
+    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, shape.behind, keys_first)
 
 
 def _forward_kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap):

@@ -10,6 +10,14 @@ MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention:
+    """How attention's forward is cut, as had the fewest static cycles (`python -m bench tpu-schedule`)."""
+
+    most_rows_first: int  # up to so many rows, a tile of logits is [rows, keys]; more are the lanes of [keys, rows]
+    behind: tuple[int, int]  # attention_tiles.Tiles
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """One TensorCore of a generation."""
 
@@ -17,6 +25,7 @@ class Chip:
     vmem: int  # bytes
     mxu: int  # rows and columns of a matrix unit
     cores: int  # that share a device of JAX, and over which a parallel grid axis is split
+    attention: Attention
 
     @property
     def budget(self):
@@ -26,13 +35,13 @@ class Chip:
 
 # By the device_kind that JAX reports. Sizes: JAX's own jax/_src/pallas/mosaic/tpu_info.py.
 CHIPS = {
-    "TPU v5 lite": Chip("v5e:2x2", 128 * MIB, 128, 1),
-    "TPU v5": Chip("v5p:2x2x1", 64 * MIB, 128, 2),
-    "TPU v6 lite": Chip("v6e:2x2", 128 * MIB, 256, 1),
-    "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 1),  # each of a chip's two cores is a device
+    "TPU v5 lite": Chip("v5e:2x2", 128 * MIB, 128, 1, Attention(32, (4, 2))),
+    "TPU v5": Chip("v5p:2x2x1", 64 * MIB, 128, 2, Attention(32, (4, 2))),
+    "TPU v6 lite": Chip("v6e:2x2", 128 * MIB, 256, 1, Attention(16, (4, 2))),
+    "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 1, Attention(16, (4, 2))),  # each of a chip's two cores is a device
 }
 # What every generation above can hold: for a chip the table does not know, and where there is none (export on another host).
-UNKNOWN = Chip("", 64 * MIB, 128, 1)
+UNKNOWN = Chip("", 64 * MIB, 128, 1, Attention(32, (4, 2)))
 
 
 def chip():
@@ -56,6 +65,11 @@ def round_up(n, multiple):
 def tile(size, most, multiple):
     """The largest extent of a block, a multiple of `multiple` of at most `most`, that is not wider than `size` needs."""
     return min(most, round_up(size, multiple))
+
+
+def even_tile(size, most, multiple):
+    """As `tile`, but all blocks about as wide: the last is not nearly empty."""
+    return round_up(-(-size // -(-size // most)), multiple)
 
 
 def dot(left, right, contracted):
