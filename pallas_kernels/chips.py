@@ -11,7 +11,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """How attention's forward is cut, as had the fewest static cycles (`python -m bench tpu-schedule`)."""
+    """How attention's forward is cut: by static cycles (`python -m bench tpu-schedule`) on v5e and v6e; the others take theirs."""
 
     most_rows_first: int  # up to so many rows, a tile of logits is [rows, keys]; more are the lanes of [keys, rows]
     behind: tuple[int, int]  # attention_tiles.Tiles
