@@ -21,14 +21,14 @@ VOCABULARY = {
 }
 
 
-def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, threshold=None, masked=1.0, **options):
+def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, ranked=False, threshold=None, masked=1.0, **options):
     """logits [1, R, V]; `masked` is the share of rows that still are."""
     rule = dict(num_unmask=max(1, rows // 4)) if threshold is None else dict(threshold=threshold)
     guidance = dict(guidance_scale=2.5) if guided else {}
     key = jax.random.key(7) if temperature else None
 
     def inputs(rng):
-        streams = [logits(rng, rows, v)]
+        streams = [(logits_by_rank if ranked else logits)(rng, rows, v)]
         if guided:
             # Nearly what the model says with the prompt: streams that disagree would saturate every confidence at 1.
             streams.append(streams[0] + 0.3 * rng.standard_normal((rows, v), "float32"))
@@ -67,6 +67,7 @@ def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, thres
     if threshold is None and "sweep" not in options:
         contenders["torch.compile"] = peers.torch_peer(published["LLaDA float32"], compiled=True)
     extra = ", guided" * guided + f", temperature {temperature:g}" * bool(temperature) + ", half masked" * (masked < 1)
+    extra += ", by rank" * ranked
     return Case(
         "unmask",
         f"{name}, {rows} x {v}, {dtype}{extra}{', threshold' if threshold is not None else ''}",
@@ -88,12 +89,21 @@ def logits(rng, rows, v):
     return array
 
 
+def logits_by_rank(rng, rows, v):
+    """A row's k-th most likely token has probability in proportion to k ** -a, a in 1 ... 2.5, as the shipped model's first 100 have.
+
+    Where noise is added this is what differs from `logits`: how many tokens are near enough to the first to win.
+    """
+    return rng.permuted(-rng.uniform(1, 2.5, (rows, 1)) * np.log(np.arange(1, v + 1)), axis=1).astype("float32")
+
+
 def cases():
     kinds = (dict(), dict(guided=True), dict(temperature=1.0), dict(guided=True, temperature=1.0), dict(threshold=0.9))
     return [
         case("LLaDA-8B", 128, 126464, quick=True, headline=True),
         case("LLaDA-8B", 128, 126464, guided=True, quick=True, headline=True),
         case("LLaDA-8B", 128, 126464, temperature=1.0, headline=True),
+        case("LLaDA-8B", 128, 126464, temperature=1.0, ranked=True, headline=True),
         case("LLaDA-8B", 128, 126464, guided=True, temperature=1.0),
         case("LLaDA-8B", 128, 126464, masked=0.5),
         case("LLaDA-8B", 128, 126464, threshold=0.9, headline=True),
