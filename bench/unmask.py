@@ -90,7 +90,7 @@ def logits(rng, rows, v):
 
 
 def logits_by_rank(rng, rows, v):
-    """A row's k-th most likely token has probability in proportion to k ** -a, a in 1 ... 2.5, as the shipped model's first 100 have.
+    """A row's k-th most likely token has probability in proportion to k ** -a, a in 1 ... 2.5, as the shipped model's first 100.
 
     Where noise is added this is what differs from `logits`: how many tokens are near enough to the first to win.
     """
