@@ -16,7 +16,8 @@ from setuptools.command.build_ext import build_ext
 KERNELS = ["attention", "attention_backward", "guidance", "unmask", "lm_head", "cross_entropy", "table"]
 COMMON = ["dispatch", "handlers", "module"]
 # Rounding may differ between instruction sets (a fused multiply-add rounds once), never between calls.
-FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+# -g0: Python's own flags, which come first, may ask for debugging symbols, which make the module eight times as large.
+FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -25,6 +26,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     # GCC 12 warns of its own AVX-512 header.
     INSTRUCTION_SETS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+# After FLAGS, which it changes: with symbols, that a report names lines.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
