@@ -47,6 +47,7 @@ class Case:
     tokens: int = 0  # that one call generates, where it generates some
     sweep: tuple[str, int] | None = None  # the axis that this case is a point of, and where
     component: dict | None = None  # what part of a decoder's pass this is
+    apart: dict | None = None  # what its process has to start with, see `bench.apart`; else it runs in the suite's
     sampled: Callable = lambda output: output  # the part of the output that the oracle computes, where all of it takes too long
     quick: bool = False  # in every run
     full: bool = False  # in a full run alone: too large for a CPU, or one of many alike

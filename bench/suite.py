@@ -5,9 +5,22 @@ import json
 import os
 import time
 
-from bench import attention, cross_entropy, end_to_end, guidance, harness, lm_head, machine, peers, report, unmask
+from bench import (
+    apart,
+    attention,
+    cross_entropy,
+    end_to_end,
+    guidance,
+    harness,
+    lm_head,
+    machine,
+    peers,
+    report,
+    scale,
+    unmask,
+)
 
-OPERATIONS = (attention, unmask, lm_head, guidance, cross_entropy, end_to_end)
+OPERATIONS = (attention, unmask, lm_head, guidance, cross_entropy, end_to_end, scale)
 # To aim for. None is the device's usual run: a CPU leaves out what is too large for it, the others leave out nothing.
 MINUTES = {"quick": 2, None: 12, "full": 60}
 
@@ -35,7 +48,8 @@ def run(grid, only, minutes, out):
         seconds = max(0.5, 0.5 * (end - time.monotonic()) / (len(cases) - i))
         began = time.monotonic()
         try:
-            row = harness.measure(case, seconds, grid == "quick") | dict(commit=commit)
+            measure = harness.measure if case.apart is None else apart.measure
+            row = measure(case, seconds, grid == "quick") | dict(commit=commit)
         except (MemoryError, RuntimeError) as failure:  # as for inputs that do not fit
             print(f"{case.operation}: {case.name}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
             failed = True

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dlm_kernels
-from bench import comparison, harness, machine, peers, report, suite, unmask
+from bench import apart, comparison, harness, machine, peers, report, scale, suite, unmask
 from bench.harness import OURS, Case, Contender
 from dlm_kernels.denoiser import model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
@@ -184,3 +184,10 @@ def test_torch_decoders_write_what_they_should():
     logits = torch_llada.forward(config, tensors, written, [None] * config.layers)
     logits[..., [config.mask_id, config.pad_id]] = -torch.inf
     np.testing.assert_array_equal(written[:, 7:], logits[:, 6:-1].argmax(-1))
+
+
+# The oracle checks what the devices have put together; their number is settled when the process starts.
+def test_a_case_is_measured_over_two_devices_in_a_process_of_its_own():
+    case = next(case for case in scale.cases() if "lm_head" in case.name and case.name.endswith("2 devices"))
+    row = apart.measure(case, 0.01, quick=True)
+    assert row["sweep"][1] == 2 and all(result["times"] for result in row["contenders"].values())

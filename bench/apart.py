@@ -1,0 +1,34 @@
+"""Measures one case in a process of its own, whose processors or number of devices are settled when it starts."""
+
+import json
+import os
+import subprocess
+import sys
+
+from bench import harness, machine
+
+PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def measure(case, seconds, quick=False):
+    """`harness.measure` of a case of `bench.scale`. apart["processors"]: it runs on so many, and every library makes as many
+    threads; apart["devices"]: XLA divides the CPU into so many devices.
+    """
+    processors, devices = (case.apart.get(name) for name in ("processors", "devices"))
+    environment = dict(os.environ)
+    if devices:
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    # Before anything is imported: some libraries make their threads then.
+    confine = f"import os; os.sched_setaffinity(0, {PROCESSORS[:processors]}); " if processors else ""
+    program = f"{confine}from bench import apart; apart.main({case.name!r}, {seconds!r}, {quick!r})"
+    made = subprocess.run([sys.executable, "-c", program], cwd=machine.ROOT, env=environment, capture_output=True, text=True)
+    if made.returncode:
+        raise RuntimeError(f"its process ended with {made.returncode}: {made.stderr.strip()[-500:]}")
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+def main(name, seconds, quick):
+    from bench import scale
+
+    case = next(case for case in scale.cases() if case.name == name)
+    print(json.dumps(harness.measure(case, seconds, quick)))
