@@ -113,6 +113,9 @@ def _parser():
     distill.add_argument("--student-steps", type=int, default=8, help="of the student (default: %(default)s)")
     distill.add_argument("--guidance", type=float, default=1.0, help="scale of the teacher's guidance, learnt too (default: none)")
     distill.add_argument("--temperature", type=float, default=0.0, help="of the teacher's decoding (default: greedy)")
+    own = "share of updates on what the student itself has decoded so far (default: %(default)s)"
+    distill.add_argument("--on-policy", type=float, default=0.5, metavar="SHARE", help=own)
+    distill.add_argument("--initial", metavar="DIR", help="a student to start from (default: the teacher itself)")
     distill.add_argument("--minutes", type=float)
     distill.add_argument("--steps", type=int, help="updates")
     distill.add_argument("--rows", type=int, default=16)
@@ -296,6 +299,8 @@ def _distill(options):
             student_steps=options.student_steps,
             temperature=options.temperature,
             guidance=options.guidance,
+            on_policy=options.on_policy,
+            initial=options.initial,
             report=shown,
         )
 

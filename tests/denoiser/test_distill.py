@@ -30,12 +30,13 @@ def log_p(config, params, hidden):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 8])
 def test_divergence_against_the_whole_logits(rows, reverse, random, monkeypatch):
-    """Chunks of 4: rows of one chunk, of a chunk and a part, of two. One row counts for nothing."""
+    """Chunks of 4: rows of one chunk, of a chunk and a part, of two. One row counts for nothing, and of 8 more than a chunk."""
     monkeypatch.setattr(divergence, "CHUNK", 4)
     h, t = (random.normal(size=(rows, d)).astype(np.float32) for d in (6, 7))
     w, u = (random.normal(size=(11, d)).astype(np.float32) for d in (6, 7))
     weights = random.uniform(0.5, 2, rows).astype(np.float32)
     weights[rows // 2] *= rows == 1  # zero, unless it is the only one
+    weights[1:6] *= rows < 8
 
     def dense(h, w):
         q, p = jax.nn.log_softmax(h @ w.T), jax.nn.log_softmax(t @ u.T)
@@ -81,7 +82,7 @@ def test_the_target_is_the_state_at_the_pass_that_reveals_it(config, params, ran
 
 
 def test_states_a_student_meets(config):
-    """Of a span of n tokens k n / 4 are masked; every other span ends with its row; k is spread evenly."""
+    """Of a span of n tokens k n / 4 are masked; every other span is the end of its row, half of it at least; k is spread evenly."""
     tokens = jnp.full((400, 24), 7, jnp.int32)
     noisy, span = (np.asarray(x) for x in distill.student_state(tokens, jax.random.key(3), config.mask_id, 4))
     masked, size = noisy == config.mask_id, span.sum(1)
@@ -97,9 +98,62 @@ def test_states_a_student_meets(config):
         begin = masked[row].argmax()
         assert masked[row, begin : begin + size[row]].all() and count[row] == size[row]
         assert row % 2 == 0 or begin + size[row] == 24
-    assert set(size) >= {1, 12, 24}
+    assert set(size[::2]) == set(range(1, 25)) and set(size[1::2]) == set(range(12, 25))
     sparse = noisy[done[1] & wide]
     assert len({tuple(row == config.mask_id) for row in sparse}) == len(sparse)
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+def test_the_states_it_leads_itself_to(taken, config, params, random):
+    """Spans of 9 and 3 in 4 steps: 3 and 1 tokens a pass, the surest, whatever stood there; the rest is as given."""
+    key = next(k for k in jax.random.split(jax.random.key(0), 40) if jax.random.randint(k, (), 0, 4) == taken)
+    tokens = random.integers(3, config.vocab, (2, 12)).astype(np.int32)
+    span = np.arange(12) >= np.array([[3], [9]])
+    ours = jax.jit(distill.own_state, static_argnums=0, static_argnames="student_steps")(
+        config, params, tokens, span, key, student_steps=4, mask=None
+    )
+    for row, quota in enumerate((3, 1)):
+        board = np.where(span[row], config.mask_id, tokens[row])
+        for _ in range(taken):
+            p = log_p(config, params, hidden_states(config, params, board[None]))[0]
+            p[:, [config.mask_id, config.pad_id]] = -np.inf
+            for c in sorted(np.flatnonzero(board == config.mask_id), key=lambda c: -p[c].max())[:quota]:
+                board[c] = p[c].argmax()
+        np.testing.assert_array_equal(ours[row], board)
+
+
+def test_a_share_of_the_states_is_its_own(config, params, random):
+    """With everything on policy the loss depends on what the student writes, and no more on where `student_state` masks."""
+    tokens = jnp.asarray(random.integers(3, config.vocab, (4, 12)), jnp.int32)
+    steps = dict(teacher_steps=4, student_steps=2)
+    settings = train.TrainConfig(steps=1)
+    loss = jax.jit(functools.partial(distill.student_loss, config, settings), static_argnames=(*steps, "on_policy"))
+    student = {name: x * 1.1 for name, x in params.items()}
+    for seed in range(6):
+        key = jax.random.key(seed)
+        _, span = distill.student_state(tokens, jax.random.split(key)[0], config.mask_id, 2)
+        other = jnp.where(span, (tokens + 5) % 50 + 3, tokens)  # another text in the span: what is read around it stays
+        own = [loss(student, params, t, key, on_policy=1.0, **steps) for t in (tokens, other)]
+        np.testing.assert_allclose(*own, rtol=1e-6)
+        given = [loss(student, params, t, key, on_policy=0.0, **steps) for t in (tokens, other)]
+        left = (distill.student_state(tokens, jax.random.split(key)[0], config.mask_id, 2)[0] == config.mask_id) == span
+        assert left.all() or abs(given[0] - given[1]) > 1e-4
+    with pytest.raises(ValueError, match=r"on_policy: expected a share in \[0, 1\], got 1.5"):
+        distill.run(settings, None, None, on_policy=1.5, **steps)
+
+
+def test_every_other_row_begins_with_a_document():
+    stream = np.concatenate([np.arange(10, 17), [1], np.arange(20, 50), [1], np.arange(60, 100), [1]]).astype(np.int32)
+    rows = distill.Rows([stream, stream + 100], 4, 5, 3, 1)
+    begins, others = set(), set()
+    for step in range(60):
+        found = rows[step]
+        assert found.shape == (4, 5)
+        np.testing.assert_array_equal(found, distill.Rows([stream, stream + 100], 4, 5, 3, 1)[step])
+        begins |= set(found[1::2, 0].tolist())
+        others |= set(found[::2, 0].tolist())
+    # The second stream has no end of a document, and so one beginning.
+    assert begins == {10, 20, 60, 110} and len(others) > 20
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -257,13 +257,15 @@ def run(
     initial=None,
     objective=None,
     given=None,
+    batches=None,
     seed_texts=None,
     report=None,
 ):
     """Trains into directory `out`, going on from its state.safetensors if there is one; returns the averaged parameters.
 
     `out` holds a whole model at every moment after the first save. initial: a checkpoint directory to start from, whose config
-    and tokenizer then hold. objective, given: another than the two above, with its arrays. report(progress: dict) is called
+    and tokenizer then hold. objective, given: another than the two above, with its arrays; batches(streams, rows, length, seed, eos_id): other
+    rows than `data.Batches`, by step. report(progress: dict) is called
     after every step.
     """
     out = pathlib.Path(out)
@@ -275,7 +277,10 @@ def run(
     fresh = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed))
     params = fresh if initial is None else fresh | params
     tokenizer, streams, _ = prepare(config, seed_texts, tokenizer)
-    batches = data.Batches(streams, train.rows, train.length, train.seed)
+    if batches is None:
+        batches = data.Batches(streams, train.rows, train.length, train.seed)
+    else:
+        batches = batches(streams, train.rows, train.length, train.seed, config.eos_id)
     average = jax.tree.map(jnp.copy, params)
     state = {"params": params, "average": average, "optimizer": optimizer(train).init(params)}
     progress = {"step": 0, "seconds": 0.0, "tokens": 0, "loss": None}
