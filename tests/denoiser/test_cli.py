@@ -1,5 +1,6 @@
 """The command, from its arguments to what it prints, on a tiny random model."""
 
+import functools
 import json
 import xml.etree.ElementTree
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import cli, masks
-from dlm_kernels.denoiser import checkpoint, correct, evaluate, generate, model, plot, view
+from dlm_kernels.denoiser import checkpoint, compare, correct, evaluate, generate, model, plot, view
 
 SHIPPED = ("teacher", "student-8", "student-2")
 
@@ -177,31 +178,56 @@ def test_decoders_side_by_side(saved):
     decoders = {
         "one": dict(block=1, steps=1, attend="blocks", cache=True),
         "block": dict(block=4, steps=2),
-        "drafts": dict(block=4, steps=2, drafts=1),
+        "drafts": dict(block=4, steps=2, drafts=1, drafter="other"),
+        "other": dict(block=4, steps=2, model="other"),
     }
-    table = evaluate.decoding(model, ["x =", "y"], length=4, decoders=decoders)
-    assert table["one"]["passes"] == 4 and table["one"]["tokens_per_pass"] == 1
-    assert table["block"]["passes"] == 2 and table["block"]["tokens_per_pass"] == 2
-    assert 1 <= table["drafts"]["passes"] <= 2
-    assert all(row["tokens_per_second"] > 0 and 0 <= row["parse_share"] <= 1 for row in table.values())
+    found = []
+    options = dict(prompts=2, length=4, decoders=decoders, repeats=2, report=found.append)
+    text = "def mul(a, b):\n    return a * b\n\n" * 9
+    table = compare.decoding({"teacher": model, "other": model}, [text], **options)
+    assert found == table
+    one, block, drafts, other = table
+    assert one["passes"] == 4 and one["tokens_per_pass"] == 1 and one["times_first"] == 1
+    assert block["passes"] == 2 and block["tokens_per_pass"] == 2
+    assert block["times_first"] == block["tokens_per_second"] / one["tokens_per_second"]
+    assert 1 <= drafts["passes"] <= 2
+    for name in ("parse_share", "teacher_bits_per_token", "distinct_share"):
+        assert drafts[name] == block[name] == other[name]
+    lines = [compare.DECODING_HEAD.splitlines()[0], *map(compare.line, table)]
+    assert len({line.count("|") for line in lines}) == 1 and lines[1].startswith("| one | 4 | 1.0 |")
 
 
-def test_a_model_and_its_student_by_steps(saved, monkeypatch):
+@pytest.mark.parametrize("markdown", [False, True])
+def test_evaluate_prints_rows_as_they_come(markdown, command, saved, monkeypatch, tmp_path):
+    """In Markdown the rows are the output, without they are progress, and JSON the output."""
+    few = {name: compare.DECODERS[name] for name in ("one token at a time", "student-8, 8 passes")}
+    monkeypatch.setattr(compare, "decoding", functools.partial(compare.decoding, decoders=few, length=8, repeats=1))
+    monkeypatch.setattr(checkpoint, "find", lambda name: saved)
+    status, out, err = command("evaluate", "--decoding", "--prompts", "2", *["--markdown"] * markdown)
+    rows = out if markdown else err
+    assert status == 0 and rows.startswith(compare.DECODING_HEAD + "\n| one token at a time | 8 | 1.0 | ")
+    assert len(rows.splitlines()) == 4
+    if not markdown:
+        assert [row["decoder"] for row in json.loads(out)] == list(few)
+
+
+def test_a_model_and_its_student_by_steps(saved):
     """The same model twice gives the same rows; a student's bits are its own, the judge of what it writes is the teacher."""
     config, params, tokenizer = checkpoint.load(saved, dtype=np.float32)
     other = (config, params | {"final_norm": params["final_norm"] * 0.5}, tokenizer)
     text = "def mul(a, b):\n    return a * b\n\n" * 300
     models = {"teacher": (config, params, tokenizer), "same": (config, params, tokenizer), "other": other}
-    rows = evaluate.by_steps(models, [text], steps=(4, 2), prompts=3, cases=8, length=8, repeats=1)
+    found = []
+    rows = compare.by_steps(models, [text], steps=(4, 2), prompts=3, cases=8, length=8, report=found.append)
+    assert found == rows
     singly = [("teacher", 8), ("teacher", 4)]
     assert [(row["model"], row["passes"]) for row in rows] == singly + [(m, n) for m in models for n in (4, 2)]
-    speed = "tokens_per_second"
     for a, b in zip(rows[2:4], rows[4:6]):
-        assert a == b | {"model": "teacher", speed: a[speed]}
+        assert a == b | {"model": "teacher"}
     assert rows[2]["bits_per_byte"] != rows[6]["bits_per_byte"] and "bits_per_byte" not in rows[0]
-    lines = evaluate.table(rows).splitlines()
-    assert len({line.count("|") for line in lines}) == 1 and lines[2].startswith("| teacher, left to right | 8 |")
-    assert f"| {rows[2]['bits_per_byte']:.3f} |" in lines[4]
+    lines = [compare.STEPS_HEAD.splitlines()[0], *map(compare.line, rows)]
+    assert len({line.count("|") for line in lines}) == 1 and lines[1].startswith("| teacher, left to right | 8 |")
+    assert f"| {rows[2]['bits_per_byte']:.3f} |" in lines[3]
     picture = xml.etree.ElementTree.fromstring(plot.steps_svg(rows))
     shapes = [element.tag.split("}")[1] for element in picture]
     # Three panels: a line a model, a dot a measurement, and one in the legend; left to right has no holes to fill.

@@ -348,17 +348,27 @@ def test_guidance_with_a_cache(config, params, board):
 
 
 def test_numbers_are_data(config, params, board):
-    """New steps, thresholds, temperatures, scales and prompt lengths compile nothing."""
+    """New steps, thresholds, temperatures, scales, schedules, intervals of renewal and prompt lengths compile nothing."""
     keys = jax.random.split(jax.random.key(2), 3)
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
 
-    def once(steps, threshold, temperature, start, first):
-        place = board | dict(start=np.array(start), first=np.array(first))
-        run(config, params, place, steps=steps, threshold=threshold, temperature=temperature, key=keys, cache=True)
+    def once(start, first, **numbers):
+        place = board | dict(start=np.array(start), first=np.array(first), unconditional_start=np.array(start))
+        run(config, params, place, unconditional=other, key=keys, cache=True, **numbers)
 
-    once(3, 0.9, 0.5, [0, 5, 3], [8, 8, 8])
+    numbers = dict(
+        steps=3, threshold=0.9, factor=0.5, edit_threshold=0.9, remask=0.1, temperature=0.5, refresh=2,
+        guidance_scale=2.0, guidance_final=1.0, guidance_interval=(0.0, 0.5), guidance_refresh=3,
+    )  # fmt: skip
+    once([0, 5, 3], [8, 8, 8], **numbers)
     before = sampler._decode._cache_size()
-    once(5, 0.2, 1.5, [2, 4, 1], [7, 8, 6])
+    for name, number in numbers.items():
+        once([0, 5, 3], [8, 8, 8], **(numbers | {name: (0.25, 0.75) if name == "guidance_interval" else number * 2}))
+    once([2, 4, 1], [7, 8, 6], **numbers)
     assert sampler._decode._cache_size() == before
+    budgets = [dict(entropy_budget=0.5), dict(entropy_budget=2.0)]
+    sizes = [run(config, params, board, **budget) and sampler._decode._cache_size() for budget in budgets]
+    assert sizes[0] == sizes[1]
 
 
 def test_every_pass_is_reported(config, params, board):

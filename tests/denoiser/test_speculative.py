@@ -82,6 +82,15 @@ def test_a_model_that_never_changes_its_mind_needs_one_pass_for_all_drafts(confi
     assert decoded.passes == 2 and decoded.steps[0] == 15
 
 
+def test_numbers_are_data(config, params, board):
+    """New steps and prompt lengths compile nothing."""
+    before = None
+    for steps, first in ((3, 6), (5, 6), (3, 8)):
+        speculative.decode(config, params, block=8, steps=steps, drafts=1, **(board | {"first": np.full(3, first)}))
+        before = before or speculative._decode._cache_size()
+        assert speculative._decode._cache_size() == before
+
+
 def test_bad_arguments(config, params):
     with pytest.raises(ValueError, match="drafts: expected an int of at least 1, got 0"):
         speculative.decode(config, params, np.full((1, 4), config.mask_id), block=2, steps=1, drafts=0)

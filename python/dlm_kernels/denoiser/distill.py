@@ -40,7 +40,7 @@ def run(
 
 
 class Rows:
-    """`data.Batches` in which every other row is the beginning of a document, as a prompt is: `rows[step]`, int32 [rows, length]."""
+    """`data.Batches` in which every other row begins with a document, as what a prompt opens does."""
 
     def __init__(self, streams, rows, length, seed, eos_id):
         self.batches, self.seed = data.Batches(streams, rows, length, seed), seed

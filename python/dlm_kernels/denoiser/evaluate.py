@@ -1,4 +1,4 @@
-"""What a denoiser is worth on held-out text: bits per byte, holes filled right, functions that parse."""
+"""What a denoiser is worth on held-out text: bits per byte, holes filled right, errors corrected, functions that parse."""
 
 import ast
 import functools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import masked_cross_entropy, masks
-from dlm_kernels.denoiser import correct, data, generate, sampler, train
+from dlm_kernels.denoiser import correct, data, sampler, train
 from dlm_kernels.denoiser import model as denoiser
 
 
@@ -86,98 +86,6 @@ def correction(model, texts, *, share=0.03, threshold=0.9, rows=64, length=128, 
     }
 
 
-# Ways to write 64 tokens. The first is autoregressive decoding by the same model: it sees what stands before, one token a pass.
-DECODERS = {
-    "one token at a time": dict(block=1, steps=1, attend="blocks", cache=True),
-    "blocks of 16, 4 passes": dict(block=16, steps=4, attend="blocks", cache=True),
-    "64 passes": dict(block=64, steps=64),
-    "32 passes": dict(block=64, steps=32),
-    "32 steps, 3 drafts": dict(block=64, steps=32, drafts=3),
-    "8 passes": dict(block=64, steps=8),
-    "8 passes, dual cache": dict(block=64, steps=8, cache=True),
-    "2 passes": dict(block=64, steps=2),
-}
-
-
-def decoding(model, prompts, *, length=64, decoders=DECODERS, **options):
-    """{decoder: {"passes", "tokens_per_pass", "tokens_per_second", "parse_share"}} at batch 1, greedy, over all prompts.
-
-    parse_share: of the texts, their last and perhaps unfinished line left out, how many Python's parser takes.
-    """
-    table = {}
-    for name, decoder in decoders.items():
-        made = [generate.generate(model, [p], length=length, exact=True, **decoder, **options) for p in prompts]
-        passes, tokens, seconds = (sum(getattr(m, n) for m in made) for n in ("passes", "tokens", "seconds"))
-        table[name] = {
-            "passes": passes / len(made),
-            "tokens_per_pass": round(tokens / passes, 2),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "parse_share": parse_share([m.texts[0].rpartition("\n")[0] for m in made]),
-        }
-    return table
-
-
-# Ways to write from left to right, with keys and values cached; the second is in blocks of 16, 4 passes each.
-IN_ORDER = {
-    "left to right": dict(block=1, steps=1, attend="blocks", cache=True),
-    "blocks of 16": dict(block=16, steps=4, attend="blocks", cache=True),
-}
-
-
-def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=64, repeats=3, implementation=None):
-    """What a model and its students write in few passes: a list of dicts, a row for each model and number of steps.
-
-    The first rows are the first model's, IN_ORDER: one token a pass, and block after block.
-
-    models: {name: model}. parse_share: of `length` tokens after each of the held-out headers, greedy, one block. hole_of_8 and
-    hole_of_4: see `infilling`, in as many passes as there are tokens at most. teacher_bits_per_token: how probable the first model
-    finds what was written, from left to right; low is fluent, or repetitive, which distinct_share tells: the share of a text's
-    tokens that are the first of their kind. tokens_per_second: at batch 1, the best of `repeats` runs.
-    """
-    headers = held_out_headers(texts, prompts)
-    options = dict(implementation=implementation)
-    bits = {name: bits_per_byte(made_by, texts, **options) for name, made_by in models.items()}
-    judge, *_ = models
-    ways = [(judge, name, way) for name, way in IN_ORDER.items()]
-    ways += [(name, count, dict(block=length, steps=count)) for name in models for count in steps]
-    rows = []
-    for name, count, way in ways:
-        write = functools.partial(generate.generate, models[name], length=length, exact=True, **way, **options)
-        made = write(headers)
-        written = made.decoded.tokens[:, -length:].tolist()
-        row = {
-            "model": name,
-            "steps": count,
-            "passes": made.passes,
-            "tokens_per_second": max(write(headers[:1]).tokens_per_second for _ in range(repeats)),
-            "parse_share": parse_share([text.rpartition("\n")[0] for text in made.texts]),
-            "teacher_bits_per_token": left_to_right_bits(models[judge], made.decoded.tokens, length, **options),
-            "distinct_share": float(np.mean([len(set(tokens)) / len(tokens) for tokens in written])),
-        }
-        if count not in IN_ORDER:
-            row["bits_per_byte"] = bits[name]
-            for hole in (8, 4):
-                fill = dict(cases=cases, hole=hole, steps=min(count, hole))
-                row[f"hole_of_{hole}"] = infilling(models[name], texts, **fill, **options)
-        rows.append(row)
-    return rows
-
-
-def table(rows):
-    """The rows of `by_steps` in Markdown."""
-    head = "| model | passes | tokens/s | bits/byte | hole of 4 | hole of 8 | parses | bits/token | distinct |"
-    lines = [head, "|---" * 9 + "|"]
-    for row in rows:
-        holes = [row.get(f"hole_of_{hole}") for hole in (4, 8)]
-        filled = [f"{h['token_accuracy']:.1%} / {h['exact_match']:.1%}" if h else "–" for h in holes]
-        bits = f"{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "–"
-        name = f"{row['model']}, {row['steps']}" if row["steps"] in IN_ORDER else row["model"]
-        cells = [name, row["passes"], f"{row['tokens_per_second']:.0f}", bits, *filled, f"{row['parse_share']:.0%}"]
-        cells += [f"{row['teacher_bits_per_token']:.2f}", f"{row['distinct_share']:.0%}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def left_to_right_bits(model, tokens, last, *, implementation=None):
     """-log2 p per token of the `last` tokens of each row [B, L], by a model that reads from left to right; pads are not seen."""
     config, params, _ = model
@@ -189,18 +97,21 @@ def left_to_right_bits(model, tokens, last, *, implementation=None):
     column = np.arange(length) + start[:, None]
     scored = (column >= length - last) & (column < length) & (shifted != config.pad_id)
 
-    @jax.jit
-    def nats(tokens, weights):
-        # One block each: the noisy half is all masks, the clean half what stands before.
-        hidden = denoiser.hidden_states(
-            config, params, jnp.concatenate([jnp.full_like(tokens, config.mask_id), tokens], axis=1),
-            positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None],
-            mask=masks.block_diffusion(length, 1), implementation=implementation,
-        )[:, :length]  # fmt: skip
-        head = denoiser.head_weight(config, params)
-        return masked_cross_entropy(hidden, head, tokens, weights, implementation=implementation)
+    nats = _left_to_right_nats(config, params, jnp.asarray(shifted), jnp.asarray(scored, jnp.float32), implementation)
+    return float(nats) / np.log(2) / int(scored.sum())
 
-    return float(nats(jnp.asarray(shifted), jnp.asarray(scored, jnp.float32))) / np.log(2) / int(scored.sum())
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _left_to_right_nats(config, params, tokens, weights, implementation):
+    """-log p of each token given those before it, times its weight, summed."""
+    length = tokens.shape[1]
+    # One block each: the noisy half is all masks, the clean half what stands before.
+    hidden = denoiser.hidden_states(
+        config, params, jnp.concatenate([jnp.full_like(tokens, config.mask_id), tokens], axis=1),
+        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None],
+        mask=masks.block_diffusion(length, 1), implementation=implementation,
+    )[:, :length]  # fmt: skip
+    return masked_cross_entropy(hidden, denoiser.head_weight(config, params), tokens, weights, implementation=implementation)
 
 
 def parse_share(texts):
@@ -234,6 +145,8 @@ def report(model, texts, *, cases=256, steps=4, implementation=None):
         "bits_per_byte": bits_per_byte(model, texts, **options),
         "autoregressive_bits_per_byte": bits_per_byte(model, texts, block_size=1, draws=1, **options),
     }
+    for size in (4, 16, 64):
+        numbers[f"bits_per_byte_in_blocks_of_{size}"] = bits_per_byte(model, texts, block_size=size, draws=2, **options)
     for threshold in (0.7, 0.9):
         numbers[f"correction_at_{threshold}"] = correction(model, texts, threshold=threshold, **options)
     for hole in (1, 4, 8):

@@ -1,23 +1,23 @@
-"""The measurements of `evaluate.by_steps` as an SVG picture: a panel a measure, a line a model, over the number of passes."""
+"""The measurements of `compare.by_steps` as an SVG picture: a panel a measure, a line a model, over the number of passes."""
 
 import math
 
 PANELS = (
-    ("holes of 4: tokens right", lambda row: row.get("hole_of_4", {}).get("token_accuracy")),
-    ("64 tokens: texts that parse", lambda row: row["parse_share"]),
-    ("64 tokens: different tokens", lambda row: row["distinct_share"]),
+    ("holes of 4: tokens right", ".0%", lambda row: row.get("hole_of_4", {}).get("token_accuracy")),
+    ("64 tokens: texts that parse", ".0%", lambda row: row["parse_share"]),
+    ("64 tokens: bits per token, by the teacher", ".1f", lambda row: row["teacher_bits_per_token"]),
 )
 COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#a463f2")
 WIDTH, HEIGHT, LEFT, TOP = 260, 190, 44, 34
 
 
 def steps_svg(rows):
-    """The SVG text. rows: as `evaluate.by_steps` gives; the ways IN_ORDER are squares of their own."""
+    """The SVG text. rows: as `compare.by_steps` gives; the ways IN_ORDER are squares of their own."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     passes = [row["passes"] for row in rows]
     low, high = math.log2(min(passes)), math.log2(max(passes))
     parts = []
-    for i, (title, measure) in enumerate(PANELS):
+    for i, (title, shown, measure) in enumerate(PANELS):
         points = [(row, measure(row)) for row in rows if measure(row) is not None]
         top = max((value for _, value in points), default=0) * 1.15 or 1.0
 
@@ -30,7 +30,7 @@ def steps_svg(rows):
         parts.append(f'<path d="M{x0} {TOP}V{bottom}H{x0 + WIDTH}" fill="none" stroke="#888"/>')
         for value in (0, top / 2, top):
             y = TOP + HEIGHT * (1 - value / top)
-            parts.append(f'<text x="{x0 - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.0%}</text>')
+            parts.append(f'<text x="{x0 - 5}" y="{y + 4:.1f}" text-anchor="end">{value:{shown}}</text>')
         for count in sorted({row["passes"] for row, _ in points}):
             x, _ = place({"passes": count}, 0)
             parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{count}</text>')

@@ -264,8 +264,8 @@ def run(
     """Trains into directory `out`, going on from its state.safetensors if there is one; returns the averaged parameters.
 
     `out` holds a whole model at every moment after the first save. initial: a checkpoint directory to start from, whose config
-    and tokenizer then hold. objective, given: another than the two above, with its arrays; batches(streams, rows, length, seed, eos_id): other
-    rows than `data.Batches`, by step. report(progress: dict) is called
+    and tokenizer then hold. objective, given: another than those above, with its arrays. batches(streams, rows, length, seed,
+    eos_id): what gives a step its rows, in the place of `data.Batches`. report(progress: dict) is called
     after every step.
     """
     out = pathlib.Path(out)

@@ -1,0 +1,129 @@
+"""Ways of decoding side by side on held-out function headers: passes, speed, and how good what they write is."""
+
+import numpy as np
+
+from dlm_kernels.denoiser import evaluate, generate
+
+IN_BLOCKS = dict(attend="blocks", cache=True)
+# Ways to write from left to right, with keys and values cached; the second is in blocks of 16, 4 passes each.
+IN_ORDER = {
+    "left to right": dict(block=1, steps=1, **IN_BLOCKS),
+    "blocks of 16": dict(block=16, steps=4, **IN_BLOCKS),
+}
+# Options of `generate.generate`, and with "model" who decodes. The first is autoregression by the same model.
+DECODERS = {
+    "one token at a time": IN_ORDER["left to right"],
+    "blocks of 16, 4 passes each": IN_ORDER["blocks of 16"],
+    "32 passes": dict(steps=32),
+    "32 passes, dual cache": dict(steps=32, cache=True),
+    "32 passes, dual cache renewed every 4": dict(steps=32, cache=True, refresh=4),
+    "32 steps, 3 drafts": dict(steps=32, drafts=3),
+    "32 steps, student-8 drafting 3": dict(steps=32, drafts=3, drafter="student-8"),
+    "above 0.5": dict(threshold=0.5),
+    "factor 4": dict(factor=4.0),
+    "entropy budget 8": dict(entropy_budget=8.0),
+    "32 passes, guidance 2": dict(steps=32, guidance=2.0),
+    "guidance 2, once a block": dict(steps=32, guidance=2.0, guidance_refresh=64),
+    "guidance 2 falling to 1": dict(steps=32, guidance=2.0, guidance_final=1.0),
+    "guidance 2 while half is masked": dict(steps=32, guidance=2.0, guidance_interval=(0.5, 1.0)),
+    "guidance 2, A-CFG 0.3": dict(steps=32, guidance=2.0, adaptive=0.3),
+    "32 passes, editing above 0.5": dict(steps=32, edit_threshold=0.5),
+    "32 passes, a fifth remasked": dict(steps=32, remask=0.2),
+    "32 passes, ReMDM cap 0.1": dict(steps=32, remask=0.1, remask_rule="cap"),
+    "8 passes": dict(steps=8),
+    "student-8, 8 passes": dict(steps=8, model="student-8"),
+    "2 passes": dict(steps=2),
+    "student-2, 2 passes": dict(steps=2, model="student-2"),
+}
+
+
+def written(models, name, way, headers, *, length, implementation=None):
+    """(Generation, numbers) of `length` greedy tokens after each of the headers, in one batch.
+
+    models: {name: model}, of which the first judges. numbers: parse_share, of the texts, their last and perhaps unfinished line
+    left out; teacher_bits_per_token: how probable the judge finds what was written, from left to right, where low is fluent or
+    repetitive; distinct_share tells which: of a text's tokens those that are the first of their kind.
+    """
+    judge, *_ = models.values()
+    made = generate.generate(models[name], headers, length=length, exact=True, implementation=implementation, **way)
+    tokens = made.decoded.tokens
+    return made, {
+        "parse_share": evaluate.parse_share([text.rpartition("\n")[0] for text in made.texts]),
+        "teacher_bits_per_token": evaluate.left_to_right_bits(judge, tokens, length, implementation=implementation),
+        "distinct_share": float(np.mean([len(set(row)) / length for row in tokens[:, -length:].tolist()])),
+    }
+
+
+def decoding(models, texts, *, prompts=64, length=64, repeats=3, decoders=DECODERS, report=None, implementation=None):
+    """What each of `decoders` takes and gives: a list of dicts, a row each; report(row) is called as they come.
+
+    models: {name: model}; the first decodes where no "model" is named. tokens_per_second: at batch 1, the best of `repeats` runs
+    over the first header; times_first: over the first decoder's. The rest is over all headers together, see `written`.
+    """
+    headers = evaluate.held_out_headers(texts, prompts)
+    rows = []
+    for decoder, way in decoders.items():
+        way = dict(block=length) | way
+        name = way.pop("model", next(iter(models)))
+        if "drafter" in way:
+            way["drafter"] = models[way["drafter"]][1]
+        made, numbers = written(models, name, way, headers, length=length, implementation=implementation)
+        options = dict(length=length, exact=True, implementation=implementation, **way)
+        singly = [generate.generate(models[name], headers[:1], **options) for _ in range(repeats)]
+        row = {"decoder": decoder, "passes": singly[0].passes, "tokens_per_pass": round(length / singly[0].passes, 2)}
+        row["tokens_per_second"] = max(run.tokens_per_second for run in singly)
+        row["times_first"] = row["tokens_per_second"] / rows[0]["tokens_per_second"] if rows else 1.0
+        rows.append(row | numbers)
+        if report:
+            report(rows[-1])
+    return rows
+
+
+def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=64, report=None, implementation=None):
+    """What a model and its students write in few passes: a list of dicts, a row for each model and number of steps.
+
+    The first rows are the first model's, IN_ORDER: one token a pass, and block after block. hole_of_8 and hole_of_4: see
+    `evaluate.infilling`, in as many passes as there are tokens at most. The rest: see `written`. report(row) is called as they
+    come.
+    """
+    headers = evaluate.held_out_headers(texts, prompts)
+    options = dict(implementation=implementation)
+    first, bits, holes = next(iter(models)), {}, {}
+    ways = [(first, name, way) for name, way in IN_ORDER.items()]
+    ways += [(name, count, dict(block=length, steps=count)) for name in models for count in steps]
+    rows = []
+    for name, count, way in ways:
+        made, numbers = written(models, name, way, headers, length=length, **options)
+        row = {"model": name, "steps": count, "passes": made.passes} | numbers
+        if count not in IN_ORDER:
+            if name not in bits:
+                bits[name] = evaluate.bits_per_byte(models[name], texts, **options)
+            row["bits_per_byte"] = bits[name]
+            for hole in (8, 4):
+                fill = dict(cases=cases, hole=hole, steps=min(count, hole))
+                key = (name, *fill.values())
+                if key not in holes:
+                    holes[key] = evaluate.infilling(models[name], texts, **fill, **options)
+                row[f"hole_of_{hole}"] = holes[key]
+        rows.append(row)
+        if report:
+            report(row)
+    return rows
+
+
+STEPS_HEAD = "| model | passes | bits/byte | hole of 4 | hole of 8 | parses | bits/token | distinct |\n" + "|---" * 8 + "|"
+DECODING_HEAD = "| decoder | passes | tokens/pass | tokens/s | x first | parses | bits/token | distinct |\n" + "|---" * 8 + "|"
+
+
+def line(row):
+    """A row of `by_steps` or `decoding` in Markdown, below STEPS_HEAD or DECODING_HEAD."""
+    if "decoder" in row:
+        cells = [row["decoder"], row["passes"], f"{row['tokens_per_pass']:.1f}", f"{row['tokens_per_second']:.0f}"]
+        cells.append(f"{row['times_first']:.2f}")
+    else:
+        filled = [row.get(f"hole_of_{hole}") for hole in (4, 8)]
+        filled = [f"{h['token_accuracy']:.1%} / {h['exact_match']:.1%}" if h else "–" for h in filled]
+        bits = f"{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "–"
+        cells = [f"{row['model']}, {row['steps']}" if row["steps"] in IN_ORDER else row["model"], row["passes"], bits, *filled]
+    cells += [f"{row['parse_share']:.0%}", f"{row['teacher_bits_per_token']:.2f}", f"{row['distinct_share']:.0%}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
