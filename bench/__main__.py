@@ -1,4 +1,4 @@
-"""python -m bench [--quick | --full] [--only NAME] | report FILE | readme | compare A B | tpu-schedule"""
+"""python -m bench [--quick | --full] [--only NAME] | report FILE | readme | compare A B | tune | tpu-schedule"""
 
 import argparse
 import sys
@@ -25,6 +25,9 @@ def main(arguments=None):
     compare = commands.add_parser("compare", help="what became slower or faster beyond noise; exit status 1 if slower")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
+    tuning = commands.add_parser("tune", help="time other sizes of the kernels' tiles and write the fastest into the sources")
+    tuning.add_argument("--build", action="store_true", help="only compile what the next run times")
+    tuning.add_argument("--only", metavar="NAME", help="sizes whose name contains NAME")
     static = commands.add_parser("tpu-schedule", help="static cycles of the TPU kernels and their peers, by libtpu, without a TPU")
     static.add_argument("--chip", choices=[*tpu_schedule.HARDWARE, "all"], default="all")
     static.add_argument("--only", metavar="NAME", help="cases whose name contains NAME; printed, not written")
@@ -33,6 +36,10 @@ def main(arguments=None):
         print(report.write(chosen.file))
     elif chosen.command == "tpu-schedule":
         return tpu_schedule.main(chosen.chip, chosen.only)
+    elif chosen.command == "tune":
+        from bench import tune  # needs what builds the kernels: pybind11 and a compiler
+
+        tune.run(chosen.only, chosen.build)
     elif chosen.command == "readme":
         report.rewrite_readme()
     elif chosen.command == "compare":

@@ -6,8 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bench import harness, machine, peers
+from bench import harness, llama_cpp, machine, peers
 from bench.harness import OURS, Case, Contender
 from dlm_kernels import TokenScores, lm_head_scores, masks, unmask_topk
 from dlm_kernels.denoiser import model, sampler
@@ -45,10 +46,26 @@ def title(body):
     return body + f", {layers} of {whole} layers" * (layers < whole)
 
 
+# A prime, so that no two rows of a matrix are equal.
+PERIOD = 4194301
+
+
 @functools.lru_cache(maxsize=1)
 def parameters(body, seed):
-    """Kept from case to case: gigabytes of random numbers take seconds."""
-    return model.init(BODIES[body], jax.random.key(seed), DTYPE)
+    """`model.init`'s, kept from case to case; a large model's of random numbers that recur, since gigabytes of others take long."""
+    config = BODIES[body]
+    if body == "shipped":
+        return model.init(config, jax.random.key(seed), DTYPE)
+    numbers = np.random.default_rng(seed).standard_normal(PERIOD, "float32")
+    params = {}
+    for i, (name, shape) in enumerate(model.parameter_shapes(config).items()):
+        if len(shape) == 1:
+            array = np.full(shape, name.endswith("norm"), "float32")
+        else:
+            fan_in = shape[1] if name in ("embed", "head") else shape[0]
+            array = np.resize(np.roll(numbers, 1000 * i) * fan_in**-0.5, shape)
+        params[name] = jnp.asarray(array, DTYPE)
+    return params
 
 
 def weights(body, rng):
@@ -86,6 +103,8 @@ def case(body, prompt, length, block, steps, *, batch=1, cached=False, **options
         contenders["torch, autoregressive"] = _torch("generate_autoregressive", config, length=length)
     else:
         contenders["LLaDA float64"] = _torch("generate", config, length=length, block=block, steps=steps)
+        if body == "LLaDA-8B" and batch == 1:
+            contenders["llama.cpp"] = llama_cpp.peer(config, length=length, block=block, steps=steps)
     passes = length // block * steps
     return Case(
         "end_to_end",

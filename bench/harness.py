@@ -31,6 +31,14 @@ class Contender:
 
 
 @dataclasses.dataclass(frozen=True)
+class Timed:
+    """Returned by a contender that starts a program, which times itself: the start is not what is compared."""
+
+    seconds: float
+    error: float  # of what it computed, which it has to compare itself
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One named shape. The first contender is ours; `read`, `written` and `flops` are the least that any of them must do."""
 
@@ -104,7 +112,8 @@ def input_sets(case, cache_bytes):
 
 def measure(case, seconds, quick=False):
     """The row of `case`: times per call of each contender over `seconds` of rounds, or the reason that there are none."""
-    sets = input_sets(case, machine.cache_bytes())
+    # JAX makes arrays while Python goes on: the first contender would wait for gigabytes of random weights.
+    sets = jax.block_until_ready(input_sets(case, machine.cache_bytes()))
     expected = None if case.oracle is None else case.oracle(*sets[0])
     results, ready, calls = {}, {}, {}
     for name, contender in case.contenders.items():
@@ -126,9 +135,13 @@ def measure(case, seconds, quick=False):
         except Exception as failure:  # a peer may fail in any way; its row says how
             results[name] = dict(missing=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}")
             continue
-        output = case.sampled(output)
-        expected = output if expected is None else expected
-        if (gap := error(output, expected)) > case.tolerance:
+        if isinstance(output, Timed):
+            first, peak, gap = output.seconds, None, output.error
+        else:
+            output = case.sampled(output)
+            expected = output if expected is None else expected
+            gap = error(output, expected)
+        if gap > case.tolerance:
             results[name] = dict(missing=f"wrong: differs by {gap:.2g}, more than {case.tolerance:.2g}")
             continue
         del output
@@ -161,8 +174,8 @@ def _compiled(function, inputs):
 
 def _seconds(call, turn):
     start = time.perf_counter()
-    call(turn)
-    return time.perf_counter() - start
+    output = call(turn)
+    return output.seconds if isinstance(output, Timed) else time.perf_counter() - start
 
 
 def _call(function, sets, i):
@@ -178,10 +191,7 @@ def _rounds(ready, calls, seconds, least):
             break
         for name, call in ready.items():
             time.sleep(REST_SECONDS)
-            start = time.perf_counter()
-            for i in range(calls[name]):
-                call(turn + i)
-            times[name].append((time.perf_counter() - start) / calls[name])
+            times[name].append(sum(_seconds(call, turn + i) for i in range(calls[name])) / calls[name])
         turn += max(calls.values())
     return times
 

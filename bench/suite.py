@@ -12,6 +12,7 @@ from bench import (
     end_to_end,
     guidance,
     harness,
+    llama_cpp,
     lm_head,
     machine,
     peers,
@@ -22,7 +23,7 @@ from bench import (
 
 OPERATIONS = (attention, unmask, lm_head, guidance, cross_entropy, end_to_end, scale)
 # To aim for. None is the device's usual run: a CPU leaves out what is too large for it, the others leave out nothing.
-MINUTES = {"quick": 2, None: 12, "full": 60}
+MINUTES = {"quick": 2, None: 14, "full": 60}
 
 
 def run(grid, only, minutes, out):
@@ -32,6 +33,8 @@ def run(grid, only, minutes, out):
     path = out or report.RESULTS / f"{machine.device_name()}{'-quick' * (grid == 'quick')}.json"
     every = [case for module in OPERATIONS for case in module.cases()]
     cases = [case for case in harness.chosen(every, grid) if (only or "").lower() in f"{case.operation} {case.name}".lower()]
+    # Those of the README first, in case the time is up before the rest.
+    cases.sort(key=lambda case: not (case.headline or case.quick))
     # Until a case has run anew its row of before stays, so that a run that is stopped loses nothing.
     known = {(case.operation, case.name) for case in every}
     rows = [row for row in report.load(path)["rows"] if key(row) in known] if path.exists() else []
@@ -86,7 +89,8 @@ def _greatest(new, old):
 
 
 def _missing():
-    return {name: reason for name in peers.PACKAGES if (reason := peers.why_missing(name))}
+    reasons = {name: peers.why_missing(name) for name in peers.PACKAGES} | {"llama.cpp": llama_cpp.why_missing()}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _rounded(value):

@@ -47,7 +47,7 @@ struct Forward {
       partials.reset(4 * count + 64);
       partial = partials.take<float>(count);
     }
-    parallel(args.b * args.k * row_tiles * splits, [&](int64_t index) { tile(index); });
+    parallel(args.b * args.k * row_tiles * splits, [&](int64_t index) { tile(index); }, 2 * args.b * args.n * args.t * args.s * args.h);
     if (splits > 1) parallel(args.b * args.k * panels, [&](int64_t index) { combine(index); });
   }
 

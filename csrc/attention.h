@@ -11,12 +11,13 @@
 #include "kernels.h"
 #include "pack.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kRows = 8 * kPanel;  // most query rows of a tile, which share its copies of keys and values
-constexpr int64_t kKeys = 192;         // most keys of a tile: even, for pairs, and a multiple of kRowTile
+constexpr int64_t kRows = tiles::kAttentionPanels * kPanel;  // most query rows of a tile, which share its copies of keys and values
+constexpr int64_t kKeys = tiles::kAttentionKeys;              // most keys of a tile: even, for pairs, and a multiple of kRowTile
 
 // Of row m of a kv head: query m / G, head (kv head) * G + m % G.
 inline int64_t query_offset(const AttentionArgs& args, int64_t batch, int64_t head, int64_t m) {

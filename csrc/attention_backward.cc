@@ -7,8 +7,8 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kTileRows = 96;
-constexpr int64_t kTileKeys = 128;
+constexpr int64_t kTileRows = tiles::kBackwardRows;
+constexpr int64_t kTileKeys = tiles::kBackwardKeys;
 
 // Which keys of a tile each of up to 192 rows sees.
 class RowTile {

@@ -7,13 +7,14 @@
 #include "kernels.h"
 #include "pack.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kHeadRows = 192;
-constexpr int64_t kHeadColumns = 128;  // with kHeadRows: a tile of logits takes 96 KiB of second-level cache
-constexpr int64_t kHeadDepth = 128;    // elements; that much of a panel and of kRowTile rows fill 22 KiB of first-level cache
+constexpr int64_t kHeadRows = tiles::kHeadRows;
+constexpr int64_t kHeadColumns = tiles::kHeadColumns;  // with kHeadRows: a tile of logits lies in second-level cache
+constexpr int64_t kHeadDepth = tiles::kHeadDepth;  // elements; that much of a panel and of kRowTile rows is in first-level cache
 
 // A packed weight has panels of this many columns on every instruction set, so that what one wrote another reads.
 constexpr int64_t kPackedPanel = 32;

@@ -6,11 +6,12 @@
 #include "guidance.h"
 #include "scoring.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = 16384;  // columns that one Statistics adds up; of V alone, so that a row's sums do not depend on its batch
+constexpr int64_t kPiece = tiles::kScorePiece;  // columns that one Statistics adds up; of V alone, so that a row's sums do not depend on its batch
 constexpr int64_t kTiles = 64;     // about as many to share out, or more
 
 // A row's logits as they lie in memory: one stream, or two to be mixed.

@@ -18,6 +18,12 @@ def test_readme_is_what_the_results_files_say():
     assert block == report.readme_block(), "run `python -m bench readme`"
 
 
+def test_the_header_of_tile_sizes_is_as_tune_writes_it():
+    tune = pytest.importorskip("bench.tune")
+    text = tune.HEADER.read_text()
+    assert tune.header(tune.values(text), tune.measured(text), tune.machine_of(text)) == text
+
+
 def test_every_case_has_its_own_name_and_starts_with_ours():
     cases = [case for module in suite.OPERATIONS for case in module.cases()]
     assert len({(case.operation, case.name) for case in cases}) == len(cases)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOATS = ("float32", "bfloat16", "float16")
+TARGETS = "dlm_kernels_"  # before a handler's name; bench/tune.py has others beside these
 
 
 @functools.cache
@@ -22,7 +23,7 @@ def unavailable() -> str | None:
     # Else a DLM_KERNELS_ISA that this machine cannot honour would be found out only inside XLA.
     _cpu.isa()
     for name, handler in _cpu.ffi_handlers().items():
-        jax.ffi.register_ffi_target(f"dlm_kernels_{name}", handler, platform="cpu")
+        jax.ffi.register_ffi_target(TARGETS + name, handler, platform="cpu")
     return None
 
 
@@ -39,7 +40,7 @@ def run(name, outputs, *operands, **attributes):
     """Calls a handler of csrc/handlers.cc. An operand that is None goes as an array with no elements, an attribute as a scalar."""
     if reason := unavailable():
         raise RuntimeError(reason)
-    target = jax.ffi.ffi_call(f"dlm_kernels_{name}", outputs)
+    target = jax.ffi.ffi_call(TARGETS + name, outputs)
     arrays = [jnp.zeros(0, jnp.int32) if operand is None else operand for operand in operands]
     return target(*arrays, **attributes)
 

@@ -1,0 +1,26 @@
+// Sizes of tiles. Written by `python -m bench tune`, which timed the values in each comment, relative to the one taken,
+// on amd-epyc-2-threads-avx512-bf16.
+#pragma once
+
+#include <cstdint>
+
+namespace dlm::tiles {
+
+// Attention: keys of a tile. Not measured.
+constexpr int64_t kAttentionKeys = 192;
+// Attention: panels of query rows that share a tile of keys. Not measured.
+constexpr int64_t kAttentionPanels = 8;
+// Its gradient: query rows of a tile. Not measured.
+constexpr int64_t kBackwardRows = 96;
+// Its gradient: keys of a tile. Not measured.
+constexpr int64_t kBackwardKeys = 128;
+// LM head: rows of a block. Not measured.
+constexpr int64_t kHeadRows = 192;
+// LM head: tokens of a tile. Not measured.
+constexpr int64_t kHeadColumns = 128;
+// LM head: elements along the width, at once. Not measured.
+constexpr int64_t kHeadDepth = 128;
+// Scores: logits of a row that one sum goes through. Not measured.
+constexpr int64_t kScorePiece = 16384;
+
+}  // namespace dlm::tiles
