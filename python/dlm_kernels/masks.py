@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dlm_kernels.ops import checks
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["start", "stop", "start2", "stop2"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +76,15 @@ def bounds(mask, key_length):
 
 
 def padding(lengths, query_length, key_length=None, *, side="right"):
-    """Rows of different lengths in one array: query t of row b sees that row's `lengths[b]` real keys.
+    """Rows of different lengths in one array: a query of row b sees that row's `lengths[b]` real keys.
 
-    lengths int32 [B]. side "right": the padding is on the right, the real keys are [0, length); "left": [S - length, S).
+        visible[b, q, k] = k < lengths[b]                                       # side "right"
+        visible[b, q, k] = k >= key_length - lengths[b]                         # side "left"
+
+    lengths int [B]. side "right": the padding is on the right, the real keys are [0, length); "left": [S - length, S).
     """
     key_length = query_length if key_length is None else key_length
-    lengths = jnp.asarray(lengths, jnp.int32)[:, None]
+    lengths = checks.ranked("lengths", checks.integers("lengths", lengths), "B")[:, None]
     if side not in ("left", "right"):
         raise ValueError(f"side: expected 'left' or 'right', got {side!r}")
     start = jnp.zeros_like(lengths) if side == "right" else key_length - lengths
@@ -92,8 +97,9 @@ def packed(segment_ids):
 
         visible[b, q, k] = segment_ids[b, q] == segment_ids[b, k] >= 0
 
-    segment_ids int32 [B, L], each document one run of equal ids; a negative id is padding, which sees and shows nothing.
+    segment_ids int [B, L], each document one run of equal ids; a negative id is padding, which sees and shows nothing.
     """
+    segment_ids = checks.ints("segment_ids", segment_ids, "BL")
     start, stop = _runs(segment_ids)
     return KeyIntervals(start, jnp.where(segment_ids < 0, start, stop))
 
@@ -103,16 +109,21 @@ def block_causal(query_length, block_size, *, key_length=None, offset=0, segment
 
         visible[q, k] = (q + offset) // block_size >= k // block_size
 
-    block_size is an int or a traced scalar: 1 is causal, the sequence length is full. offset (an int, a scalar or int32 [B])
-    is the position of the first query, for queries that continue a cache. With segment_ids int32 [B, L] (packed documents,
+    block_size is an int or a traced scalar: 1 is causal, the sequence length is full. offset (an int, a scalar or int [B])
+    is the position of the first query, for queries that continue a cache. With segment_ids int [B, L] (packed documents,
     offset 0) blocks are counted from each document's start and stay within it.
     """
+    block_size = _block_size(block_size)
     position = jnp.arange(query_length, dtype=jnp.int32)[None, :]
     if segment_ids is not None:
+        segment_ids = checks.ints("segment_ids", segment_ids, "BL")
+        checks.shaped("segment_ids", segment_ids, (segment_ids.shape[0], query_length), "batch, query_length")
+        if not isinstance(offset, int) or offset != 0:
+            raise ValueError(f"offset: expected 0 with segment_ids, which start at a document, got {offset!r}")
         first, last = _runs(segment_ids)
         stop = jnp.minimum(first + ((position - first) // block_size + 1) * block_size, last)
         return KeyIntervals(first, jnp.where(segment_ids < 0, first, stop))
-    position = position + jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1))
+    position = position + _per_row("offset", offset)
     stop = (position // block_size + 1) * block_size
     if key_length is not None:
         stop = jnp.minimum(stop, key_length)
@@ -122,9 +133,13 @@ def block_causal(query_length, block_size, *, key_length=None, offset=0, segment
 def block_diffusion(length, block_size):
     """BD3-LM's training mask over [noisy; clean], 2 * length positions on both sides.
 
+        q, k = query % length // block_size, key % length // block_size
+        visible[query, key] = q == k if query and key are noisy, q > k if only query is, q >= k if neither is, else False
+
     A noisy query sees its own noisy block and the clean blocks before it; a clean query sees the clean blocks up to and with
-    its own. Source: BD3-LM (Arriola et al. 2025), block_diff_mask.
+    its own. block_size is an int or a traced scalar. Source: BD3-LM (Arriola et al. 2025), block_diff_mask.
     """
+    block_size = _block_size(block_size)
     block = jnp.arange(length, dtype=jnp.int32) // block_size
     own, after = block * block_size, jnp.minimum((block + 1) * block_size, length)
     start = jnp.concatenate([own, jnp.full_like(own, length)])
@@ -135,21 +150,48 @@ def block_diffusion(length, block_size):
 
 
 def cache(query_length, stop, *, start=0, block_start=None, block_stop=None):
-    """Queries against a KV cache: the valid keys [start, stop), and with block_* (a dual cache) also [block_start, block_stop).
+    """Queries against a KV cache: its valid keys, and with block_* (a dual cache) also those of a block behind them.
 
-    Each end is an int, a traced scalar or int32 [B] (rows of different lengths).
+        visible[b, q, k] = (start[b] <= k < stop[b]) | (block_start[b] <= k < block_stop[b])
+
+    Each end is an int, a traced scalar or int [B] (rows of different lengths).
     """
-    ends = [start, stop] if block_start is None else [start, stop, block_start, block_stop]
-    ends = [jnp.reshape(jnp.asarray(end, jnp.int32), (-1, 1)) for end in ends]
-    rows = max(end.shape[0] for end in ends)
-    return KeyIntervals(*(jnp.broadcast_to(end, (rows, query_length)) for end in ends))
+    if (block_start is None) != (block_stop is None):
+        raise ValueError("block_start, block_stop: expected both or neither")
+    ends = dict(start=start, stop=stop) | ({} if block_start is None else dict(block_start=block_start, block_stop=block_stop))
+    ends = {name: _per_row(name, end) for name, end in ends.items()}
+    rows = max(end.shape[0] for end in ends.values())
+    for name, end in ends.items():
+        if end.shape[0] not in (1, rows):
+            raise ValueError(f"{name}: expected a scalar or shape [{rows}], as long as the other ends, got [{end.shape[0]}]")
+    return KeyIntervals(*(jnp.broadcast_to(end, (rows, query_length)) for end in ends.values()))
 
 
 def sliding_window(query_length, left, right, *, key_length=None, offset=0):
-    """A query at position p = q + offset sees the keys [p - left, p + right + 1): `left` before, itself, `right` after."""
+    """A query sees `left` keys before its position, the one there, and `right` after.
+
+        visible[b, q, k] = q + offset[b] - left <= k <= q + offset[b] + right
+
+    left, right: an int or a traced scalar each. offset: an int, a traced scalar or int [B], the position of the first query.
+    """
+    left, right = checks.integer("left", left), checks.integer("right", right)
     key_length = query_length if key_length is None else key_length
-    position = jnp.arange(query_length, dtype=jnp.int32)[None, :] + jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1))
+    position = jnp.arange(query_length, dtype=jnp.int32)[None, :] + _per_row("offset", offset)
     return KeyIntervals(jnp.maximum(position - left, 0), jnp.minimum(position + right + 1, key_length))
+
+
+def _block_size(value):
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"block_size: expected at least 1, got {value}")
+    return checks.integer("block_size", value)
+
+
+def _per_row(name, value):
+    """int32 [B or 1, 1] of an int, a traced scalar or int [B]."""
+    value = checks.integers(name, value)
+    if value.ndim > 1:
+        raise ValueError(f"{name}: expected a scalar or shape [B], got {list(value.shape)}")
+    return value.reshape(-1, 1)
 
 
 def _runs(segment_ids):

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import dlm_kernels as dlm
+from dlm_kernels import masks
 
 q = jnp.zeros((2, 3, 4, 8))
 kv = jnp.zeros((2, 5, 2, 8))
@@ -17,6 +19,7 @@ whole = jnp.ones((2, 3), bool)
 CASES = {
     "query is a list": (lambda: dlm.attention([1.0], kv, kv), r"query: expected an array, got list"),
     "query of integers": (lambda: dlm.attention(q.astype(int), kv, kv), r"query: expected dtype float32, .* got int"),
+    "query of objects": (lambda: dlm.attention(np.array([None]), kv, kv), r"query: expected an array of numbers, got"),
     "query of rank 3": (lambda: dlm.attention(q[0], kv, kv), r"query: expected shape \[B, T, N, H\], got \[3, 4, 8\]"),
     "key of another batch": (lambda: dlm.attention(q, kv[:1], kv), r"key: expected shape \[2, 5, 2, 8\]"),
     "value of another length": (
@@ -35,6 +38,11 @@ CASES = {
         lambda: dlm.attention(*(jnp.zeros((1, 1, 1, 513)),) * 3),
         r"query: expected a head size from 1 to 512, got 513",
     ),
+    "scale that is traced": (
+        lambda: jax.jit(lambda scale: dlm.attention(q, kv, kv, scale=scale))(1.0),
+        r"scale: expected a number, not traced, got .*Tracer",
+    ),
+    "soft cap of text": (lambda: dlm.attention(q, kv, kv, logits_soft_cap="30"), r"logits_soft_cap: expected a number, .*'30'"),
     "soft cap of zero": (
         lambda: dlm.attention(q, kv, kv, logits_soft_cap=0),
         r"logits_soft_cap: expected None or a number above 0",
@@ -63,6 +71,7 @@ CASES = {
         lambda: dlm.mix_guidance(logits, logits[:1], 1.0),
         r"unconditional: expected shape \[2, 3, 7\]",
     ),
+    "scale of text": (lambda: dlm.mix_guidance(logits, logits, "2"), r"scale: expected a number or an array .* got '2'"),
     "scale of a wrong length": (
         lambda: dlm.mix_guidance(logits, logits, jnp.ones(3)),
         r"scale: expected a scalar, shape \[2\]",
@@ -71,12 +80,17 @@ CASES = {
         lambda: dlm.combine_guidance(logits[None], jnp.ones((2,))),
         r"weights: expected shape \[C\]",
     ),
+    "weights of truth values": (
+        lambda: dlm.combine_guidance(logits[None], jnp.array([True])),
+        r"weights: expected a number or an array of numbers, got dtype bool",
+    ),
     "no vocabulary": (lambda: dlm.score_tokens(logits[..., :0]), r"logits: expected a vocabulary of at least 1"),
     "guidance without a scale": (lambda: dlm.score_tokens(logits, unconditional=logits), r"expected both or neither"),
     "unknown confidence": (
         lambda: dlm.score_tokens(logits, confidence="sure"),
         r"confidence: expected one of 'probability'",
     ),
+    "temperature below zero": (lambda: dlm.score_tokens(logits, temperature=-1), r"temperature: expected 0 or more, got -1"),
     "temperature without a key": (
         lambda: dlm.score_tokens(logits, temperature=1.0),
         r"key, noise: expected one of them",
@@ -103,6 +117,26 @@ CASES = {
         lambda: dlm.unmask_topk(tokens[:, :2], scores, mask_id=0, num_unmask=1),
         r"scores.token: expected shape \[2, 2\]",
     ),
+    "scores of no kind": (
+        lambda: dlm.unmask_topk(tokens, tuple(scores), mask_id=0, num_unmask=1),
+        r"scores: expected TokenScores, got tuple",
+    ),
+    "scores of proposals that are no tokens": (
+        lambda: dlm.unmask_topk(tokens, scores._replace(token=scores.confidence), mask_id=0, num_unmask=1),
+        r"scores.token: expected an integer dtype, got float32",
+    ),
+    "no mask token": (
+        lambda: dlm.unmask_step(logits, tokens, mask_id=None, num_unmask=1),
+        r"mask_id: expected a single integer, got None",
+    ),
+    "a mask token per position": (
+        lambda: dlm.unmask_topk(tokens, scores, mask_id=tokens, num_unmask=1),
+        r"mask_id: expected a single integer, got shape \[2, 3\]",
+    ),
+    "half a token": (
+        lambda: dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=2.5),
+        r"num_unmask: expected an integer .*got dtype float32",
+    ),
     "a block of three": (
         lambda: dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=1, candidates=(0, 1, 2)),
         r"candidates: expected bool \[B, L\] or \(start, stop\)",
@@ -111,6 +145,15 @@ CASES = {
         lambda: dlm.unmask_step(logits, tokens, mask_id=0, num_unmask=1, active=whole),
         r"active: unmask_step derives it",
     ),
+    "hidden states of no width": (
+        lambda: dlm.lm_head_scores(hidden[..., :0], weight[:, :0]),
+        r"hidden: expected a width of at least 1, got shape \[2, 3, 0\]",
+    ),
+    "loss of no width": (
+        lambda: dlm.masked_cross_entropy(hidden[..., :0], weight[:, :0], tokens, jnp.ones((2, 3))),
+        r"hidden: expected a width of at least 1",
+    ),
+    "a head of nothing packed": (lambda: dlm.pack_lm_head(weight[:0]), r"weight: expected shape \[V, D\] with .* got \[0, 8\]"),
     "head of another width": (lambda: dlm.lm_head_scores(hidden, weight[:, :5]), r"weight: expected shape \[V, 8\]"),
     "head of another dtype": (
         lambda: dlm.lm_head_scores(hidden, weight.astype(jnp.float16)),
@@ -147,6 +190,7 @@ CASES = {
         lambda: dlm.lm_head_scores(hidden, weight, logits_dtype=jnp.int8),
         r"logits_dtype: expected float32",
     ),
+    "logits of an unknown dtype": (lambda: dlm.lm_head_scores(hidden, weight, logits_dtype="bf16"), r"logits_dtype: .*got bf16"),
     "targets of another shape": (
         lambda: dlm.masked_cross_entropy(hidden, weight, tokens[:1], jnp.ones((2, 3))),
         r"targets: expected shape \[2, 3\]",
@@ -154,6 +198,28 @@ CASES = {
     "unknown reduction": (
         lambda: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 3)), reduction="mean"),
         r"reduction: expected one of 'sum', 'none'",
+    ),
+    "lengths of one row": (lambda: masks.padding(3, 4), r"lengths: expected shape \[B\], got \[\]"),
+    "lengths that are no integers": (lambda: masks.padding(jnp.ones(2), 4), r"lengths: expected an integer .*got dtype float32"),
+    "documents of one row": (lambda: masks.packed(jnp.array([1, 1])), r"segment_ids: expected shape \[B, L\], got \[2\]"),
+    "blocks of nothing": (lambda: masks.block_causal(4, 0), r"block_size: expected at least 1, got 0"),
+    "blocks of half a token": (lambda: masks.block_diffusion(4, 0.5), r"block_size: expected a single integer, got dtype float32"),
+    "documents of another length": (
+        lambda: masks.block_causal(5, 2, segment_ids=tokens),
+        r"segment_ids: expected shape \[2, 5\].*got \[2, 3\]",
+    ),
+    "documents that begin in a cache": (
+        lambda: masks.block_causal(3, 2, segment_ids=tokens, offset=4),
+        r"offset: expected 0 with segment_ids.*got 4",
+    ),
+    "half a block": (lambda: masks.cache(2, 3, block_start=1), r"block_start, block_stop: expected both or neither"),
+    "caches of two batches": (
+        lambda: masks.cache(2, jnp.array([3, 5]), start=jnp.array([1, 2, 3])),
+        r"stop: expected a scalar or shape \[3\].*got \[2\]",
+    ),
+    "an offset per position": (
+        lambda: masks.sliding_window(3, 1, 1, offset=tokens),
+        r"offset: expected a scalar or shape \[B\], got \[2, 3\]",
     ),
 }
 

@@ -10,11 +10,16 @@ from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import dlm_kernels
-from dlm_kernels import masks
+from dlm_kernels import _cpu, masks
 
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+def loss_of_attention(query, key, value):
+    out, lse = dlm_kernels.attention(query, key, value, mask=masks.block_causal(24, 8), return_lse=True)
+    return jnp.sum(out * out) + jnp.sum(lse)
 
 
 KEY = jax.random.key(7)
@@ -22,6 +27,10 @@ KEY = jax.random.key(7)
 OPERATIONS = {
     "attention": (
         lambda q, k, v: dlm_kernels.attention(q, k, v, mask=masks.block_causal(24, 8)),
+        (normal(1, 4, 24, 4, 32), normal(2, 4, 24, 2, 32), normal(3, 4, 24, 2, 32)),
+    ),
+    "gradient of attention": (
+        jax.grad(loss_of_attention, (0, 1, 2)),
         (normal(1, 4, 24, 4, 32), normal(2, 4, 24, 2, 32), normal(3, 4, 24, 2, 32)),
     ),
     "score_tokens": (
@@ -33,6 +42,10 @@ OPERATIONS = {
         (normal(4, 4, 6, 301), jnp.full((4, 6), 300)),
     ),
     "mix_guidance": (lambda c, u: dlm_kernels.mix_guidance(c, u, 1.5), (normal(5, 4, 6, 301), normal(6, 4, 6, 301))),
+    "combine_guidance": (
+        lambda a, b: dlm_kernels.combine_guidance(jnp.stack([a, b]), jnp.array([1.5, -0.5])),
+        (normal(5, 4, 6, 301), normal(6, 4, 6, 301)),
+    ),
     "lm_head_scores": (
         lambda hidden: dlm_kernels.lm_head_scores(hidden, normal(8, 301, 40)),
         (normal(7, 4, 6, 40),),
@@ -47,6 +60,13 @@ OPERATIONS = {
         ),
         (normal(7, 4, 6, 40), jax.random.randint(KEY, (4, 6), 0, 301)),
     ),
+    "gradient of masked_cross_entropy": (
+        jax.grad(
+            lambda hidden, targets: dlm_kernels.masked_cross_entropy(hidden, normal(8, 301, 40), targets, jnp.ones(targets.shape))
+        ),
+        (normal(7, 4, 6, 40), jax.random.randint(KEY, (4, 6), 0, 301)),
+    ),
+    "soft_embedding": (lambda hidden: dlm_kernels.soft_embedding(hidden, normal(8, 301, 40)), (normal(7, 4, 6, 40),)),
 }
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -90,12 +110,7 @@ def test_sharded_batch(name):
 @every_operation
 def test_export(name):
     function, arrays = OPERATIONS[name]
-    targets = [
-        f"dlm_kernels_{kernel}"
-        for kernel in ("attention_forward", "score_tokens", "unmask_topk", "mix_guidance", "lm_head_scores")
-        + ("masked_cross_entropy_forward",)
-    ]
-    checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
+    checks = [export.DisabledSafetyCheck.custom_call(f"dlm_kernels_{kernel}") for kernel in _cpu.ffi_handlers()]
     exported = export.export(jax.jit(function), disabled_checks=checks)(*arrays)
     assert "dlm_kernels_" in exported.mlir_module()
     assert exported.platforms == ("cpu",)

@@ -59,12 +59,13 @@ def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None,
         raise ValueError(f"key: expected a number of heads that divides query's {n}, got {k}")
     if not 0 < h <= 512:
         raise ValueError(f"query: expected a head size from 1 to 512, got {h}")
-    scale = h**-0.5 if scale is None else float(scale)
+    scale = h**-0.5 if scale is None else checks.number("scale", scale)
+    soft_cap = checks.soft_cap(logits_soft_cap)
     bounds, dense = _canonical_mask(mask, b, n, t, s)
     if 0 in (b, t, n, s):
         out, lse = jnp.zeros_like(query), jnp.full((b, n, t), -jnp.inf, jnp.float32)
     else:
-        static = (scale, checks.soft_cap(logits_soft_cap), implementation)
+        static = (scale, soft_cap, implementation)
         out, lse = _attention(static, query, key, value, bounds, dense)
     return (out, lse) if return_lse else out
 

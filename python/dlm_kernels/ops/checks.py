@@ -9,7 +9,14 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 def array(name, value):
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise ValueError(f"{name}: expected an array, got {type(value).__name__}")
-    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+    return _as_array(name, value, "an array of numbers")
+
+
+def _as_array(name, value, expected):
+    try:
+        return value if isinstance(value, jax.Array) else jnp.asarray(value)
+    except (TypeError, ValueError):  # JAX's own message does not know the argument
+        raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
 
 
 def floats(name, value, axes):
@@ -54,10 +61,7 @@ def one_of(name, value, choices):
 
 def per_row(name, value, batch, length=None, dtype=jnp.float32):
     """A scalar, [B], or where `length` is given [B, L], as [B] or [B, L]; traced or not, so that schedules are data."""
-    value = jnp.asarray(value)
-    if not (jnp.issubdtype(value.dtype, jnp.number)):
-        raise ValueError(f"{name}: expected a number or an array of numbers, got dtype {value.dtype}")
-    value = value.astype(dtype)
+    value = integers(name, value) if dtype == jnp.int32 else numbers(name, value)
     if length is None:
         if value.shape not in ((), (batch,)):
             raise ValueError(f"{name}: expected a scalar or shape [{batch}] (batch), got {list(value.shape)}")
@@ -71,7 +75,52 @@ def per_row(name, value, batch, length=None, dtype=jnp.float32):
     return jnp.broadcast_to(value, (batch, length))
 
 
+def numbers(name, value):
+    """A number or an array of them, traced or not, as float32."""
+    value = _as_array(name, value, "a number or an array of numbers")
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise ValueError(f"{name}: expected a number or an array of numbers, got dtype {value.dtype}")
+    return value.astype(jnp.float32)
+
+
+def integers(name, value, expected="an integer or an array of integers"):
+    """Traced or not, as int32."""
+    value = _as_array(name, value, expected)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected {expected}, got dtype {value.dtype}")
+    return value.astype(jnp.int32)
+
+
+def integer(name, value):
+    """A single one, traced or not, as int32."""
+    value = integers(name, value, "a single integer")
+    if value.ndim != 0:
+        raise ValueError(f"{name}: expected a single integer, got shape {list(value.shape)}")
+    return value
+
+
+def number(name, value):
+    """A number that kernels are compiled for, as a float."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except TypeError:  # of a traced value too
+        pass
+    raise ValueError(f"{name}: expected a number, not traced, got {value!r}")
+
+
 def soft_cap(value):
-    if value is not None and not value > 0:
+    if value is not None and not number("logits_soft_cap", value) > 0:
         raise ValueError(f"logits_soft_cap: expected None or a number above 0, got {value!r}")
     return None if value is None else float(value)
+
+
+def float_dtype(name, value):
+    """None, or one of FLOATS as a dtype."""
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = value
+    if dtype is not None and dtype not in [jnp.dtype(x) for x in FLOATS]:
+        raise ValueError(f"{name}: expected float32, bfloat16, float16 or None, got {value}")
+    return dtype

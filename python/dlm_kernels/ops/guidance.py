@@ -62,7 +62,7 @@ def combine_guidance(logits, weights, *, implementation=None):
         raise ValueError(f"logits: expected shape [C, B, L, V] or [C, B, V], got {list(logits.shape)}")
     logits = checks.floats("logits", logits, logits.shape)
     lead = logits.shape[:-1]
-    weights = checks.array("weights", weights).astype(jnp.float32)
+    weights = checks.numbers("weights", weights)
     if weights.ndim < 1 or weights.shape != lead[: weights.ndim]:
         raise ValueError(f"weights: expected shape [C], [C, B] or [C, B, L] of {list(lead)}, got {list(weights.shape)}")
     weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(lead) - weights.ndim)), lead)

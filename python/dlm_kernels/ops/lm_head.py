@@ -70,6 +70,8 @@ def pack_lm_head(weight, *, implementation=None):
     """
     weight = checks.floats("weight", weight, "VD")
     v, d = weight.shape
+    if 0 in (v, d):
+        raise ValueError(f"weight: expected shape [V, D] with V and D of at least 1, got {[v, d]}")
     if implementation is None:
         implementation = "cpu" if jax.default_backend() == "cpu" and not cpu_kernels.unavailable() else "xla"
     if implementation not in dispatch.PACKAGES:
@@ -130,8 +132,7 @@ def lm_head_scores(
                 "logits_soft_cap: guidance in hidden space is exact for a linear head only; mix logits instead"
             )
         hidden = guidance.mix_guidance(hidden, unconditional_hidden, guidance_scale, implementation=implementation)
-    if logits_dtype is not None and jnp.dtype(logits_dtype) not in (jnp.dtype(x) for x in checks.FLOATS):
-        raise ValueError(f"logits_dtype: expected float32, bfloat16, float16 or None, got {logits_dtype}")
+    logits_dtype = checks.float_dtype("logits_dtype", logits_dtype)
     operands = unmask.sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
     operands |= dict(hidden=hidden.reshape(-1, d), weight=head.array)
     if hidden.size == 0:
@@ -143,7 +144,7 @@ def lm_head_scores(
         confidence="probability" if confidence == "random" else confidence,
         tempered_confidence=bool(tempered_confidence),
         logits_soft_cap=checks.soft_cap(logits_soft_cap),
-        logits_dtype=None if logits_dtype is None else jnp.dtype(logits_dtype),
+        logits_dtype=logits_dtype,
         **packed,
     )
     return unmask.token_scores(results, b, length, confidence, key, active)
@@ -151,6 +152,8 @@ def lm_head_scores(
 
 def _check_weight(hidden, shape, dtype):
     v, d = shape
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected a width of at least 1, got shape {list(hidden.shape)}")
     if v == 0 or d != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}] with V of at least 1, got {[v, d]}")
     if dtype != hidden.dtype:

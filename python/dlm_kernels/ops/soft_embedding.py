@@ -32,13 +32,14 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     embedding = weight if embedding is None else checks.floats("embedding", embedding, "VE")
     (b, length, d), (v, e) = hidden.shape, embedding.shape
     checks.shaped("weight", weight, (v, d), "as many entries as embedding, hidden's width")
-    if v == 0:
-        raise ValueError("weight: expected a vocabulary of at least 1, got 0")
+    if 0 in (v, d):
+        raise ValueError(f"weight: expected a vocabulary and a width of at least 1, got shape {[v, d]}")
     if not hidden.dtype == weight.dtype == embedding.dtype:
         raise ValueError(f"weight, embedding: expected hidden's dtype {hidden.dtype}, got {weight.dtype} and {embedding.dtype}")
-    if jnp.ndim(temperature) != 0:
-        raise ValueError(f"temperature: expected a scalar, got shape {list(jnp.shape(temperature))}")
-    if isinstance(temperature, (int, float)) and not temperature > 0:
+    if not isinstance(temperature, (int, float)):
+        temperature = checks.array("temperature", temperature)
+        checks.shaped("temperature", temperature, (), "a scalar")
+    elif not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     soft_cap = checks.soft_cap(logits_soft_cap)
     if hidden.size == 0:

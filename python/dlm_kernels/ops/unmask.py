@@ -137,8 +137,11 @@ def sampling_operands(b, length, temperature, key, noise, active, banned_tokens,
         operands["banned"] = checks.ints("banned_tokens", banned_tokens, "M")
     if confidence == "random" and key is None:
         raise ValueError("key: expected a key for confidence='random', got None")
-    if isinstance(temperature, (int, float)) and temperature == 0:
-        return operands
+    if isinstance(temperature, (int, float)):
+        if not temperature >= 0:
+            raise ValueError(f"temperature: expected 0 or more, got {temperature}")
+        if temperature == 0:
+            return operands
     operands["temperature"] = checks.per_row("temperature", temperature, b, length).reshape(-1)
     if noise is not None:
         noise = checks.shaped("noise", checks.floats("noise", noise, "BLV"), (b, length, v), "the shape of the logits")
@@ -230,8 +233,11 @@ def unmask_topk(
     """
     tokens = checks.ints("tokens", tokens, "BL")
     b, length = tokens.shape
+    if not isinstance(scores, TokenScores):
+        raise ValueError(f"scores: expected TokenScores, got {type(scores).__name__}")
     for name, array in scores._asdict().items():
-        checks.shaped(f"scores.{name}", array, tokens.shape, "the shape of tokens")
+        checks.shaped(f"scores.{name}", checks.array(f"scores.{name}", array), tokens.shape, "the shape of tokens")
+    proposal = checks.ints("scores.token", scores.token, "BL")
     rules = dict(num_unmask=num_unmask, threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     if all(rule is None for rule in rules.values()):
         raise ValueError(f"expected at least one of {', '.join(rules)}, got none")
@@ -243,12 +249,12 @@ def unmask_topk(
         for name, rule in (rules | dict(edit_threshold=edit_threshold)).items()
     }
     allowed = _candidates(candidates, b, length)
-    masked = tokens == mask_id
+    masked = tokens == checks.integer("mask_id", mask_id)
     if 0 in (b, length):
         return UnmaskResult(tokens, masked, jnp.zeros((b,), jnp.int32))
     operands = dict(
         tokens=tokens,
-        proposal=scores.token.astype(jnp.int32),
+        proposal=proposal,
         confidence=scores.confidence.astype(jnp.float32),
         entropy=None if entropy_budget is None else scores.entropy.astype(jnp.float32),
         eligible=masked & allowed,
@@ -297,7 +303,7 @@ def unmask_step(
     checks.shaped("tokens", tokens, logits.shape[:2], "batch and length of logits")
     active = _candidates(candidates, *tokens.shape)
     if edit_threshold is None:
-        active &= tokens == mask_id
+        active &= tokens == checks.integer("mask_id", mask_id)
     if "active" in scoring:
         raise ValueError("active: unmask_step derives it from tokens and candidates; narrow `candidates` instead")
     scores = score_tokens(logits, active=active, implementation=implementation, **scoring)
