@@ -1,4 +1,4 @@
-"""Kernels for diffusion language models on CPU (C++) and NVIDIA GPU (Triton); plain XLA elsewhere.
+"""Kernels for diffusion language models on CPU (C++), NVIDIA GPU (Triton) and TPU (Pallas); plain XLA elsewhere.
 
 The operations are those of `__all__`; `masks` builds attention masks, and `explain` tells which kernel a call takes.
 """

@@ -56,6 +56,7 @@ def combine_guidance(logits, weights, *, implementation=None):
 
     Returns [B, L, V] or [B, V] in the dtype of logits. A stream of weight zero is ignored; -inf in any other stays -inf.
     `mix_guidance(c, u, s)` is weights [s, 1 - s]. Differentiable in both. Raises ValueError for shapes that do not fit.
+    Source: Liu et al. 2022, composable diffusion.
     """
     logits = checks.array("logits", logits)
     if logits.ndim not in (3, 4):

@@ -296,7 +296,7 @@ def unmask_step(
 
     Takes the arguments of both; see `score_tokens` (unconditional, guidance_scale, confidence, temperature, ...) and
     `unmask_topk` (the rules). `active` is the candidates that are masked, or with edit_threshold all candidates. Returns
-    UnmaskResult. Drop-in for the inner step of LLaDA's generate.py and its kin.
+    UnmaskResult. Raises ValueError as they do, and where `active` is given. Drop-in for the inner step of LLaDA's generate.py.
     """
     tokens = checks.ints("tokens", tokens, "BL")
     logits = checks.floats("logits", logits, "BLV")
