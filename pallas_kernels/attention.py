@@ -25,10 +25,13 @@ def choose_tiles(kv_heads, rows, keys, head_size, dtype):
     bytes_of_head = 4 * width * (key_tile * size + row_tile * (size + 1))
     heads = attention_tiles.most(kv_heads, lambda n: n <= 8 and n * bytes_of_head <= chips.chip().budget)
     row_part = attention_tiles.part(row_tile)
-    key_part = LANES if row_part > LANES else attention_tiles.part(key_tile)
-    parts = row_tile // row_part * (key_tile // key_part)
-    # A part's code grows with the passes of its products, of which float32 takes six.
-    unrolled = attention_tiles.most(heads, lambda n: n * parts * size**2 <= 64 * 2**2)
+    if keys_first:
+        key_part = LANES if row_part > LANES else attention_tiles.part(key_tile)
+    else:
+        key_part = key_tile  # one reduction over lanes for all of them
+    # The code of a head grows with what it multiplies, and with the passes of its products, of which float32 takes six.
+    multiplied = pl.cdiv(max(row_tile, LANES) * key_tile, 2 * LANES**2)
+    unrolled = attention_tiles.most(heads, lambda n: n * multiplied * size**2 <= 64 * 2**2)
     return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, shape.behind, keys_first)
 
 
@@ -111,16 +114,15 @@ def _forward_kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap):
 
     @pl.when(step == steps - 1)
     def _():
-        def one_head(head, carry):
+        # Not a loop: a transposition's latency is that of several.
+        for head in range(tiles.heads):
             weight = total[head].sum(keys_axis, keepdims=True)
             none = weight == 0
             weight = jnp.where(none, 1.0, weight)
             result, log = sums[head] / weight, jnp.where(none, -jnp.inf, best[head] * (factor / LOG2_E) + jnp.log(weight))
-            out[0, head] = (result.T if tiles.keys_first else result).astype(out.dtype)
+            result = result.astype(out.dtype)
+            out[0, head] = result.T if tiles.keys_first else result
             lse[0, head, 0] = log if tiles.keys_first else jnp.broadcast_to(log, (tiles.rows, LANES)).T[:1]
-            return carry
-
-        jax.lax.fori_loop(0, tiles.heads, one_head, 0)
 
 
 def _only(i):

@@ -35,8 +35,8 @@ class Chip:
 
 # By the device_kind that JAX reports. Sizes: JAX's own jax/_src/pallas/mosaic/tpu_info.py.
 CHIPS = {
-    "TPU v5 lite": Chip("v5e:2x2", 128 * MIB, 128, 1, Attention(16, (4, 2))),
-    "TPU v5": Chip("v5p:2x2x1", 64 * MIB, 128, 2, Attention(16, (4, 2))),
+    "TPU v5 lite": Chip("v5e:2x2", 128 * MIB, 128, 1, Attention(64, (4, 3))),
+    "TPU v5": Chip("v5p:2x2x1", 64 * MIB, 128, 2, Attention(64, (4, 3))),
     "TPU v6 lite": Chip("v6e:2x2", 128 * MIB, 256, 1, Attention(16, (4, 2))),
     "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 1, Attention(16, (4, 2))),  # each of a chip's two cores is a device
 }
