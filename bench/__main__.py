@@ -30,7 +30,7 @@ def main(arguments=None):
     tuning.add_argument("--only", metavar="NAME", help="sizes whose name contains NAME")
     static = commands.add_parser("tpu-schedule", help="static cycles of the TPU kernels and their peers, by libtpu, without a TPU")
     static.add_argument("--chip", choices=[*tpu_schedule.HARDWARE, "all"], default="all")
-    static.add_argument("--only", metavar="NAME", help="cases whose name contains NAME; printed, not written")
+    static.add_argument("--only", metavar="NAME", help="cases whose name contains NAME; others keep their rows")
     chosen = parser.parse_args(arguments)
     if chosen.command == "report":
         print(report.write(chosen.file))

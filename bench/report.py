@@ -6,7 +6,7 @@ import re
 import statistics
 from pathlib import Path
 
-from bench import machine
+from bench import machine, tpu_report
 from bench.harness import OURS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -285,7 +285,7 @@ def readme_block():
             f"All {len(result['rows'])} cases, with memory, plots and the cost of the first call: "
             f"[{path.stem}](bench/results/{path.stem}.md)\n",
         ]
-    return "\n".join([*parts, END])
+    return "\n".join([*parts, tpu_report.readme(RESULTS), END])
 
 
 def rewrite_readme(path=machine.ROOT / "README.md"):

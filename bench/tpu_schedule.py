@@ -19,21 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import tpu_bundles
+from bench import machine, report, tpu_bundles, tpu_report
+from bench.harness import OURS
 from dlm_kernels.pallas_kernels import attention, chips
 from dlm_kernels.xla import attention as xla_attention
 from dlm_kernels.xla import lm_head as xla_lm_head
 from dlm_kernels.xla import unmask as xla_unmask
 
-RESULTS = Path(__file__).resolve().parent / "results"
-OURS = "dlm_kernels"
 BF16, INT = jnp.bfloat16, jnp.int32
-LIMITS = """Static: cycles are the bundles of the compiler's schedule, each as often as the program's scalar instructions run it.
-They leave out waits for copies and what the hardware stalls on, so they are a lower bound. `copies` is what the bytes to and from
-HBM take at its full bandwidth, which a good pipeline overlaps with the cycles: the larger of the two bounds the time. Nothing here
-ran on a TPU. XLA's cycles are the sum of its fusions'; copies that it makes between them are not counted. A branch that data
-decides counts as taken into its body; `least` says the cycles without such bodies, where that differs. `+ ?` is a copy whose size
-only data tells, or a loop that only data ends and that counts once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +106,16 @@ def _ours_by_head(query, key, value, **static):
     return jnp.swapaxes(out, 1, 2), lse
 
 
-def _rows(queries):
-    """Block sizes of queries for JAX's kernels: all of few queries, else the two best of 128 to 1024."""
-    return [queries] if queries <= 512 else [512, 1024]
-
-
 def _splash(heads, t, s, size):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
     operands = (((heads, t, size), BF16), *[((heads, s, size), BF16)] * 2)
-    for rows in _rows(t):
-        for columns, inner in ((512, 512), (1024, 512), (1024, 1024), (2048, 512), (2048, 1024)):
-            if columns > s or columns < min(s, 1024):
+    # The others of 512 to 4096 rows and keys at a time were never the best on v5e and v6e.
+    columns = min(s, 2048)
+    for rows, inners in [(t, (256, 512, 1024, 2048))] if t <= 1024 else [(1024, (256, 1024)), (2048, (256, 1024))]:
+        for inner in inners:
+            if inner > columns:
                 continue
             sizes = kernel.BlockSizes(block_q=rows, block_kv=columns, block_kv_compute=inner)
 
@@ -140,12 +130,12 @@ def _flash(heads, t, s, size):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     operands = (((1, heads, t, size), BF16), *[((1, heads, s, size), BF16)] * 2)
-    for rows in _rows(t):
-        for major, minor in ((512, 512), (1024, 512), (1024, 1024)):
-            if min(s, 1024) <= major <= s:
-                sizes = flash.BlockSizes(block_q=rows, block_k_major=major, block_k=minor, block_b=1)
-                function = functools.partial(flash.flash_attention, sm_scale=size**-0.5, block_sizes=sizes)
-                yield Contender(function, operands, note=f"blocks {rows}, {major}, {minor}")
+    rows = min(t, 1024)
+    for major, minor in ((512, 512), (1024, 512), (1024, 1024)):
+        if min(s, 1024) <= major <= s:
+            sizes = flash.BlockSizes(block_q=rows, block_k_major=major, block_k=minor, block_b=1)
+            function = functools.partial(flash.flash_attention, sm_scale=size**-0.5, block_sizes=sizes)
+            yield Contender(function, operands, note=f"blocks {rows}, {major}, {minor}")
 
 
 def head_cases():
@@ -195,7 +185,7 @@ def score_cases():
 
 
 def run(chip, only=None, out=None):
-    """Compiles every case for `chip`, prints and writes its figures. Each chip needs a process of its own."""
+    """Compiles every case for `chip`, prints and writes its figures; rows of cases left out stay. Each chip needs its process."""
     hardware = HARDWARE[chip]
     folder = Path(tempfile.mkdtemp(prefix="tpu-schedule-"))
     # Before libtpu starts; there is no TPU to be asked what it is.
@@ -209,22 +199,34 @@ def run(chip, only=None, out=None):
     known = chips.CHIPS[hardware.kind]
     device = topologies.get_topology_desc(platform="tpu", topology_name=known.topology).devices[0]
     chips.chip = lambda: known
-    rows = []
+    path, every, commit = out or report.RESULTS / f"tpu-static-{chip}.json", list(cases()), machine.commit()
+    rows = {row["case"]: row for row in report.load(path)["rows"]} if path.exists() else {}
     try:
-        for case in cases():
+        for case in every:
             if only and only not in case.name:
                 continue
-            row = dict(case=case.name, unit=case.unit, units=case.units, contenders={})
+            row = dict(case=case.name, unit=case.unit, units=case.units, commit=commit, contenders={})
             for name, variants in case.contenders.items():
                 found = [_count(variant, case, hardware, SingleDeviceSharding(device), folder) for variant in variants]
                 ran = [result for result in found if "missing" not in result]
                 row["contenders"][name] = min(ran, key=lambda result: result["cycles"]) if ran else found[0]
-            rows.append(row)
-            print(line(row), flush=True)
+            rows[case.name] = row
+            print(tpu_report.line(row), flush=True)
+            write(path, chip, [rows[each.name] for each in every if each.name in rows])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if not only:
-        write(chip, rows, out)
+
+
+def write(path, chip, rows):
+    """Two files that are replaced whole: a run killed while it writes leaves those of before."""
+    hardware = HARDWARE[chip]
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    result = dict(static=True, chip=chip, clock=hardware.clock, bandwidth=hardware.bandwidth, versions=versions, rows=rows)
+    texts = {path: json.dumps(result, indent=1) + "\n", path.with_suffix(".md"): tpu_report.table(result)}
+    for target, text in texts.items():
+        part = target.with_suffix(".part")
+        part.write_text(text)
+        os.replace(part, target)
 
 
 def _count(contender, case, hardware, sharding, folder):
@@ -239,6 +241,8 @@ def _count(contender, case, hardware, sharding, folder):
     for program in tpu_bundles.programs(folder, hardware.delay_slots):
         values = contender.prefetched.get(program.name.split(".")[0], ())
         counts[program.name] = tpu_bundles.run(program, values)
+    if not counts:
+        raise RuntimeError("the compiler wrote no listings: libtpu had started before it was told to")
     cycles = sum(count.cycles for count in counts.values())
     moved = sum(count.read + count.written for count in counts.values())
     return dict(
@@ -255,69 +259,12 @@ def _count(contender, case, hardware, sharding, folder):
     )
 
 
-def line(row):
-    parts = [f"{row['case']} (per {row['unit']}):"]
-    ours = row["contenders"].get(OURS, {}).get("cycles")
-    for name, result in row["contenders"].items():
-        if "missing" in result:
-            parts.append(f"{name} missing ({result['missing']})")
-            continue
-        ratio = f", ours {ours / result['cycles']:.2f}x" if ours and name != OURS else ""
-        parts.append(
-            f"{name} {result['per_unit']:.0f} cycles, MXU {result['mxu']:.0%}, copies {result['copies'] / row['units']:.0f}{ratio}"
-        )
-    return "\n  ".join(parts)
-
-
-def write(chip, rows, out=None):
-    hardware = HARDWARE[chip]
-    out = out or RESULTS / f"tpu-static-{chip}.json"
-    head = dict(
-        static=True,
-        limits=LIMITS,
-        chip=chip,
-        clock=hardware.clock,
-        bandwidth=hardware.bandwidth,
-        versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
-    )
-    out.write_text(json.dumps(head | dict(rows=rows), indent=1) + "\n")
-    out.with_suffix(".md").write_text(table(head, rows))
-
-
-def table(head, rows):
-    versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    lines = [
-        f"# Static cycles on TPU {head['chip']}",
-        "",
-        LIMITS,
-        "",
-        f"By `python -m bench tpu-schedule`; {versions}; one core at {head['clock'] / 1e9:.2f} GHz, "
-        f"{head['bandwidth'] / 1e9:.0f} GB/s.",
-        "",
-        "| case | contender | static cycles | per unit | MXU busy | copies, cycles | MB | ours / it |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ours = row["contenders"].get(OURS, {}).get("cycles")
-        for name, result in row["contenders"].items():
-            if "missing" in result:
-                lines.append(f"| {row['case']} | {name} | not compiled: {result['missing']} | | | | | |")
-                continue
-            unknown = " + ?" if result["unknown"] else ""
-            least = "" if result["least"] == result["cycles"] else f" (least {result['least']:,})"
-            ratio = f"{ours / result['cycles']:.2f}" if ours and name != OURS else ""
-            note = f" ({result['note']})" if result["note"] else ""
-            lines.append(
-                f"| {row['case']} | {name}{note} | {result['cycles']:,}{unknown}{least} | "
-                f"{result['per_unit']:.0f} per {row['unit']} | {result['mxu']:.0%} | "
-                f"{result['copies']:,.0f} | {result['bytes'] / 1e6:.1f} | {ratio} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
 def main(chip, only):
-    if chip != "all":
+    # JAX that may look for a TPU has started libtpu by now.
+    if chip != "all" and os.environ.get("JAX_PLATFORMS") == "cpu":
         run(chip, only)
         return 0
     command = [sys.executable, "-m", "bench", "tpu-schedule", *(["--only", only] if only else []), "--chip"]
-    return max(subprocess.run([*command, each]).returncode for each in HARDWARE)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    every = HARDWARE if chip == "all" else [chip]
+    return max(subprocess.run([*command, each], env=environment).returncode for each in every)

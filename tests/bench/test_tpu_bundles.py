@@ -1,11 +1,10 @@
 """Static cycles: a matrix product whose steps, copies and products are known, and loops and branches written by hand."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from bench import tpu_bundles, tpu_schedule
+from bench import tpu_bundles, tpu_report, tpu_schedule
 
 DUMP = Path(__file__).parent / "tpu_dump"
 UNITS = "== CAPACITY:\nMATMUL, SALU\n 4 2\n== UTILIZATION:\n"
@@ -65,10 +64,14 @@ def test_a_format_that_it_does_not_know_is_refused():
         by_hand(LISTING.replace("0x4 ", "0x6 "))
 
 
-def test_the_table_says_that_it_is_static_and_what_failed():
-    result = dict(cycles=100, least=90, per_unit=10.0, copies=50.0, bytes=1e6, mxu=0.5, unknown=0, note="")
-    rows = [dict(case="a", unit="tile", units=10, contenders={"dlm_kernels": result, "XLA": result | dict(cycles=200)})]
-    rows.append(dict(case="b", unit="tile", units=10, contenders={"splash": dict(missing="too small", note="")}))
-    hardware = dataclasses.asdict(tpu_schedule.HARDWARE["v5e"]) | dict(clock=1.5e9)
-    text = tpu_schedule.table(dict(chip="v5e", versions={"jax": "0"}, **hardware), rows)
-    assert tpu_schedule.LIMITS in text and "(least 90)" in text and "| 0.50 |" in text and "not compiled: too small" in text
+def test_what_is_written_says_that_it_is_static_and_what_failed(tmp_path):
+    result = dict(cycles=100, least=90, per_unit=10.0, copies=50.0, bytes=1e6, mxu=0.5, products=0.4, unknown=0, note="")
+    contenders = {"dlm_kernels": result, "splash": result | dict(cycles=200)}
+    row = dict(unit="tile", units=10, commit="c", contenders=contenders)
+    rows = [row | dict(case="attention"), row | dict(case="lm_head_scores")]
+    rows.append(row | dict(case="attention too", contenders={"splash": dict(missing="too small", note="")}))
+    tpu_schedule.write(tmp_path / "tpu-static-v5e.json", "v5e", rows)
+    text = (tmp_path / "tpu-static-v5e.md").read_text()
+    assert tpu_report.LIMITS in text and "(least 90)" in text and "| 0.50 |" in text and "not compiled: too small" in text
+    text = tpu_report.readme(tmp_path)
+    assert "| attention | 0.50 |" in text and "| attention too | – |" in text and "| lm_head_scores | 2.00 |" in text

@@ -1,0 +1,96 @@
+"""Static cycles as text: a line for a person who watches, the table beside a chip's results file, and the README's."""
+
+import json
+
+from bench.harness import OURS
+
+LIMITS = """Static: cycles are the bundles of the compiler's schedule, each as often as the program's scalar instructions run it.
+They leave out waits for copies and what the hardware stalls on, so they are a lower bound. `copies` is what the bytes to and from
+HBM take at its full bandwidth, which a good pipeline overlaps with the cycles: the larger of the two bounds the time. Nothing here
+ran on a TPU. Of JAX's kernels the block sizes with the fewest cycles count, of those tried. XLA's cycles are the sum of its
+fusions'; copies that it makes between them are not counted. `MXU` is the share of the cycles in which the matrix units are busy,
+then what the case's products alone would take of them: as long as the cycles at 100%. A branch that data decides counts as taken
+into its body; `least` says the cycles without such bodies, where that differs. `+ ?` is a copy whose size only data tells, or a
+loop that only data ends and that counts once."""
+
+
+def ratio(row, name):
+    """Our cycles over a contender's, or None."""
+    ours, theirs = (row["contenders"].get(each, {}).get("cycles") for each in (OURS, name))
+    return ours / theirs if ours and theirs else None
+
+
+def line(row):
+    parts = [f"{row['case']} (per {row['unit']}):"]
+    for name, result in row["contenders"].items():
+        if "missing" in result:
+            parts.append(f"{name} missing ({result['missing']})")
+            continue
+        against = f", ours {ratio(row, name):.2f}x" if name != OURS and ratio(row, name) else ""
+        copies = f"copies {result['copies'] / row['units']:.0f} ({result['bytes'] / 1e6:.1f} MB)"
+        parts.append(f"{name} {result['per_unit']:.0f} cycles, {copies}, MXU {result['mxu']:.0%}{against}")
+    return "\n  ".join(parts)
+
+
+def table(result):
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))
+    lines = [
+        f"# Static cycles on TPU {result['chip']}",
+        "",
+        LIMITS,
+        "",
+        f"By `python -m bench tpu-schedule`; {versions}; commit {commits}; one core at {result['clock'] / 1e9:.2f} GHz, "
+        f"{result['bandwidth'] / 1e9:.0f} GB/s.",
+        "",
+        "| case | contender | static cycles | per unit | copies, cycles | MB | MXU | ours / it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        for name, each in row["contenders"].items():
+            if "missing" in each:
+                lines.append(f"| {row['case']} | {name} | not compiled: {each['missing']} | | | | | |")
+                continue
+            unknown = " + ?" if each["unknown"] else ""
+            least = "" if each["least"] == each["cycles"] else f" (least {each['least']:,})"
+            against = f"{ratio(row, name):.2f}" if name != OURS and ratio(row, name) else ""
+            note = f" ({each['note']})" if each["note"] else ""
+            lines.append(
+                f"| {row['case']} | {name}{note} | {each['cycles']:,}{unknown}{least} | {each['per_unit']:.0f} per {row['unit']} | "
+                f"{each['copies']:,.0f} | {each['bytes'] / 1e6:.1f} | {each['mxu']:.0%}, {each['products']:.0%} | {against} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def readme(folder):
+    """Markdown: what matters of every chip's results, a column for each."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("tpu-static-*.json"))]
+    if not results:
+        return ""
+    chips = [f"[{result['chip']}](bench/results/tpu-static-{result['chip']}.md)" for result in results]
+    found = [{row["case"]: row for row in result["rows"]} for result in results]
+
+    def rows(prefix, cell):
+        for case in dict.fromkeys(case for each in found for case in each if case.startswith(prefix)):
+            yield "| " + " | ".join([case, *(cell(each[case]) if case in each else "–" for each in found)]) + " |"
+
+    def against_splash(row):
+        share = ratio(row, "splash")
+        return "–" if share is None else f"{share:.2f}"
+
+    def of_copies(row):
+        ours = row["contenders"][OURS]
+        return "–" if "missing" in ours else f"{ours['cycles'] / ours['copies']:.2f}"
+
+    return "\n".join(
+        [
+            "Static cycles on TPUs, counted in the compiler's schedules; nothing was timed. Attention, 32 heads of 128: ours over "
+            "splash attention's at the best block sizes tried. The head: ours over what its copies take at the full bandwidth, "
+            "below 1 where the weight's stream is the limit.\n",
+            "| | " + " | ".join(chips) + " |",
+            "|---" * (len(chips) + 1) + "|",
+            *rows("attention", against_splash),
+            *rows("lm_head_scores", of_copies),
+            "",
+        ]
+    )
