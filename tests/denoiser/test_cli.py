@@ -96,6 +96,8 @@ def test_errors_are_one_line(command):
     assert (status, out) == (2, "") and err == "dlm-kernels: expected a prompt or --infill, one of them\n"
     status, _, err = command("generate", "x", "--block", "0", "--length", "6")
     assert (status, err) == (2, "dlm-kernels: block: expected an int of at least 1, got 0\n")
+    status, _, err = command("generate", "x", "--steps", "0")
+    assert (status, err) == (2, "dlm-kernels: steps: expected at least 1, got 0\n")
     with pytest.raises(SystemExit):
         command("nonsense")
 

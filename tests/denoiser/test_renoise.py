@@ -194,6 +194,7 @@ def test_the_command(saved, capsys):
 
 def test_bad_arguments(config, params, board):
     for options, message in [
+        (dict(steps=0), "steps: expected at least 1, got 0"),
         (dict(block=0), "block: expected an int of at least 1, got 0"),
         (dict(key=jax.random.key(0)), "key: expected a key for each of 2 rows"),
         (dict(temperature=0.8), "temperature: expected two numbers"),

@@ -451,6 +451,7 @@ def test_nothing_to_do(config, params):
     "options, message",
     [
         (dict(), "expected at least one, got none"),
+        (dict(steps=0), "steps: expected at least 1, got 0"),
         (dict(steps=2, block=0), "block: expected an int of at least 1, got 0"),
         (dict(threshold=0.5, remask=0.5), "remask: expected steps with it"),
         (dict(steps=2, remask=0.5, remask_rule="most"), "remask_rule: expected one of"),

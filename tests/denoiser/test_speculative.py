@@ -94,5 +94,7 @@ def test_numbers_are_data(config, params, board):
 def test_bad_arguments(config, params):
     with pytest.raises(ValueError, match="drafts: expected an int of at least 1, got 0"):
         speculative.decode(config, params, np.full((1, 4), config.mask_id), block=2, steps=1, drafts=0)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        speculative.decode(config, params, np.full((1, 4), config.mask_id), block=2, steps=0, drafts=1)
     with pytest.raises(ValueError, match="tokens: expected shape"):
         speculative.decode(config, params, jax.numpy.zeros(4, int), block=2, steps=1, drafts=1)

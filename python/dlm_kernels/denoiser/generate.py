@@ -134,9 +134,10 @@ def generate(
             config, params, board.tokens, phrase, start=board.start, implementation=options.get("implementation")
         )
         board = dataclasses.replace(board, tokens=tokens)
+    sampler.check_steps(steps)  # the rehearsal below has its own
     rules = ("threshold", "factor", "entropy_budget")
     if noise_budget is not None:
-        steps, temperature = steps or 48, temperature or 0.8
+        steps, temperature = 48 if steps is None else steps, temperature or 0.8
     if steps is None and all(options.get(rule) is None for rule in rules):
         steps = max(block // 4, 1)
     if exact or required or any(HOLE.search(prompt) for prompt in prompts):
@@ -179,12 +180,12 @@ def generate(
     options |= dict(banned_tokens=np.array(banned, np.int32))
     asked = time.perf_counter()
     # Numbers of passes are data: this compiles the very loop that is measured next.
-    rehearsal = options | ({"steps": 1} if steps else {})
+    rehearsal = options | ({} if steps is None else {"steps": 1})
     jax.block_until_ready(decode(config, params, board.tokens, **rehearsal))
     jax.effects_barrier()
     ready = time.perf_counter()
     measured.append(True)
-    decoded = decode(config, params, board.tokens, **(options | ({"steps": steps} if steps else {})))
+    decoded = decode(config, params, board.tokens, **(options | ({} if steps is None else {"steps": steps})))
     decoded = jax.tree.map(np.asarray, jax.block_until_ready(decoded))
     end = time.perf_counter()
     made = (board.tokens == config.mask_id) & (decoded.tokens != config.pad_id)

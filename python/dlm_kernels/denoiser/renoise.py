@@ -59,6 +59,7 @@ def decode(
     b, length = tokens.shape
     if not isinstance(block, int) or block < 1:
         raise ValueError(f"block: expected an int of at least 1, got {block!r}")
+    sampler.check_steps(steps)
     if jnp.shape(key)[:1] != (b,):
         raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
     if np.shape(temperature) != (2,):

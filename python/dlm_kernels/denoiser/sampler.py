@@ -135,6 +135,7 @@ def decode(
     rules = dict(threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     if steps is None and all(rule is None for rule in rules.values()):
         raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
+    check_steps(steps)
     if remask is not None and steps is None:
         raise ValueError("remask: expected steps with it, which say when it has to end, got none")
     if remask_rule not in remasking.RULES:
@@ -193,6 +194,12 @@ def decode(
     )
     static = _Static(config, min(block, length), confidence, remask_rule, attend, bool(cache), implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
+
+
+def check_steps(steps):
+    """steps may be an array too, which is not read here."""
+    if isinstance(steps, int) and steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
 
 
 def banned_ids(config, more=None):

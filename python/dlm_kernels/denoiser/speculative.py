@@ -39,6 +39,7 @@ def decode(
     for name, value in (("block", block), ("drafts", drafts)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    sampler.check_steps(steps)
     b, length = tokens.shape
     columns = dict(start=start, first=first, stop=length if stop is None else stop)
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
