@@ -146,7 +146,7 @@ def report(model, texts, *, cases=256, steps=4, implementation=None):
         "autoregressive_bits_per_byte": bits_per_byte(model, texts, block_size=1, draws=1, **options),
     }
     for size in (4, 16, 64):
-        numbers[f"bits_per_byte_in_blocks_of_{size}"] = bits_per_byte(model, texts, block_size=size, draws=2, **options)
+        numbers[f"bits_per_byte_in_blocks_of_{size}"] = bits_per_byte(model, texts, block_size=size, draws=1, **options)
     for threshold in (0.7, 0.9):
         numbers[f"correction_at_{threshold}"] = correction(model, texts, threshold=threshold, **options)
     for hole in (1, 4, 8):
