@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import comparison, report, suite, tpu_schedule
+from bench import comparison, machine, report, suite, tpu_schedule
 
 
 def main(arguments=None):
@@ -37,6 +37,10 @@ def main(arguments=None):
     elif chosen.command == "tpu-schedule":
         return tpu_schedule.main(chosen.chip, chosen.only)
     elif chosen.command == "tune":
+        if machine.platform_name() == "cuda":
+            from bench import tune_triton
+
+            return tune_triton.run(chosen.only)
         from bench import tune  # needs what builds the kernels: pybind11 and a compiler
 
         tune.run(chosen.only, chosen.build)

@@ -90,7 +90,7 @@ def values(text):
 def measured(text):
     """{name: {value tried: its time over that of the value taken}} of a header."""
     lines = re.findall(r"^(// .*)\nconstexpr int64_t (\w+)", text, re.MULTILINE)
-    return {name: {int(value): float(time) for value, time in re.findall(r"(\d+): ([\d.]+)", about)} for about, name in lines}
+    return {name: {int(value): float(time) for value, time in re.findall(r"(\d+): (\d+\.\d\d)", about)} for about, name in lines}
 
 
 def machine_of(text):
@@ -160,8 +160,9 @@ class Prefixed:
 
 
 def load(path):
-    loader = importlib.machinery.ExtensionFileLoader("_cpu", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cpu", loader))
+    name = f"tune_{path.parent.name}._cpu"  # a name of its own, or pybind11 would give the module that it knows by it
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
     return module
 

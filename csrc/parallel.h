@@ -9,7 +9,7 @@ namespace dlm {
 // stands behind it in the FFI handlers, the calling thread alone in tests.
 class Parallel {
  public:
-  static constexpr int64_t kLeastShared = 1 << 23;  // multiply-adds, 0.1 to 0.2 ms of one thread
+  static constexpr int64_t kLeastShared = 1 << 22;  // multiply-adds, about 0.1 ms of one thread
 
   virtual ~Parallel() = default;
   virtual void run(int64_t tiles, void (*tile)(void* context, int64_t index), void* context) const = 0;

@@ -6,15 +6,15 @@
 
 namespace dlm::tiles {
 
-// Attention: keys of a tile. Not measured.
+// Attention: keys of a tile. 96: 1.02, 144: 1.01, 192: 1.00, 288: 0.99.
 constexpr int64_t kAttentionKeys = 192;
-// Attention: panels of query rows that share a tile of keys. Not measured.
+// Attention: panels of query rows that share a tile of keys. 4: 1.01, 8: 1.00, 12: 1.00.
 constexpr int64_t kAttentionPanels = 8;
-// Its gradient: query rows of a tile. Not measured.
+// Its gradient: query rows of a tile. 48: 1.04, 96: 1.00, 144: 0.98.
 constexpr int64_t kBackwardRows = 96;
-// Its gradient: keys of a tile. Not measured.
+// Its gradient: keys of a tile. 64: 1.04, 128: 1.00, 192: 1.00.
 constexpr int64_t kBackwardKeys = 128;
-// LM head: rows of a block. Not measured.
+// LM head: rows of a block. 96: 0.99, 192: 1.00, 288: 0.99.
 constexpr int64_t kHeadRows = 192;
 // LM head: tokens of a tile. Not measured.
 constexpr int64_t kHeadColumns = 128;

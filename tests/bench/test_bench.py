@@ -1,5 +1,9 @@
 """The harness refuses what is wrong, the peers compute what they claim to, and the README says what the files say."""
 
+import dataclasses
+import functools
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +14,9 @@ from bench import apart, comparison, harness, machine, peers, report, scale, sui
 from bench.harness import OURS, Case, Contender
 from dlm_kernels.denoiser import model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
+
+# Triton reads this when a kernel is decorated, at import.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def test_readme_is_what_the_results_files_say():
@@ -22,6 +29,37 @@ def test_the_header_of_tile_sizes_is_as_tune_writes_it():
     tune = pytest.importorskip("bench.tune")
     text = tune.HEADER.read_text()
     assert tune.header(tune.values(text), tune.measured(text), tune.machine_of(text)) == text
+
+
+# In Triton's interpreter, where a time says nothing: what is tried reaches the kernel, and its key is the kind that was asked for.
+def test_tune_tries_tiles_and_writes_the_table(monkeypatch):
+    pytest.importorskip("triton")
+    from bench import attention, tune_triton
+    from dlm_kernels.triton_kernels import launch, tiles
+
+    if not launch.interpreting():
+        pytest.skip("on a GPU this is `python -m bench tune`")
+    case = attention.case("LLaDA2-mini", 4, 16, "float32")
+    run = functools.partial(dlm_kernels.attention, implementation="triton")
+    case = dataclasses.replace(case, contenders={OURS: Contender(jax.jit(lambda q, k, v: run(q, k, v)))})
+    kernel = tune_triton.Kernel(None, {"BLOCK_M": (16, 15)}, warps=(4,), stages=(1,))
+    seen, measure = [], harness.measure
+    monkeypatch.setattr(harness, "measure", lambda case, seconds: seen.append(measured := measure(case, 0.01, True)) or measured)
+    key, found = tune_triton.fastest("attention_forward", kernel, case)
+    assert key == ("attention_forward", launch.arch(), "float32", 128, True, 0)
+    assert found in (None, ({"BLOCK_M": 16}, 4, 1))
+    # A tile has to be a power of two.
+    assert ["missing" in result for result in seen[0]["contenders"].values()] == [False, False, True]
+    table = {key: ({"BLOCK_M": 16}, 4, 1)}
+    written = {}
+    exec(tune_triton.text(table), written)
+    assert written["MEASURED"] == table
+    monkeypatch.setattr(tiles, "MEASURED", table)
+    assert launch.tuned("attention_forward")(lambda *kind: ({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 3))("float32", 128, True, 0) == (
+        {"BLOCK_M": 16, "BLOCK_N": 32},
+        4,
+        1,
+    )
 
 
 def test_every_case_has_its_own_name_and_starts_with_ours():

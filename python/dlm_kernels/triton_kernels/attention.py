@@ -12,7 +12,7 @@ from dlm_kernels.triton_kernels.attention_backward import (
     bounds_stride,
     supports_attention_backward,
 )
-from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiprocessors, strides
+from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiprocessors, strides, tuned
 from dlm_kernels.triton_kernels.numerics import tanh
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
@@ -199,11 +199,12 @@ def supports_attention_forward(query, key, value, bounds, dense, **static) -> st
     return None
 
 
-def _tiles(dtype: str, h: int, rows: int, pairs: int) -> tuple[dict, int, int]:
+@tuned("attention_forward")
+def _tiles(dtype: str, h: int, few_rows: bool, pairs: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages: the largest that spill no register on sm_80, sm_90 and sm_100."""
     if dtype == "float32":
         return {"BLOCK_M": 32 if h <= 64 else 16, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
-    block_m = 64 if rows <= 64 else 128
+    block_m = 64 if few_rows else 128
     ampere = arch() < 90
     if h > 128:
         num_stages = 1 if pairs == 2 and arch() >= 100 else 2
@@ -240,7 +241,7 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     length, kv_heads = key.shape[1:3]
     groups = heads // kv_heads
     pairs = 0 if bounds is None else bounds.shape[-1] // 2
-    tiles, num_warps, num_stages = _tiles(dtype_name(query), h, queries * groups, pairs)
+    tiles, num_warps, num_stages = _tiles(dtype_name(query), h, queries * groups <= 64, pairs)
     split, splits = _split(triton.cdiv(queries * groups, tiles["BLOCK_M"]) * kv_heads, length)
     block_h = max(16, triton.next_power_of_2(h))
     out, lse = launch(

@@ -6,7 +6,7 @@ Both compute the weights again from lse. Rows are packed as in the forward kerne
 import triton
 import triton.language as tl
 
-from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, strides, tuned
 from dlm_kernels.triton_kernels.numerics import tanh
 
 
@@ -195,6 +195,7 @@ def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout
     return None
 
 
+@tuned("attention_backward")
 def _tiles(dtype: str, h: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages."""
     if dtype == "float32":

@@ -7,7 +7,7 @@ A leaf names what its kernel reads and writes and never touches a framework:
 
 and this file finds out who is asking. Arrays of JAX go through jax-triton, tensors of torch through Triton's own
 launcher; NumPy arrays (and JAX arrays, through a callback) run in Triton's interpreter when TRITON_INTERPRET=1 is set.
-There is no autotuning: a kernel's tiles are constants of the call.
+There is no autotuning: a kernel's tiles are constants of the call, see `tuned`.
 
 Under JAX the scalars are constants too: jax-triton tells the compiler nothing about a scalar, and a stride that is not
 known to be a multiple of 16 bytes costs every wide load. JAX compiles anew for new shapes anyway.
@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import triton
+
+from dlm_kernels.triton_kernels import tiles
 
 _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 160, 120: 170}
 _DEFAULT_ARCH = 90
@@ -99,6 +101,23 @@ def arch() -> int:
 def multiprocessors() -> int:
     """How many programs run at once, for choosing split counts from shapes alone."""
     return _MULTIPROCESSORS.get(arch(), 132)
+
+
+def tuned(kernel: str):
+    """Decorates a kernel's choice of tiles: the fastest where `python -m bench tune` has measured this kind of arguments on this
+    architecture, else the choice itself.
+    """
+
+    def decorate(own):
+        @functools.wraps(own)
+        def choose(*kind):
+            constants, num_warps, num_stages = own(*kind)
+            found = tiles.MEASURED.get((kernel, arch(), *kind), ({}, num_warps, num_stages))
+            return constants | found[0], *found[1:]
+
+        return choose
+
+    return decorate
 
 
 def launch(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import scores
-from dlm_kernels.triton_kernels.launch import Out, arch, concatenate, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.launch import Out, arch, concatenate, dtype_name, launch, strides, tuned
 from dlm_kernels.triton_kernels.numerics import gumbel, head_tile, tanh
 
 _SPAN = 128  # tokens per program
@@ -122,15 +122,16 @@ def _scores_kernel(
         tl.store(token + at, start + tl.argmax(value, 1), mask=wanted)
 
 
-def _tiles(dtype: str, rows: int, sampled: bool = False) -> tuple[dict, int, int]:
+@tuned("lm_head")
+def _tiles(dtype: str, few_rows: bool, sampled: bool = False) -> tuple[dict, int, int]:
     """Constants of a head product, its warps and its stages: the largest that spill no register, of which noise takes many.
 
     The span never depends on the rows: see `scores`.
     """
     if dtype == "float32":
         return {"BLOCK_R": 16 if sampled else 32, "BLOCK_V": _SPAN, "BLOCK_D": 32, "PRECISION": "tf32x3"}, 8, 2
-    block = 64 if rows <= 64 or sampled else 128
-    num_warps = 4 if rows <= 64 and not sampled and arch() >= 90 else 8
+    block = 64 if few_rows or sampled else 128
+    num_warps = 4 if few_rows and not sampled and arch() >= 90 else 8
     return {"BLOCK_R": block, "BLOCK_V": _SPAN, "BLOCK_D": 64, "PRECISION": "ieee"}, num_warps, 3
 
 
@@ -160,7 +161,7 @@ def lm_head_scores(
     """hidden [R,D]; weight [V,D]; the rest and the result as in `unmask.score_tokens`."""
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
-    tiles, num_warps, num_stages = _tiles(dtype_name(hidden), rows, temperature is not None)
+    tiles, num_warps, num_stages = _tiles(dtype_name(hidden), rows <= 64, temperature is not None)
     spans = triton.cdiv(vocabulary, _SPAN)
     per_span = {**scores.STATISTICS, **scores.CHOICES}
     outputs = {name: Out((rows, spans), dtype) for name, dtype in per_span.items()}
@@ -274,7 +275,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
     """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; loss 0 where inactive."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     spans = triton.cdiv(vocabulary, _SPAN)
-    tiles, num_warps, num_stages = _tiles(dtype_name(hidden), rows)
+    tiles, num_warps, num_stages = _tiles(dtype_name(hidden), rows <= 64)
     top, total, chosen = launch(
         _loss_kernel,
         _grid(hidden, tiles["BLOCK_R"], spans),
@@ -417,7 +418,7 @@ def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
     dtype = dtype_name(hidden)
-    tiles, num_warps, num_stages = _tiles(dtype, rows)
+    tiles, num_warps, num_stages = _tiles(dtype, rows <= 64)
     dhidden, dweight = None, []
     for first in range(0, vocabulary, _CHUNK):
         chunk = min(_CHUNK, vocabulary - first)

@@ -1,0 +1,113 @@
+"""On a GPU: times the Triton kernels with other tiles, and writes the fastest to their table."""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable
+from unittest import mock
+
+import jax
+
+from bench import attention, harness, lm_head, machine
+from bench.harness import OURS, Contender
+from dlm_kernels.triton_kernels import tiles
+
+TABLE = machine.ROOT / "python/dlm_kernels/triton_kernels/tiles.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    cases: Callable  # () -> the cases that choose, one at least for each kind of arguments
+    constants: dict[str, tuple[int, ...]]  # tried, in the place of the kernel's own
+    warps: tuple[int, ...] = (4, 8)
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+
+
+def _attention():
+    shapes = [("LLaDA-8B", 1024, 1024), ("LLaDA-8B", 32, 2048), ("MDLM", 1024, 1024), ("DiffusionGemma local", 256, 1280)]
+    return [attention.case(*shape, "bfloat16", mask) for shape in shapes for mask in (None, "padded", "BD3 16")]
+
+
+def _backward():
+    return [attention.case(model, 1024, 1024, "bfloat16", backward=True) for model in ("LLaDA-8B", "MDLM", "DiffusionGemma local")]
+
+
+def _head():
+    return [lm_head.case("LLaDA-8B", rows, 4096, 126464, "bfloat16") for rows in (32, 128, 1024)]
+
+
+KERNELS = {
+    "attention_forward": Kernel(_attention, {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128)}),
+    "attention_backward": Kernel(_backward, {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)}),
+    "lm_head": Kernel(_head, {"BLOCK_R": (32, 64, 128), "BLOCK_D": (32, 64, 128)}),
+}
+
+
+class Table(dict):
+    """A table that has `candidate`'s constants, warps and stages for one kernel, and keeps for which kind it was asked."""
+
+    def __init__(self, known, kernel, candidate):
+        super().__init__(known)
+        self.kernel, self.candidate, self.asked = kernel, candidate, None
+
+    def get(self, key, own):
+        if key[0] != self.kernel:
+            return super().get(key, own)
+        self.asked = key
+        return self.candidate or own
+
+
+class Tried:
+    """A jitted function that compiles with a `Table` in the place of the package's own."""
+
+    def __init__(self, function, table):
+        self.function, self.table = function, table
+
+    def lower(self, *inputs):
+        jax.clear_caches()
+        with mock.patch.object(tiles, "MEASURED", self.table):
+            return self.function.lower(*inputs)
+
+
+def fastest(name, kernel, case):
+    """(key of the table, (constants, warps, stages)) of the fastest for `case`; None in the second's place: the kernel's own."""
+    contender = case.contenders[OURS]
+    own = Table(tiles.MEASURED, name, None)
+    constants = [dict(zip(kernel.constants, values)) for values in itertools.product(*kernel.constants.values())]
+    tried = list(itertools.product(constants, kernel.warps, kernel.stages))
+    contenders = {"own": Contender(Tried(contender.function, own), contender.prepare)}
+    for i, candidate in enumerate(tried):
+        contenders[i] = Contender(Tried(contender.function, Table(tiles.MEASURED, name, candidate)), contender.prepare)
+    # What does not fit the chip's memory or registers fails, and is missing from the row.
+    row = harness.measure(dataclasses.replace(case, contenders=contenders), seconds=5.0)
+    times = {name: statistics.median(result["times"]) for name, result in row["contenders"].items() if "times" in result}
+    best = min(times, key=times.get)
+    return own.asked, tried[best] if best != "own" and times[best] < 0.98 * times["own"] else None
+
+
+def run(only=None):
+    table = dict(tiles.MEASURED)
+    for name, kernel in KERNELS.items():
+        if (only or "").lower() not in name:
+            continue
+        for case in kernel.cases():
+            key, found = fastest(name, kernel, case)
+            table.pop(key, None)
+            if found is not None:
+                table[key] = found
+            print(f"{key}: {found or 'its own'}", flush=True)
+            TABLE.write_text(text(table))
+    print(TABLE)
+
+
+def text(table):
+    lines = [f"    {key!r}: {value!r}," for key, value in sorted(table.items())]
+    about = "all others are the kernels' own" if lines else "none has been measured yet"
+    return "\n".join(
+        [
+            f'"""The fastest tiles, written by `python -m bench tune` on GPUs; {about}."""',
+            "",
+            "# (kernel, compute capability, the arguments of the kernel's own choice): (constants, warps, stages).",
+            *("MEASURED = {", *lines, "}", ""),
+        ]
+    )
