@@ -195,12 +195,14 @@ def cases():
         # Cases of one model together: they share its weights.
         case("SDAR-4B", 32, 16, 16, 4, cached=True, headline=True),
         case("SDAR-4B", 32, 16, 16, 2, batch=4, cached=True),
+        case("SDAR-4B", 16, 16, 16, 4),
         *(component("SDAR-4B", part, 96, 32) for part in PARTS),
+        case("LLaDA-8B", 16, 16, 16, 4, headline=True),
+        case("LLaDA-8B", 16, 16, 16, 4, cached=True),
+        *(component("LLaDA-8B", part, 96, 32) for part in PARTS),
         case("Dream-7B", 16, 16, 16, 4),
         case("Dream-7B", 16, 16, 16, 4, cached=True),
         *(component("Dream-7B", part, 96, 32) for part in PARTS),
-        case("LLaDA-8B", 16, 16, 16, 4, headline=True),
-        *(component("LLaDA-8B", part, 96, 32) for part in PARTS),
         *(
             case(body, 128, 256, block, steps, batch=b, cached=cached, full=True)
             for body in ("SDAR-4B", "Dream-7B", "LLaDA-8B")

@@ -121,7 +121,9 @@ def why_no_attention(name):
 def tokamax_attention(query, key, value, mask=None):
     """The implementation that tokamax itself takes for the device."""
     import tokamax
+    from absl import flags
 
+    flags.FLAGS.mark_as_parsed()  # or it would look for its own among our arguments
     return tokamax.dot_product_attention(query, key, value, mask=mask)
 
 

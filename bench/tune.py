@@ -73,12 +73,12 @@ def _scores():
 SIZES = {
     "kAttentionKeys": Size("Attention: keys of a tile", (96, 144, 192, 288), ("attention",), _attention),
     "kAttentionPanels": Size("Attention: panels of query rows that share a tile of keys", (4, 8, 12), ("attention",), _attention),
-    "kBackwardRows": Size("Its gradient: query rows of a tile", (48, 96, 144), ("attention_backward",), _backward),
+    "kBackwardRows": Size("Its gradient: query rows of a tile", (48, 96, 144, 192), ("attention_backward",), _backward),
     "kBackwardKeys": Size("Its gradient: keys of a tile", (64, 128, 192), ("attention_backward",), _backward),
     "kHeadRows": Size("LM head: rows of a block", (96, 192, 288), ("lm_head", "cross_entropy"), _head),
     "kHeadColumns": Size("LM head: tokens of a tile", (64, 128, 256), ("lm_head", "cross_entropy"), _head),
-    "kHeadDepth": Size("LM head: elements along the width, at once", (64, 128, 256), ("lm_head", "cross_entropy"), _head),
-    "kScorePiece": Size("Scores: logits of a row that one sum goes through", (4096, 16384, 65536), ("unmask",), _scores),
+    "kHeadDepth": Size("LM head: elements along the width, at once", (64, 128, 256, 512), ("lm_head", "cross_entropy"), _head),
+    "kScorePiece": Size("Scores: logits of a row that one sum goes through", (4096, 16384, 65536, 131072), ("unmask",), _scores),
 }
 
 
