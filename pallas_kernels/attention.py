@@ -13,12 +13,14 @@ from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LANES, LOG2_E, WHOL
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
 
+# So many rows and fewer are the sublanes of their logits; more are the lanes. By static cycles on v5e and v6e.
+MOST_ROWS_FIRST = 64
+
 
 def choose_tiles(kv_heads, rows, keys, head_size, dtype):
     """Not by the batch: a row's result must not depend on it."""
     size, width = jnp.dtype(dtype).itemsize, chips.round_up(head_size, LANES)
-    shape = chips.chip().attention
-    keys_first = rows > shape.most_rows_first
+    keys_first = rows > MOST_ROWS_FIRST
     row_tile = chips.even_tile(rows, 2048 // size, LANES if keys_first else 16)
     key_tile = chips.even_tile(keys, max(4096 // size * LANES // width, LANES), LANES)
     # Key, value, query and result blocks are there twice; the sums are float32.
@@ -32,7 +34,7 @@ def choose_tiles(kv_heads, rows, keys, head_size, dtype):
     # The code of a head grows with what it multiplies, and with the passes of its products, of which float32 takes six.
     multiplied = pl.cdiv(max(row_tile, LANES) * key_tile, 2 * LANES**2)
     unrolled = attention_tiles.most(heads, lambda n: n * multiplied * size**2 <= 64 * 2**2)
-    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, shape.behind, keys_first)
+    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, chips.chip().behind, keys_first)
 
 
 def _forward_kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap):

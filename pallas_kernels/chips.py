@@ -10,14 +10,6 @@ MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
-    """How attention's forward is cut: by static cycles (`python -m bench tpu-schedule`) on v5e and v6e; the others take theirs."""
-
-    most_rows_first: int  # up to so many rows, a tile of logits is [rows, keys]; more are the lanes of [keys, rows]
-    behind: tuple[int, int]  # attention_tiles.Tiles
-
-
-@dataclasses.dataclass(frozen=True)
 class Chip:
     """One TensorCore of a generation."""
 
@@ -25,7 +17,7 @@ class Chip:
     vmem: int  # bytes
     mxu: int  # rows and columns of a matrix unit
     cores: int  # that share a device of JAX, and over which a parallel grid axis is split
-    attention: Attention
+    behind: tuple[int, int]  # attention_tiles.Tiles; by static cycles (`python -m bench tpu-schedule`)
 
     @property
     def budget(self):
@@ -35,13 +27,13 @@ class Chip:
 
 # By the device_kind that JAX reports. Sizes: JAX's own jax/_src/pallas/mosaic/tpu_info.py.
 CHIPS = {
-    "TPU v5 lite": Chip("v5e:2x2", 128 * MIB, 128, 1, Attention(64, (4, 3))),
-    "TPU v5": Chip("v5p:2x2x1", 64 * MIB, 128, 2, Attention(64, (4, 3))),
-    "TPU v6 lite": Chip("v6e:2x2", 128 * MIB, 256, 1, Attention(16, (4, 2))),
-    "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 1, Attention(16, (4, 2))),  # each of a chip's two cores is a device
+    "TPU v5 lite": Chip("v5e:2x2", 128 * MIB, 128, 1, (4, 3)),
+    "TPU v5": Chip("v5p:2x2x1", 64 * MIB, 128, 2, (4, 3)),
+    "TPU v6 lite": Chip("v6e:2x2", 128 * MIB, 256, 1, (4, 2)),
+    "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 1, (4, 2)),  # each of a chip's two cores is a device
 }
 # What every generation above can hold: for a chip the table does not know, and where there is none (export on another host).
-UNKNOWN = Chip("", 64 * MIB, 128, 1, Attention(16, (4, 2)))
+UNKNOWN = Chip("", 64 * MIB, 128, 1, (4, 2))
 
 
 def chip():
