@@ -7,11 +7,11 @@ from bench.harness import OURS
 LIMITS = """Static: cycles are the bundles of the compiler's schedule, each as often as the program's scalar instructions run it.
 They leave out waits for copies and what the hardware stalls on, so they are a lower bound. `copies` is what the bytes to and from
 HBM take at its full bandwidth, which a good pipeline overlaps with the cycles: the larger of the two bounds the time. Nothing here
-ran on a TPU. Of JAX's kernels the block sizes with the fewest cycles count, of those tried. XLA's cycles are the sum of its
-fusions'; copies that it makes between them are not counted. `MXU` is the share of the cycles in which the matrix units are busy,
-then what the case's products alone would take of them: as long as the cycles at 100%. A branch that data decides counts as taken
-into its body; `least` says the cycles without such bodies, where that differs. `+ ?` is a copy whose size only data tells, or a
-loop that only data ends and that counts once."""
+ran on a TPU. The cycles are one core's: v5p's two share a call. Of JAX's kernels the block sizes with the fewest cycles count, of
+those tried. XLA's cycles are the sum of its fusions'; copies that it makes between them are not counted. `MXU` is the share of the
+cycles in which the matrix units are busy, then what the case's products alone would take of them: as long as the cycles at 100%. A
+branch that data decides counts as taken into its body; `least` says the cycles without such bodies, where that differs. `+ ?` is a
+copy whose size only data tells, or a loop that only data ends and that counts once."""
 
 
 def ratio(row, name):
