@@ -184,7 +184,7 @@ def test_decoders_side_by_side(saved):
         "other": dict(block=4, steps=2, model="other"),
     }
     found = []
-    options = dict(prompts=2, length=4, decoders=decoders, repeats=2, report=found.append)
+    options = dict(prompts=2, length=4, decoders=decoders, report=found.append)
     text = "def mul(a, b):\n    return a * b\n\n" * 9
     table = compare.decoding({"teacher": model, "other": model}, [text], **options)
     assert found == table
@@ -196,18 +196,18 @@ def test_decoders_side_by_side(saved):
     for name in ("parse_share", "teacher_bits_per_token", "distinct_share"):
         assert drafts[name] == block[name] == other[name]
     lines = [compare.DECODING_HEAD.splitlines()[0], *map(compare.line, table)]
-    assert len({line.count("|") for line in lines}) == 1 and lines[1].startswith("| one | 4 | 1.0 |")
+    assert len({line.count("|") for line in lines}) == 1 and lines[1].startswith("| one | 4.0 | 1.0 |")
 
 
 @pytest.mark.parametrize("markdown", [False, True])
 def test_evaluate_prints_rows_as_they_come(markdown, command, saved, monkeypatch, tmp_path):
     """In Markdown the rows are the output, without they are progress, and JSON the output."""
     few = {name: compare.DECODERS[name] for name in ("one token at a time", "student-8, 8 passes")}
-    monkeypatch.setattr(compare, "decoding", functools.partial(compare.decoding, decoders=few, length=8, repeats=1))
+    monkeypatch.setattr(compare, "decoding", functools.partial(compare.decoding, decoders=few, length=8))
     monkeypatch.setattr(checkpoint, "find", lambda name: saved)
     status, out, err = command("evaluate", "--decoding", "--prompts", "2", *["--markdown"] * markdown)
     rows = out if markdown else err
-    assert status == 0 and rows.startswith(compare.DECODING_HEAD + "\n| one token at a time | 8 | 1.0 | ")
+    assert status == 0 and rows.startswith(compare.DECODING_HEAD + "\n| one token at a time | 8.0 | 1.0 | ")
     assert len(rows.splitlines()) == 4
     if not markdown:
         assert [row["decoder"] for row in json.loads(out)] == list(few)

@@ -54,11 +54,11 @@ def written(models, name, way, headers, *, length, implementation=None):
     }
 
 
-def decoding(models, texts, *, prompts=64, length=64, repeats=3, decoders=DECODERS, report=None, implementation=None):
+def decoding(models, texts, *, prompts=64, length=64, decoders=DECODERS, report=None, implementation=None):
     """What each of `decoders` takes and gives: a list of dicts, a row each; report(row) is called as they come.
 
-    models: {name: model}; the first decodes where no "model" is named. tokens_per_second: at batch 1, the best of `repeats` runs
-    over the first header; times_first: over the first decoder's. The rest is over all headers together, see `written`.
+    models: {name: model}; the first decodes where no "model" is named. passes and tokens_per_second: the mean over the headers,
+    each at batch 1; times_first: that speed over the first decoder's. The rest: see `written`.
     """
     headers = evaluate.held_out_headers(texts, prompts)
     rows = []
@@ -67,11 +67,12 @@ def decoding(models, texts, *, prompts=64, length=64, repeats=3, decoders=DECODE
         name = way.pop("model", next(iter(models)))
         if "drafter" in way:
             way["drafter"] = models[way["drafter"]][1]
-        made, numbers = written(models, name, way, headers, length=length, implementation=implementation)
+        _, numbers = written(models, name, way, headers, length=length, implementation=implementation)
         options = dict(length=length, exact=True, implementation=implementation, **way)
-        singly = [generate.generate(models[name], headers[:1], **options) for _ in range(repeats)]
-        row = {"decoder": decoder, "passes": singly[0].passes, "tokens_per_pass": round(length / singly[0].passes, 2)}
-        row["tokens_per_second"] = max(run.tokens_per_second for run in singly)
+        singly = [generate.generate(models[name], [header], **options) for header in headers]
+        passes, tokens, seconds = (sum(getattr(made, n) for made in singly) for n in ("passes", "tokens", "seconds"))
+        row = {"decoder": decoder, "passes": round(passes / len(headers), 1), "tokens_per_pass": round(tokens / passes, 2)}
+        row["tokens_per_second"] = tokens / seconds
         row["times_first"] = row["tokens_per_second"] / rows[0]["tokens_per_second"] if rows else 1.0
         rows.append(row | numbers)
         if report:
