@@ -254,7 +254,7 @@ def _info(options):
 
         print(f"instruction set of the CPU kernels: {_cpu.isa()}")
     print(f"model: {sum(x.size for x in params.values()) / 1e6:.1f} million parameters, {config.layers} layers")
-    for name, implementation in generate.implementations(config).items():
+    for name, implementation in generate.implementations(config, every=True).items():
         print(f"{name}: {implementation}")
 
 

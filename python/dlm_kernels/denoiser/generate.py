@@ -204,8 +204,8 @@ def tokens_with(tokenizer, text):
     return [i for i in range(tokenizer.get_vocab_size()) if text in tokenizer.decode([i])]
 
 
-def implementations(config, block=64, length=128, dtype=jnp.float32):
-    """{operation: implementation} that decoding takes on this machine's default device."""
+def implementations(config, block=64, length=128, dtype=jnp.float32, *, every=False):
+    """{operation: implementation} that decoding takes on this machine's default device; with `every` all operations."""
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
     def shaped(*shape, dtype=dtype):
@@ -236,8 +236,23 @@ def implementations(config, block=64, length=128, dtype=jnp.float32):
             dict(mask_id=config.mask_id, num_unmask=1),
         ),
     }
+    if every:
+        hidden, weight = shaped(1, block, config.d_model), shaped(config.vocab, config.d_model)
+        logits = shaped(1, block, config.vocab)
+        tokens, positions = shaped(1, block, dtype=jnp.int32), shaped(1, block)
+        attention, loss = calls["attention"], (dlm_kernels.masked_cross_entropy, (hidden, weight, tokens, positions), {})
+        calls |= {
+            "gradient of attention": (jax.grad(lambda *x, mask: attention[0](*x, mask=mask).sum(), (0, 1, 2)), *attention[1:]),
+            "combine_guidance": (dlm_kernels.combine_guidance, (shaped(2, *logits.shape), shaped(2)), {}),
+            "score_tokens": (dlm_kernels.score_tokens, (logits,), {}),
+            "unmask_step": (dlm_kernels.unmask_step, (logits, tokens), dict(mask_id=config.mask_id, num_unmask=1)),
+            "masked_cross_entropy": loss,
+            "gradient of masked_cross_entropy": (jax.grad(loss[0], (0, 1)), *loss[1:]),
+            "soft_embedding": (dlm_kernels.soft_embedding, (hidden, weight), {}),
+        }
     taken = {}
     for name, (function, arguments, named) in calls.items():
-        (choice,) = dlm_kernels.explain(function, *arguments, **named)
-        taken[name] = choice.implementations.get(platform, choice.implementations["default"])
+        choices = dlm_kernels.explain(function, *arguments, **named)
+        kernels = [choice.implementations.get(platform, choice.implementations["default"]) for choice in choices]
+        taken[name] = ", ".join(dict.fromkeys(kernels))
     return taken
