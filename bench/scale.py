@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import numpy as np
@@ -67,8 +68,8 @@ def devices(case, axes, count):
 
 
 def doublings(most):
-    """1, 2, 4, ... up to `most`."""
-    return [1 << i for i in range(most.bit_length())]
+    """1, 2, 4, ... up to `most`, at most 8: each is a process of its own, and a curve needs no more."""
+    return [n for n in (1, 2, 4, 8) if n <= most]
 
 
 def cases():
@@ -81,5 +82,5 @@ def cases():
     text = end_to_end.case("shipped", 64, 64, 32, 8, batch=8)
     # Heads of attention; rows of hidden states; texts of a batch.
     split = ((heads, (2, 2, 2, 2)), (head, (1, None, 1)), (text, (None, 0, 0)))
-    many = min(8, max(2, len(apart.PROCESSORS or "12"))) if ON_CPU else len(jax.devices())
+    many = max(2, os.cpu_count()) if ON_CPU else len(jax.devices())
     return made + [devices(case, axes, n) for case, axes in split for n in doublings(many)]
