@@ -1,15 +1,17 @@
 """The command, from its arguments to what it prints, on a tiny random model."""
 
+import dataclasses
 import functools
 import json
 import xml.etree.ElementTree
 
+import jax
 import numpy as np
 import pytest
 
 import dlm_kernels
 from dlm_kernels import cli, masks
-from dlm_kernels.denoiser import checkpoint, compare, correct, evaluate, generate, model, plot, view
+from dlm_kernels.denoiser import checkpoint, compare, correct, data, evaluate, generate, model, plot, train, view
 
 SHIPPED = ("teacher", "student-8", "student-2")
 
@@ -271,7 +273,7 @@ def test_the_models_that_come_with_the_package(name):
     folder = checkpoint.SHIPPED if name == "teacher" else checkpoint.find(name)
     files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "MODEL_CARD.md"} == files.keys()
-    assert sum(files.values()) < 13e6  # 40 MB for the three
+    assert sum(path.stat().st_size for path in checkpoint.SHIPPED.rglob("*")) < 40e6
     loaded = checkpoint.load(folder, dtype=np.float32)
     holes = {
         "for i<mask:1> range(10):\n    print(i)\n": " in",
@@ -285,6 +287,20 @@ def test_the_models_that_come_with_the_package(name):
     filled = generate.generate(loaded, list(holes), steps=1).texts
     right = [text == prompt.replace("<mask:1>", word) for text, (prompt, word) in zip(filled, holes.items())]
     assert sum(right) >= 6, filled
+
+
+def test_the_model_for_random_tokens():
+    """It knows better than the teacher what stood where tokens are random, and writes on from a prompt without a mask."""
+    renoise, teacher = (checkpoint.load(where, dtype=np.float32) for where in (checkpoint.find("renoise"), checkpoint.SHIPPED))
+    config, params, tokenizer = renoise
+    assert config == dataclasses.replace(teacher[0], self_conditioning=True)
+    text = next(text for _, text, held_out in data.files() if held_out)
+    rows = np.array(tokenizer.encode(text).ids[:512], np.int32).reshape(8, 64)
+    before = model.init(config, jax.random.key(0)) | teacher[1]
+    loss, teachers = (float(train.uniform_loss(config, p, rows, jax.random.key(1))) for p in (params, before))
+    assert loss < teachers - 0.5
+    made = generate.generate(renoise, ["def f(x):"], length=16, block=16, noise_budget=0.1, exact=True)
+    assert made.tokens == 16 and not (made.decoded.tokens == config.mask_id).any()
 
 
 def test_the_model_corrects_what_python_cannot_mean():

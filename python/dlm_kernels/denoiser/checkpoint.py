@@ -15,12 +15,12 @@ from dlm_kernels.denoiser import model, pretrained
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 SHIPPED = pathlib.Path(__file__).parent / "weights"
+BESIDE = ("student-8", "student-2", "renoise")  # each in a folder of its name there
 
 
 def find(name):
-    """The directory of a model: that of a student which comes with the package, "student-8" or "student-2", or a path."""
-    shipped = SHIPPED / str(name)
-    return shipped if str(name).startswith("student-") and shipped.is_dir() else pathlib.Path(name)
+    """The directory of a model: that of one of BESIDE, which come with the package, or a path."""
+    return SHIPPED / name if name in BESIDE else pathlib.Path(name)
 
 
 def save(directory, config, params, tokenizer, *, dtype=jnp.bfloat16):
