@@ -36,6 +36,7 @@ def case(name, rows, d, v, dtype, guided=False, **options):
         contenders["torch in float32"] = peers.torch_peer(
             peers.no_grad(_torch_head), lambda *arrays: tuple(x.float() for x in arrays)
         )
+        contenders[f"jnp, {dtype} logits"] = Contender(jax.jit(_jnp_head))
     size = jnp.dtype(dtype).itemsize
     return Case(
         "lm_head",
@@ -67,6 +68,15 @@ def _torch_head(*arrays):
         unconditional = arrays[1] @ arrays[-1].T
         logits = unconditional + SCALE * (logits - unconditional)
     return peers.statistics(logits)
+
+
+def _jnp_head(hidden, weight):
+    """What one writes first: the product has its operands' dtype, where "jnp" asks XLA for float32."""
+    logits = (hidden @ weight.T).astype(jnp.float32)
+    log_p = jax.nn.log_softmax(logits)
+    p = jnp.exp(log_p)
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    return logits.argmax(-1).astype(jnp.int32), p.max(-1), -(p * log_p).sum(-1), logsumexp
 
 
 def _oracle(step, *arrays):

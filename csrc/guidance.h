@@ -9,8 +9,7 @@ namespace {
 // unconditional + scale * (conditional - unconditional); -inf where either is -inf, which the arithmetic would turn into NaN.
 inline F mix(F conditional, F unconditional, float scale) {
   const F mixed = unconditional + scale * (conditional - unconditional);
-  const I forbidden = (conditional == -kInfinity) | (unconditional == -kInfinity);
-  return select(forbidden, splat(-kInfinity), mixed);
+  return min(conditional, unconditional) == -kInfinity ? splat(-kInfinity) : mixed;
 }
 
 }  // namespace

@@ -49,7 +49,9 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
           const RowScorer scorer(args.scoring, row, args.v, floors[row]);
           if (args.round_logits) round_logits(args.logits_dtype, row_logits, n);
           finish_logits(args.scoring, scorer, banned, row_logits, n, column);
-          scorer.take(partial[row * parts + part], row_logits, n, column);
+          Statistics& statistics = partial[row * parts + part];
+          scorer.take(statistics, Plain{row_logits}, n, column);
+          if (scorer.may_win(statistics.greatest)) scorer.sample(statistics, Plain{row_logits}, n, column);
         }
       });
     }

@@ -11,30 +11,40 @@ constexpr float kMostNoise = 15.95f;  // no draw exceeds -log(-log(1 - 2^-23)) =
 
 inline U rotate(U x, int by) { return (x << by) | (x >> (32 - by)); }
 
-// Both words of threefry2x32 of the counter (high, low) under key, xored.
-inline U threefry_bits(const uint32_t* key, U high, U low) {
-  constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+// Both words of threefry2x32 of each of N vectors of counters (high, low) under key, xored into low.
+template <int N>
+inline void threefry_bits(const uint32_t* key, const U* high, U* low) {
+  constexpr uint32_t kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
   const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDAu};
-  U a = high + keys[0], b = low + keys[1];
+  U a[N], b[N];
+#define DLM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
+  DLM_EACH a[i] = high[i] + keys[0];
+  DLM_EACH b[i] = low[i] + keys[1];
 #pragma GCC unroll 5
   for (uint32_t group = 0; group < 5; ++group) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      a += b;
-      b = rotate(b, kRotations[group % 2][i]) ^ a;
+    for (int round = 0; round < 4; ++round) {
+      DLM_EACH a[i] += b[i];
+      DLM_EACH b[i] = rotate(b[i], kRotations[group % 2][round]) ^ a[i];
     }
-    a += keys[(group + 1) % 3];
-    b += keys[(group + 2) % 3] + group + 1;
+    DLM_EACH a[i] += keys[(group + 1) % 3];
+    DLM_EACH b[i] += keys[(group + 2) % 3] + group + 1;
   }
-  return a ^ b;
+  DLM_EACH low[i] = a[i] ^ b[i];
+#undef DLM_EACH
 }
 
 // A uniform number in [1, 2) of each counter + offset, offsets below 2^32, from which jax.random.gumbel makes its draw.
-inline F draw_uniform(const uint32_t* key, uint64_t counter, U offset) {
-  const U low = offset + (uint32_t)counter;
-  // A lane whose low word wrapped around belongs to the next high word; a true comparison is -1.
-  const U high = (uint32_t)(counter >> 32) - (U)(low < offset);
-  return as_float((threefry_bits(key, high, low) >> 9) | 0x3F800000u);
+template <int N>
+inline void draw_uniform(const uint32_t* key, uint64_t counter, const U* offset, F* uniform) {
+  U low[N], high[N];
+  for (int i = 0; i < N; ++i) {
+    low[i] = offset[i] + (uint32_t)counter;
+    // A lane whose low word wrapped around belongs to the next high word; a true comparison is -1.
+    high[i] = (uint32_t)(counter >> 32) - (U)(low[i] < offset[i]);
+  }
+  threefry_bits<N>(key, high, low);
+  for (int i = 0; i < N; ++i) uniform[i] = as_float((low[i] >> 9) | 0x3F800000u);
 }
 
 inline F gumbel(F uniform) { return -log(-log(uniform - 1.0f + 0x1p-126f)); }

@@ -52,20 +52,34 @@ struct Statistics {
   }
 };
 
-constexpr int64_t kChunk = 1024;  // the most columns to take at once: they stay in first-level cache from one loop to the next
+constexpr int64_t kChunk = 2048;  // the most columns to take at once: they stay in first-level cache if they are read again
 
-// The logits that come next, to be fetched while the exponentials leave the memory idle.
-struct Ahead {
-  const char* streams[2] = {};  // null: none
-  int64_t size = 0;             // bytes of a logit
+// Logits that lie ready in cache. What takes logits asks its source for them a vector at a time.
+struct Plain {
+  const float* logits;
 
-  // Fetches the logits from j on, n of them.
-  void fetch(int64_t j, int64_t n) const {
-    for (const char* stream : streams)
-      if (stream != nullptr)
-        for (int64_t byte = j * size; byte < (j + n) * size; byte += 64) __builtin_prefetch(stream + byte);
-  }
+  // Columns j ... of those at hand, and the first n of them, -inf behind.
+  F at(int64_t j) const { return load(logits + j); }
+  F first(int64_t j, int64_t n) const { return load_first(logits + j, n, -kInfinity); }
+  // Columns [j, j + 2 * kLanes), in any order.
+  void pair(int64_t j, F* x) const { load_pair(logits + j, x); }
+  // Is told when columns [j, j + n) are read for the first time.
+  void read(int64_t, int64_t) const {}
 };
+
+// Columns j ... of n, -inf behind the last.
+template <typename Logits>
+inline F vector(const Logits& logits, int64_t j, int64_t n) {
+  return j + kLanes <= n ? logits.at(j) : logits.first(j, std::max<int64_t>(n - j, 0));
+}
+
+// Calls body(j, x) for each vector x of columns j ... of n, -inf behind the last.
+template <typename Logits, typename Body>
+inline void for_vectors(const Logits& logits, int64_t n, Body&& body) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) body(j, logits.at(j));
+  if (j < n) body(j, logits.first(j, n - j));
+}
 
 // What one row asks of its columns.
 class RowScorer {
@@ -88,48 +102,113 @@ class RowScorer {
   // By which the caller divides logits before they come here: the temperature where the distribution is a tempered one.
   float logit_divisor() const { return logit_divisor_; }
 
-  // Adds columns [column, column + n) of the row, n <= kChunk. logits holds -inf from n up to the next multiple of kLanes.
-  void take(Statistics& row, const float* logits, int64_t n, int64_t column, const Ahead& ahead = {}) const {
+  // Adds columns [column, column + n) of the row, n <= kChunk.
+  template <typename Logits>
+  void take(Statistics& row, const Logits& logits, int64_t n, int64_t column) const {
     const float before = row.greatest;
-    const float greatest = greatest_of(logits, n);
+    float base = before == -kInfinity ? some_of(logits, n) : before, greatest = before;
+    Sums sums = add(logits, n, base);
     int64_t at = 0;
-    if (greatest > before) {
-      at = find(logits, greatest);
+    if (any(sums.best > before)) {
+      greatest = max_lane(max(sums.best, splat(before)));  // a NaN must not win
+      at = find(logits, n, greatest);
       row.token = (int32_t)(column + at);
     }
     if (margin_) row.second = second_of(logits, n, before, row.second);
-    if (greatest > before) row.rebase(greatest);
-    add(row, logits, n, ahead);
-    if (samples_) sample(row, logits, n, column, at / kLanes * kLanes, greatest);
+    if (greatest > base + kNear) sums = add(logits, n, base = greatest);
+    row.rebase(base);
+    row.total += sum(sums.total);
+    row.weighted += sum(sums.weighted);
+    row.rebase(greatest);
+    if (key_ != nullptr && greatest > before) reach(greatest, column + at);
+  }
+
+  // Whether sample() may find a greater score among columns whose greatest logit this is.
+  bool may_win(float greatest) const { return samples_ && (noise_ != nullptr || greatest >= least_to_win(floor())); }
+
+  // Adds the scores with noise of columns [column, column + n), n <= kChunk, whose logits take() has seen. Noise of our own is made
+  // only for logits that may win with the greatest there is, closed up into whole vectors; what is left out changes no result.
+  template <typename Logits>
+  void sample(Statistics& row, const Logits& logits, int64_t n, int64_t column) const {
+    if (noise_ != nullptr) {
+      for_vectors(logits, n, [&](int64_t j, F x) {
+        const F noise = n - j >= kLanes ? load(noise_ + column + j) : load_first(noise_ + column + j, n - j, 0.0f);
+        take_scores(row, x, noise, offsets(j), column);
+      });
+      return;
+    }
+    const float to_beat = floor(), bar = least_to_win(to_beat);
+    alignas(64) float kept[kChunk + kTogether * kLanes];
+    alignas(64) uint32_t kept_offsets[kChunk + kTogether * kLanes];
+    int64_t count = 0;
+    for (int64_t j = 0; j < n; j += kTogether * kLanes) {
+      F x[kTogether], least = splat(kInfinity), most = splat(-kInfinity);
+      U offset[kTogether];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        x[i] = vector(logits, j + i * kLanes, n);
+        offset[i] = offsets(j + i * kLanes);
+        least = min(least, x[i]);
+        most = max(most, x[i]);
+      }
+      if (!any(most >= bar)) continue;
+      if (!any(least < bar)) {
+        draw(row, x, offset, column, to_beat);
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) count += store_at_least(bar, x[i], offset[i], kept + count, kept_offsets + count);
+    }
+    for (int i = 0; i < kTogether; ++i) store(kept + count + i * kLanes, splat(-kInfinity));
+    for (int64_t j = 0; j < count; j += kTogether * kLanes) {
+      F x[kTogether];
+      U offset[kTogether];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        x[i] = load(kept + j + i * kLanes);
+        offset[i] = load(kept_offsets + j + i * kLanes);
+      }
+      draw(row, x, offset, column, to_beat);
+    }
+    raise(row.sampled_score);
   }
 
  private:
-  static float greatest_of(const float* logits, int64_t n) {
-    F best[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
-    int64_t j = 0;
-    for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) best[i] = max(best[i], load(logits + j + i * kLanes));
-    for (; j < n; j += kLanes) best[0] = max(best[0], load(logits + j));
-    return max_lane(max(max(best[0], best[1]), max(best[2], best[3])));
+  // The exponentials of a chunk are taken relative to the greatest logit before it, and taken again where the chunk has a greater
+  // one, unless by this little. So one that outweighs all others is e^0, which is exact.
+  static constexpr float kNear = 4;
+
+  // The greatest of the first few logits: nearer to the greatest of all than nothing.
+  template <typename Logits>
+  static float some_of(const Logits& logits, int64_t n) {
+    F best = splat(-kInfinity);
+    for_vectors(logits, std::min<int64_t>(n, 256), [&](int64_t, F x) { best = max(best, x); });
+    return max_lane(max(best, splat(-kInfinity)));
   }
 
+  struct Sums {
+    F total = {}, weighted = {}, best = splat(-kInfinity);
+  };
+
   // The first column of the value, which is among them.
-  static int64_t find(const float* logits, float value) {
+  template <typename Logits>
+  static int64_t find(const Logits& logits, int64_t n, float value) {
     int64_t j = 0;
-    while (!any(load(logits + j) == value)) j += kLanes;
-    while (logits[j] != value) ++j;
-    return j;
+    while (j + kLanes <= n && !any(logits.at(j) == value)) j += kLanes;
+    const F x = vector(logits, j, n);
+    int lane = 0;
+    while (x[lane] != value) ++lane;
+    return j + lane;
   }
 
   // The second greatest of all columns so far, given the first two before these.
-  static float second_of(const float* logits, int64_t n, float first, float second) {
+  template <typename Logits>
+  static float second_of(const Logits& logits, int64_t n, float first, float second) {
     F most = splat(-kInfinity), next = splat(-kInfinity);
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const F x = load(logits + j);
+    for_vectors(logits, n, [&](int64_t, F x) {
       next = max(next, min(most, x));
       most = max(most, x);
-    }
+    });
     for (int i = 0; i < 2 * kLanes; ++i) {
       const float x = i < kLanes ? most[i] : next[i - kLanes];
       second = std::max(second, std::min(first, x));
@@ -139,70 +218,51 @@ class RowScorer {
   }
 
   template <int N>
-  static void add_vectors(const float* logits, float base, F* totals, F* weighteds) {
+  static void add_vectors(const F* x, float base, Sums* sums) {
     F distance[N], p[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) p[i] = distance[i] = max(splat(kLeastExponent), load(logits + i * kLanes) - base);
+    for (int i = 0; i < N; ++i) p[i] = distance[i] = max(splat(kLeastExponent), x[i] - base);
     exp_bounded<N>(p);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      totals[i] += p[i];
-      weighteds[i] += distance[i] * p[i];
+      sums[i % 2].total += p[i];
+      sums[i % 2].weighted += distance[i] * p[i];
+      sums[i % 2].best = max(sums[i % 2].best, x[i]);
     }
   }
 
-  static void add(Statistics& row, const float* logits, int64_t n, const Ahead& ahead) {
+  template <typename Logits>
+  static Sums add(const Logits& logits, int64_t n, float base) {
     // A row that has seen only -inf: -inf - -inf would be NaN.
-    const float base = row.greatest == -kInfinity ? 0.0f : row.greatest;
-    constexpr int kEach = 4;
-    F totals[kEach] = {}, weighteds[kEach] = {};
+    if (base == -kInfinity) base = 0;
+    Sums sums[2];
     int64_t j = 0;
-    for (; j + kEach * kLanes <= n; j += kEach * kLanes) {
-      ahead.fetch(j, kEach * kLanes);
-      add_vectors<kEach>(logits + j, base, totals, weighteds);
+    for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+      F x[2];
+      logits.pair(j, x);
+      logits.read(j, 2 * kLanes);
+      add_vectors<2>(x, base, sums);
     }
-    for (; j < n; j += kLanes) add_vectors<1>(logits + j, base, totals, weighteds);
-    const F total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
-    const F weighted = (weighteds[0] + weighteds[1]) + (weighteds[2] + weighteds[3]);
-    row.total += sum(total);
-    row.weighted += sum(weighted);
+    for (; j < n; j += kLanes) {
+      const F x = vector(logits, j, n);
+      add_vectors<1>(&x, base, sums);
+    }
+    return {sums[0].total + sums[1].total, sums[0].weighted + sums[1].weighted, max(sums[0].best, sums[1].best)};
   }
 
-  // Adds the scores with noise. Noise of our own is made only for logits that may win with the greatest there is, closed up into
-  // whole vectors; what is left out changes no result. `hint` is the first column of the vector that holds the greatest logit.
-  void sample(Statistics& row, const float* logits, int64_t n, int64_t column, int64_t hint, float greatest) const {
-    if (noise_ != nullptr) {
-      for (int64_t j = 0; j < n; j += kLanes) {
-        const F noise = n - j >= kLanes ? load(noise_ + column + j) : load_first(noise_ + column + j, n - j, 0.0f);
-        take_scores(row, load(logits + j), noise, offsets(j), n - j, column);
-      }
-      return;
+  float floor() const { return floor_.load(std::memory_order_relaxed); }
+
+  void raise(float score) const {
+    float known = floor();
+    while (score > known && !floor_.compare_exchange_weak(known, score, std::memory_order_relaxed)) {
     }
-    float to_beat = std::max(row.sampled_score, floor_.load(std::memory_order_relaxed));
-    if (!(greatest >= least_to_win(to_beat))) return;
-    if (to_beat == -kInfinity) {
-      // Drawn first, the greatest logit lets most of the others be left out. Only its score counts: a column before it may tie.
-      Statistics first = row;
-      draw(first, load(logits + hint), offsets(hint), n - hint, column, to_beat);
-      to_beat = first.sampled_score;
-    }
-    const float bar = least_to_win(to_beat);
-    alignas(64) float kept[kChunk + kLanes];
-    alignas(64) uint32_t kept_offsets[kChunk + kLanes];
-    int64_t count = 0;
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const F x = load(logits + j);
-      const I may_win = x >= bar;
-      if (!any(may_win)) continue;
-      store_set(kept_offsets + count, may_win, offsets(j));
-      count += store_set(kept + count, may_win, x);
-    }
-    store(kept + count, splat(-kInfinity));
-    for (int64_t j = 0; j < count; j += kLanes)
-      draw(row, load(kept + j), load(kept_offsets + j), count - j, column, to_beat);
-    float known = floor_.load(std::memory_order_relaxed);
-    while (row.sampled_score > known && !floor_.compare_exchange_weak(known, row.sampled_score, std::memory_order_relaxed)) {
-    }
+  }
+
+  // Raises the floor to the score of one column.
+  void reach(float logit, int64_t column) const {
+    F uniform;
+    draw_uniform<1>(key_, counter_ + (uint64_t)column, &kNoOffset, &uniform);
+    raise((splat(logit) / sample_divisor_ + gumbel(uniform))[0]);
   }
 
   static U offsets(int64_t first) {
@@ -217,27 +277,36 @@ class RowScorer {
     return (to_beat - kMostNoise - 1e-6f * std::fabs(to_beat)) * sample_divisor_;
   }
 
-  // Scores the first n lanes with noise of our own; x holds the logits of columns column + offset, ascending. to_beat: a score
-  // that some column of the row is known to reach.
-  void draw(Statistics& row, F x, U offset, int64_t n, int64_t column, float to_beat) const {
-    const F uniform = draw_uniform(key_, counter_ + (uint64_t)column, offset);
+  // Scores logits x of columns column + offset with noise of our own. to_beat: a score that some column of the row is known to
+  // reach.
+  void draw(Statistics& row, const F* x, const U* offset, int64_t column, float to_beat) const {
+    F uniform[kTogether];
+    draw_uniform<kTogether>(key_, counter_ + (uint64_t)column, offset, uniform);
     // Both logarithms only where they may decide; the last term outweighs the rounding of x / divisor.
     to_beat = std::max(to_beat, row.sampled_score);
-    const F most = x * (1.0f / sample_divisor_) + most_gumbel(uniform);
-    if (any(most >= to_beat - 1e-6f * std::fabs(to_beat))) take_scores(row, x, gumbel(uniform), offset, n, column);
+    to_beat -= 1e-6f * std::fabs(to_beat);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i)
+      if (any(x[i] * (1.0f / sample_divisor_) + most_gumbel(uniform[i]) >= to_beat))
+        take_scores(row, x[i], gumbel(uniform[i]), offset[i], column);
   }
 
-  // Scores the first n lanes: x and noise of columns column + offset, ascending.
-  void take_scores(Statistics& row, F x, F noise, U offset, int64_t n, int64_t column) const {
+  // x and noise of columns column + offset.
+  void take_scores(Statistics& row, F x, F noise, U offset, int64_t column) const {
     const F score = x / sample_divisor_ + noise;
-    if (!any(score > row.sampled_score)) return;
-    for (int i = 0; i < std::min<int64_t>(kLanes, n); ++i) {
-      if (!(score[i] > row.sampled_score)) continue;
-      row.sampled = (int32_t)(column + offset[i]);
+    if (!any(score >= row.sampled_score)) return;
+    for (int i = 0; i < kLanes; ++i) {
+      const int32_t at = (int32_t)(column + offset[i]);
+      // Columns come out of order.
+      if (!(score[i] > row.sampled_score || (score[i] == row.sampled_score && at < row.sampled))) continue;
+      row.sampled = at;
       row.sampled_score = score[i];
       row.sampled_logit = x[i];
     }
   }
+
+  static constexpr int kTogether = 4;  // vectors of noise in turn: one alone waits for itself at every step
+  static constexpr U kNoOffset = {};
 
   bool margin_, samples_;
   float logit_divisor_ = 1, sample_divisor_ = 1;

@@ -68,6 +68,7 @@ inline F min(F a, F b) {
 inline F load(const float* p) { return *(const FLoad*)p; }
 inline void store(float* p, F x) { *(FLoad*)p = x; }
 inline U load(const uint32_t* p) { return (U) * (const ILoad*)p; }
+inline void store(uint32_t* p, U x) { *(ILoad*)p = (I)x; }
 
 inline F load(const BFloat16* p) {
   const H16 bits = *(const H16Load*)p;
@@ -84,6 +85,19 @@ inline F load(const Float16* p) {
   for (int i = 0; i < kLanes; ++i) out[i] = to_float(p[i]);
   return out;
 #endif
+}
+
+// Two vectors' worth from p, in any order: that of bfloat16 which takes the fewest instructions is not theirs in memory.
+template <typename T>
+inline void load_pair(const T* p, F* x) {
+  x[0] = load(p);
+  x[1] = load(p + kLanes);
+}
+
+inline void load_pair(const BFloat16* p, F* x) {
+  const U both = *(const ULoad*)p;
+  x[0] = as_float(both << 16);
+  x[1] = as_float(both & 0xFFFF0000u);
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
@@ -152,36 +166,42 @@ inline bool any(I mask) {
 #endif
 }
 
-// Stores the lanes of x that the mask sets, closed up, and returns how many; writes a whole vector.
-template <typename Vector, typename Lane>
-inline int64_t store_set(Lane* p, I mask, Vector x) {
+// Stores the lanes of x that are at least `least`, and those of y beside them, closed up; returns how many. Writes whole vectors.
+inline int64_t store_at_least(float least, F x, U y, float* xs, uint32_t* ys) {
 #if defined(__AVX512F__)
-  const __mmask16 set = _mm512_movepi32_mask((__m512i)mask);
-  *(ILoad*)p = (I)_mm512_maskz_compress_epi32(set, (__m512i)x);
+  // Closed up in registers: into memory the instruction takes a hundred cycles on some processors.
+  const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(least), _CMP_GE_OQ);
+  store(xs, (F)_mm512_maskz_compress_ps(set, (__m512)x));
+  store(ys, (U)_mm512_maskz_compress_epi32(set, (__m512i)y));
   return __builtin_popcount(set);
 #else
   int64_t n = 0;
   for (int i = 0; i < kLanes; ++i) {
-    p[n] = x[i];
-    n -= mask[i];  // which is -1 where set
+    xs[n] = x[i];
+    ys[n] = y[i];
+    n += x[i] >= least;
   }
   return n;
 #endif
 }
 
+// join(join(lane 0, lane n / 2), ...) and so on. Halving keeps one order for every width, and rounds less than a running sum.
+template <int Lanes = kLanes, typename Join>
+inline float fold(F x, Join&& join) {
+  if constexpr (Lanes > 1) {
+    I from;
+    for (int i = 0; i < kLanes; ++i) from[i] = i ^ Lanes / 2;
+    return fold<Lanes / 2>(join(x, __builtin_shuffle(x, from)), join);
+  }
+  return x[0];
+}
+
 inline float sum(F x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  // Halving keeps one order for every width, and rounds less than a running sum.
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  return lanes[0];
+  return fold(x, [](F a, F b) { return a + b; });
 }
 
 inline float max_lane(F x) {
-  float best = x[0];
-  for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  return fold(x, [](F a, F b) { return max(a, b); });
 }
 
 // Where it stands is 0 in float32 already; a product with -inf would be NaN.

@@ -14,49 +14,55 @@ namespace {
 constexpr int64_t kPiece = tiles::kScorePiece;  // columns that one Statistics adds up; of V alone, so that a row's sums do not depend on its batch
 constexpr int64_t kTiles = 64;     // about as many to share out, or more
 
-// A row's logits as they lie in memory: one stream, or two to be mixed.
+// Logits as they lie in memory, to be read by RowScorer.
 template <typename T>
-struct Row {
-  Row(const ScoreArgs& args, int64_t row) : logits(static_cast<const T*>(args.logits) + row * args.v) {
-    if (args.unconditional == nullptr || args.guidance_scale[row] == 1) return;
-    scale = args.guidance_scale[row];
-    const T* other = static_cast<const T*>(args.unconditional) + row * args.v;
-    // A stream of weight zero is not read: it may hold -inf or NaN.
-    (scale == 0 ? logits : unconditional) = other;
-  }
-
-  Ahead ahead(int64_t column) const {
-    return {{(const char*)(logits + column), unconditional == nullptr ? nullptr : (const char*)(unconditional + column)}, sizeof(T)};
-  }
-
+struct Stream {
   const T* logits;
-  const T* unconditional = nullptr;
-  float scale = 1;
+
+  Stream from(int64_t column) const { return {logits + column}; }
+  F at(int64_t j) const { return load(logits + j); }
+  F first(int64_t j, int64_t n) const { return load_first(logits + j, n, -kInfinity); }
+  void pair(int64_t j, F* x) const { load_pair(logits + j, x); }
+  // Processors fetch ahead on their own, but not past the end of a page: the first lines of the next one are asked for here.
+  void read(int64_t j, int64_t n) const {
+    constexpr int64_t kPage = 4096, kLine = 64;
+    const char* next = (const char*)(logits + j) + kPage;
+    if ((uintptr_t)next % kPage >= n * sizeof(T)) return;
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(next + line * kLine);
+  }
 };
 
-// Logits of columns [column, column + n), mixed, capped, divided and banned; in `buffer`, or where they lie if nothing is to be
-// done to them.
+// Two streams, mixed as they are read.
 template <typename T>
-const float* prepare(const Row<T>& row, const Scoring& scoring, const RowScorer& scorer, const Banned& banned, int64_t column,
-                     int64_t n, float* buffer) {
-  const T* logits = row.logits + column;
-  if constexpr (std::is_same_v<T, float>) {
-    if (row.unconditional == nullptr && scoring.soft_cap == 0 && scorer.logit_divisor() == 1 && n % kLanes == 0 &&
-        !banned.any_in(column, n))
-      return logits;
+struct Mixed {
+  Stream<T> conditional, unconditional;
+  float scale;
+
+  Mixed from(int64_t column) const { return {conditional.from(column), unconditional.from(column), scale}; }
+  F at(int64_t j) const { return mix(conditional.at(j), unconditional.at(j), scale); }
+  F first(int64_t j, int64_t n) const { return mix(conditional.first(j, n), unconditional.first(j, n), scale); }
+  void pair(int64_t j, F* x) const {
+    F other[2];
+    conditional.pair(j, x);
+    unconditional.pair(j, other);
+    for (int i = 0; i < 2; ++i) x[i] = mix(x[i], other[i], scale);
   }
-  const int64_t whole = n / kLanes * kLanes;
-  if (row.unconditional == nullptr) {
-    for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, load(logits + j));
-    if (whole < n) store(buffer + whole, load_first(logits + whole, n - whole, 0.0f));
-  } else {
-    const T* other = row.unconditional + column;
-    for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, mix(load(logits + j), load(other + j), row.scale));
-    if (whole < n)
-      store(buffer + whole, mix(load_first(logits + whole, n - whole, 0.0f), load_first(other + whole, n - whole, 0.0f), row.scale));
+  void read(int64_t j, int64_t n) const {
+    conditional.read(j, n);
+    unconditional.read(j, n);
   }
-  finish_logits(scoring, scorer, banned, buffer, n, column);
-  return buffer;
+};
+
+// Calls use(logits) with the row's logits.
+template <typename T, typename Use>
+void with_row(const ScoreArgs& args, int64_t row, Use&& use) {
+  const Stream<T> logits{static_cast<const T*>(args.logits) + row * args.v};
+  if (args.unconditional == nullptr) return use(logits);
+  const Stream<T> other{static_cast<const T*>(args.unconditional) + row * args.v};
+  const float scale = args.guidance_scale[row];
+  // A stream of weight zero is not read: it may hold -inf or NaN.
+  if (scale == 0 || scale == 1) return use(scale == 0 ? other : logits);
+  use(Mixed<T>{logits, other, scale});
 }
 
 template <typename T>
@@ -72,18 +78,35 @@ void score_rows(const ScoreArgs& args, const Parallel& parallel) {
     const int64_t row = index / tiles, first = index % tiles * run, stop = std::min(pieces, first + run);
     if (!is_active(args.scoring, row)) return;
     const RowScorer scorer(args.scoring, row, args.v, floors[row]);
-    const Row<T> logits(args, row);
     alignas(64) float buffer[kChunk];
-    for (int64_t piece = first; piece < stop; ++piece) {
-      Statistics statistics;
-      const int64_t end = std::min(args.v, (piece + 1) * kPiece);
-      for (int64_t column = piece * kPiece; column < end; column += kChunk) {
-        const int64_t n = std::min(kChunk, end - column);
-        scorer.take(statistics, prepare(logits, args.scoring, scorer, banned, column, n, buffer), n, column,
-                    logits.ahead(column + n));
+    with_row<T>(args, row, [&](const auto& logits) {
+      // Calls use(logits, n, column) for each chunk of a piece.
+      const auto for_chunks = [&](int64_t piece, auto&& use) {
+        const int64_t end = std::min(args.v, (piece + 1) * kPiece);
+        for (int64_t column = piece * kPiece; column < end; column += kChunk) {
+          const int64_t n = std::min(kChunk, end - column);
+          const auto chunk = logits.from(column);
+          if (args.scoring.soft_cap == 0 && scorer.logit_divisor() == 1 && !banned.any_in(column, n)) {
+            use(chunk, n, column);
+          } else {
+            for_vectors(chunk, n, [&](int64_t j, F x) { store(buffer + j, x); });
+            finish_logits(args.scoring, scorer, banned, buffer, n, column);
+            use(Plain{buffer}, n, column);
+          }
+        }
+      };
+      for (int64_t piece = first; piece < stop; ++piece) {
+        Statistics statistics;
+        for_chunks(piece, [&](const auto& chunk, int64_t n, int64_t column) { scorer.take(statistics, chunk, n, column); });
+        partial[row * pieces + piece] = statistics;
       }
-      partial[row * pieces + piece] = statistics;
-    }
+      // Only then, for knowing the greatest logits spares the noise of most others; the row still lies in second-level cache.
+      for (int64_t piece = first; piece < stop; ++piece) {
+        Statistics& statistics = partial[row * pieces + piece];
+        if (!scorer.may_win(statistics.greatest)) continue;
+        for_chunks(piece, [&](const auto& chunk, int64_t n, int64_t column) { scorer.sample(statistics, chunk, n, column); });
+      }
+    });
   });
   merge_parts(args.scoring, args.r, pieces, partial, parallel);
 }
