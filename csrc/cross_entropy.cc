@@ -75,7 +75,15 @@ struct CrossEntropy {
     F best = splat(-kInfinity), total = F{};
     for (int64_t j = 0; j < n; j += kLanes) best = max(best, load(row + j));
     const float greatest = max_lane(best);
-    for (int64_t j = 0; j < n; j += kLanes) total += exp(load(row + j) - greatest);
+    constexpr int kEach = 4;
+    int64_t j = 0;
+    for (; j + kEach * kLanes <= n; j += kEach * kLanes) {
+      F p[kEach];
+      for (int i = 0; i < kEach; ++i) p[i] = load(row + j + i * kLanes) - greatest;
+      exp_each<kEach>(p);
+      for (int i = 0; i < kEach; ++i) total += p[i];
+    }
+    for (; j < n; j += kLanes) total += exp(load(row + j) - greatest);
     return {greatest, sum(total)};
   }
 

@@ -62,7 +62,10 @@ struct Plain {
   F at(int64_t j) const { return load(logits + j); }
   F first(int64_t j, int64_t n) const { return load_first(logits + j, n, -kInfinity); }
   // Columns [j, j + 2 * kLanes), in any order.
-  void pair(int64_t j, F* x) const { load_pair(logits + j, x); }
+  void pair(int64_t j, F* x) const {
+    x[0] = load_half<0>(logits + j);
+    x[1] = load_half<1>(logits + j);
+  }
   // Is told when columns [j, j + n) are read for the first time.
   void read(int64_t, int64_t) const {}
 };

@@ -87,26 +87,26 @@ inline F load(const Float16* p) {
 #endif
 }
 
-// Two vectors' worth from p, in any order: that of bfloat16 which takes the fewest instructions is not theirs in memory.
-template <typename T>
-inline void load_pair(const T* p, F* x) {
-  x[0] = load(p);
-  x[1] = load(p + kLanes);
+// Two vectors' worth of p in two halves. Which values a half has is for store_halves to know: of bfloat16, the even and the odd
+// ones take fewer instructions than the first and the last.
+template <int Half, typename T>
+inline F load_half(const T* p) {
+  return load(p + Half * kLanes);
 }
 
-inline void load_pair(const BFloat16* p, F* x) {
+template <int Half>
+inline F load_half(const BFloat16* p) {
   const U both = *(const ULoad*)p;
-  x[0] = as_float(both << 16);
-  x[1] = as_float(both & 0xFFFF0000u);
+  return as_float(Half == 0 ? both << 16 : both & 0xFFFF0000u);
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
-inline void store(BFloat16* p, F x) {
+// x as bfloat16 in the upper half of each lane, something in the lower. Rounds to nearest, ties to even; NaN stays NaN.
+inline U round_to_bfloat16(F x) {
   const U bits = as_bits(x);
-  const U rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  const U quiet = U{} + 0x7FC0u;
-  *(H16Load*)p = __builtin_convertvector((U)select(x != x, as_float(quiet), as_float(rounded)), H16);
+  return (U)select(x != x, as_float(U{} + 0x7FC00000u), as_float(bits + 0x7FFFu + (bits >> 16 & 1u)));
 }
+
+inline void store(BFloat16* p, F x) { *(H16Load*)p = __builtin_convertvector(round_to_bfloat16(x) >> 16, H16); }
 
 inline void store(Float16* p, F x) {
 #if defined(__AVX512F__)
@@ -132,6 +132,18 @@ inline void store_past_caches(T* p, F x) {
   if constexpr (sizeof(lanes) == 16) return _mm_stream_si128((__m128i*)p, *(const __m128i*)lanes);
 #endif
   std::memcpy(p, lanes, sizeof(lanes));
+}
+
+// The same for two vectors' worth, from the halves that load_half made.
+template <typename T>
+inline void store_halves_past_caches(T* p, F first, F second) {
+  store_past_caches(p, first);
+  store_past_caches(p + kLanes, second);
+}
+
+inline void store_halves_past_caches(BFloat16* p, F even, F odd) {
+  const U both = round_to_bfloat16(even) >> 16 | (round_to_bfloat16(odd) & 0xFFFF0000u);
+  store_past_caches(reinterpret_cast<float*>(p), as_float(both));
 }
 
 inline void finish_stores_past_caches() {

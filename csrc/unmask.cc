@@ -22,7 +22,10 @@ struct Stream {
   Stream from(int64_t column) const { return {logits + column}; }
   F at(int64_t j) const { return load(logits + j); }
   F first(int64_t j, int64_t n) const { return load_first(logits + j, n, -kInfinity); }
-  void pair(int64_t j, F* x) const { load_pair(logits + j, x); }
+  void pair(int64_t j, F* x) const {
+    x[0] = load_half<0>(logits + j);
+    x[1] = load_half<1>(logits + j);
+  }
   // Processors fetch ahead on their own, but not past the end of a page: the first lines of the next one are asked for here.
   void read(int64_t j, int64_t n) const {
     constexpr int64_t kPage = 4096, kLine = 64;
