@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "gemm.h"
 
@@ -39,28 +40,36 @@ inline void store_elements(E* p, F bits) {
   store(reinterpret_cast<float*>(p), bits);
 }
 
-template <int Distance>
-inline void exchange(F* rows) {
-  I low, high;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    low[lane] = lane & Distance ? kLanes + lane - Distance : lane;
-    high[lane] = lane & Distance ? kLanes + lane : lane + Distance;
-  }
+// Lanes of (a, b) by index: GCC before 12 has one builtin for it, Clang the other.
+template <int... Lane>
+inline F shuffle(F a, F b, std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  return __builtin_shuffle(a, b, I{Lane...});
+#endif
+}
+
+template <int Distance, int... Lane>
+inline void exchange(F* rows, std::integer_sequence<int, Lane...>) {
+  using Low = std::integer_sequence<int, (Lane & Distance ? kLanes + Lane - Distance : Lane)...>;
+  using High = std::integer_sequence<int, (Lane & Distance ? kLanes + Lane : Lane + Distance)...>;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & Distance) continue;
     const F a = rows[i], b = rows[i + Distance];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + Distance] = __builtin_shuffle(a, b, high);
+    rows[i] = shuffle(a, b, Low());
+    rows[i + Distance] = shuffle(a, b, High());
   }
 }
 
 // Transposes kLanes x kLanes in registers, exchanging ever larger blocks.
 inline void transpose(F* rows) {
-  exchange<1>(rows);
-  exchange<2>(rows);
-  if constexpr (kLanes > 4) exchange<4>(rows);
-  if constexpr (kLanes > 8) exchange<8>(rows);
+  constexpr std::make_integer_sequence<int, kLanes> lanes;
+  exchange<1>(rows, lanes);
+  exchange<2>(rows, lanes);
+  if constexpr (kLanes > 4) exchange<4>(rows, lanes);
+  if constexpr (kLanes > 8) exchange<8>(rows, lanes);
 }
 
 // In all four, keep may be null; where it is false for a row of `in`, that row counts as zeros and is not read.
