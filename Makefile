@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench-gpu test-tpu test-browser lint clean
+.PHONY: demo test test-sanitize test-gpu bench-gpu test-tpu test-browser lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,26 @@ test: $(VENV)/.installed
 # The best instruction set ran above.
 	for isa in $$($(BIN)/python -c 'from dlm_kernels import _cpu; print(*_cpu.available_isas()[1:])'); do \
 	  DLM_KERNELS_ISA=$$isa $(BIN)/python -m pytest -n 2 tests/leaves -k cpu || exit 1; done
+	case "$$(c++ -print-file-name=libasan.so)" in /*) $(MAKE) test-sanitize SANITIZE=portable;; \
+	  *) echo "Left out, for this compiler comes without libasan: make test-sanitize";; esac
+
+# The CPU kernels under AddressSanitizer and UBSan, in a second copy of the package that comes before the first on the path:
+# every instruction set of this machine, or with SANITIZE=portable that one alone. Python was built without the sanitizers, so they
+# are loaded before it, and what it never frees would be reported as leaks.
+SANITIZE ?= 1
+SANITIZED := build/sanitized-$(SANITIZE)
+SANITIZED_PYTHON = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/python
+
+$(SANITIZED)/.installed: $(VENV)/.installed
+	rm -rf $(SANITIZED)
+	DLM_KERNELS_SANITIZE=$(SANITIZE) $(BIN)/python -m pip install -q --no-deps --target $(SANITIZED) .
+	touch $@
+
+test-sanitize: $(SANITIZED)/.installed
+	set -e; isas=$$($(SANITIZED_PYTHON) -c \
+	  'from dlm_kernels import _cpu; assert "$(SANITIZED)" in _cpu.__file__; print(*_cpu.available_isas())'); \
+	for isa in $$isas; do DLM_KERNELS_ISA=$$isa $(SANITIZED_PYTHON) -m pytest -n 2 tests/leaves -k cpu; done
 
 # Need an NVIDIA GPU, and JAX with its CUDA plugin, Triton and pytest in .venv where there is one, else in $(PYTHON); fetch nothing.
 test-gpu:

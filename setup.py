@@ -26,26 +26,31 @@ if platform.machine() in ("x86_64", "AMD64"):
     # GCC 12 warns of its own AVX-512 header.
     INSTRUCTION_SETS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
-# After FLAGS, which it changes: with symbols, that a report names lines.
+# With DLM_KERNELS_SANITIZE set; "portable" leaves the other instruction sets out. After FLAGS, which these change: with symbols,
+# that a report names lines. Not for XLA's and pybind11's templates, which would take minutes and only hand arrays over.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+SANITIZED = {*KERNELS, "dispatch"}
 
 
 class BuildKernels(build_ext):
     def build_extension(self, extension):
-        sanitize = SANITIZE if os.environ.get("DLM_KERNELS_SANITIZE") else []
+        wanted = os.environ.get("DLM_KERNELS_SANITIZE")
+        sanitize = SANITIZE if wanted else []
+        sets = ["portable"] if wanted == "portable" else [*INSTRUCTION_SETS]
+        only = [("DLM_PORTABLE_ONLY", None)] if sets == ["portable"] else []
 
-        def compile_for(isa, names):
-            flags = [*FLAGS, *INSTRUCTION_SETS.get(isa, []), *sanitize]
+        def compile_for(isa, name):
+            flags = [*FLAGS, *INSTRUCTION_SETS.get(isa, []), *(sanitize if name in SANITIZED else [])]
             return self.compiler.compile(
-                [f"csrc/{name}.cc" for name in names],
+                [f"csrc/{name}.cc"],
                 output_dir=os.path.join(self.build_temp, isa),
-                macros=[("DLM_ISA", isa)] if isa != "common" else [],
+                macros=[("DLM_ISA", isa)] if isa != "common" else only,
                 include_dirs=["csrc"],
                 extra_postargs=[*flags, *_system_includes()],
                 depends=extension.depends,
             )
 
-        jobs = [("common", [name]) for name in COMMON] + [(isa, [name]) for isa in INSTRUCTION_SETS for name in KERNELS]
+        jobs = [("common", name) for name in COMMON] + [(isa, name) for isa in sets for name in KERNELS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [path for paths in pool.map(lambda job: compile_for(*job), jobs) for path in paths]
         self.compiler.link_shared_object(

@@ -10,7 +10,10 @@
 namespace dlm {
 
 extern const Kernels kernels_portable;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DLM_PORTABLE_ONLY)
+#define DLM_X86
+#endif
+#if defined(DLM_X86)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 #endif
 
@@ -23,7 +26,7 @@ struct Candidate {
 
 // Best first.
 std::vector<Candidate> candidates() {
-#if defined(__x86_64__)
+#if defined(DLM_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

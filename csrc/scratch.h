@@ -4,8 +4,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 namespace dlm {
+
+#if !defined(__SANITIZE_ADDRESS__)
 
 // One per thread; grows, never shrinks. take() hands out consecutive 64-byte aligned pieces of it until the next reset().
 class Scratch {
@@ -36,6 +39,36 @@ class Scratch {
   char* data_ = nullptr;
   int64_t size_ = 0, used_ = 0;
 };
+
+#else
+
+// The same, with every piece an allocation of its own: else AddressSanitizer would not notice a step from one into the next.
+class Scratch {
+ public:
+  ~Scratch() { reset(0); }
+
+  void reset(int64_t bytes) {
+    for (void* piece : pieces_) std::free(piece);
+    pieces_.clear();
+    left_ = bytes;
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    const int64_t bytes = count * (int64_t)sizeof(T);
+    void* piece = nullptr;
+    left_ -= (bytes + 63) / 64 * 64;
+    if (left_ < 0 || posix_memalign(&piece, 64, bytes) != 0) std::abort();  // more than reset() was asked for
+    pieces_.push_back(piece);
+    return static_cast<T*>(piece);
+  }
+
+ private:
+  std::vector<void*> pieces_;
+  int64_t left_ = 0;
+};
+
+#endif
 
 Scratch& thread_scratch();
 
