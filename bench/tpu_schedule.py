@@ -201,6 +201,7 @@ def run(chip, only=None, out=None):
     chips.chip = lambda: known
     path, every, commit = out or report.RESULTS / f"tpu-static-{chip}.json", list(cases()), machine.commit()
     rows = {row["case"]: row for row in report.load(path)["rows"]} if path.exists() else {}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     try:
         for case in every:
             if only and only not in case.name:
@@ -212,15 +213,14 @@ def run(chip, only=None, out=None):
                 row["contenders"][name] = min(ran, key=lambda result: result["cycles"]) if ran else found[0]
             rows[case.name] = row
             print(tpu_report.line(row), flush=True)
-            write(path, chip, [rows[each.name] for each in every if each.name in rows])
+            write(path, chip, versions, [rows[each.name] for each in every if each.name in rows])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write(path, chip, rows):
+def write(path, chip, versions, rows):
     """Two files that are replaced whole: a run killed while it writes leaves those of before."""
     hardware = HARDWARE[chip]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     result = dict(static=True, chip=chip, clock=hardware.clock, bandwidth=hardware.bandwidth, versions=versions, rows=rows)
     texts = {path: json.dumps(result, indent=1) + "\n", path.with_suffix(".md"): tpu_report.table(result)}
     for target, text in texts.items():

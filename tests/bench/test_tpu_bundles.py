@@ -70,7 +70,7 @@ def test_what_is_written_says_that_it_is_static_and_what_failed(tmp_path):
     row = dict(unit="tile", units=10, commit="c", contenders=contenders)
     rows = [row | dict(case="attention"), row | dict(case="lm_head_scores")]
     rows.append(row | dict(case="attention too", contenders={"splash": dict(missing="too small", note="")}))
-    tpu_schedule.write(tmp_path / "tpu-static-v5e.json", "v5e", rows)
+    tpu_schedule.write(tmp_path / "tpu-static-v5e.json", "v5e", {"jax": "0", "libtpu": "0"}, rows)
     text = (tmp_path / "tpu-static-v5e.md").read_text()
     assert tpu_report.LIMITS in text and "(least 90)" in text and "| 0.50 |" in text and "not compiled: too small" in text
     text = tpu_report.readme(tmp_path)
