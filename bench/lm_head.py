@@ -14,8 +14,8 @@ SCALE = 2.5
 ORACLE_ROWS = 256  # beyond it every n-th
 
 
-def case(name, rows, d, v, dtype, guided=False, **options):
-    """hidden [1, R, D], weight [V, D]."""
+def case(name, rows, d, v, dtype, guided=False, as_written=False, **options):
+    """hidden [1, R, D], weight [V, D]. as_written: against that alone, for it slows what takes turns with it."""
     step = max(1, rows // ORACLE_ROWS)
 
     def inputs(rng):
@@ -36,11 +36,12 @@ def case(name, rows, d, v, dtype, guided=False, **options):
         contenders["torch in float32"] = peers.torch_peer(
             peers.no_grad(_torch_head), lambda *arrays: tuple(x.float() for x in arrays)
         )
-        contenders[f"jnp, {dtype} logits"] = Contender(jax.jit(_jnp_head))
+    if as_written:
+        contenders = {harness.OURS: contenders[harness.OURS], f"jnp, {dtype} logits": Contender(jax.jit(_jnp_head))}
     size = jnp.dtype(dtype).itemsize
     return Case(
         "lm_head",
-        f"{name}, {rows} x {d} x {v}, {dtype}{', guided' if guided else ''}",
+        f"{name}, {rows} x {d} x {v}, {dtype}{', guided' if guided else ''}{', as written' if as_written else ''}",
         inputs,
         contenders,
         read=size * d * (v + rows * (1 + guided)),
@@ -90,6 +91,7 @@ def cases():
     return [
         case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16", quick=True, headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16", guided=True, headline=True),
+        case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16", as_written=True, headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "float32", headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "float32", guided=True),
         case("LLaDA-8B", 32, 4096, 126464, "bfloat16", full=True),

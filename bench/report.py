@@ -72,7 +72,7 @@ def table(rows):
         titles = ["case", "time", *(f"{name} / ours" for name in names), "roofline", "memory: ours, jnp"]
         lines += ["", f"### {operation}", ""] + _header(titles + ["tokens/s"] * decodes)
         for row in group:
-            ours, jnp = (row["contenders"][name] for name in (base(row), "jnp"))
+            ours, jnp = (row["contenders"].get(name, {}) for name in (base(row), "jnp"))
             cells = [
                 row["case"],
                 _times(ours) + " (jnp)" * (base(row) == "jnp"),
