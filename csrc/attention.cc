@@ -47,7 +47,8 @@ struct Forward {
       partials.reset(4 * count + 64);
       partial = partials.take<float>(count);
     }
-    parallel(args.b * args.k * row_tiles * splits, [&](int64_t index) { tile(index); }, 2 * args.b * args.n * args.t * args.s * args.h);
+    const int64_t work = 2 * args.b * args.n * args.t * args.s * args.h;
+    parallel(args.b * args.k * row_tiles * splits, [&](int64_t index) { tile(index); }, work);
     if (splits > 1) parallel(args.b * args.k * panels, [&](int64_t index) { combine(index); });
   }
 

@@ -40,16 +40,6 @@ inline void store_elements(E* p, F bits) {
   store(reinterpret_cast<float*>(p), bits);
 }
 
-// Lanes of (a, b) by index: GCC before 12 has one builtin for it, Clang the other.
-template <int... Lane>
-inline F shuffle(F a, F b, std::integer_sequence<int, Lane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, Lane...);
-#else
-  return __builtin_shuffle(a, b, I{Lane...});
-#endif
-}
-
 template <int Distance, int... Lane>
 inline void exchange(F* rows, std::integer_sequence<int, Lane...>) {
   using Low = std::integer_sequence<int, (Lane & Distance ? kLanes + Lane - Distance : Lane)...>;

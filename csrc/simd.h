@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "types.h"
 
@@ -197,13 +198,28 @@ inline int64_t store_at_least(float least, F x, U y, float* xs, uint32_t* ys) {
 #endif
 }
 
+// Lanes of (a, b) by index: GCC before 12 has one builtin for it, Clang the other.
+template <int... Lane>
+inline F shuffle(F a, F b, std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  return __builtin_shuffle(a, b, I{Lane...});
+#endif
+}
+
+// x with the lanes of each pair that is Distance apart exchanged.
+template <int Distance, int... Lane>
+inline F exchange_lanes(F x, std::integer_sequence<int, Lane...>) {
+  return shuffle(x, x, std::integer_sequence<int, (Lane ^ Distance)...>());
+}
+
 // join(join(lane 0, lane n / 2), ...) and so on. Halving keeps one order for every width, and rounds less than a running sum.
 template <int Lanes = kLanes, typename Join>
 inline float fold(F x, Join&& join) {
   if constexpr (Lanes > 1) {
-    I from;
-    for (int i = 0; i < kLanes; ++i) from[i] = i ^ Lanes / 2;
-    return fold<Lanes / 2>(join(x, __builtin_shuffle(x, from)), join);
+    constexpr std::make_integer_sequence<int, kLanes> lanes;
+    return fold<Lanes / 2>(join(x, exchange_lanes<Lanes / 2>(x, lanes)), join);
   }
   return x[0];
 }

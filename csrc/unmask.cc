@@ -11,8 +11,9 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = tiles::kScorePiece;  // columns that one Statistics adds up; of V alone, so that a row's sums do not depend on its batch
-constexpr int64_t kTiles = 64;     // about as many to share out, or more
+// Columns that one Statistics adds up; of V alone, so that a row's sums do not depend on its batch.
+constexpr int64_t kPiece = tiles::kScorePiece;
+constexpr int64_t kTiles = 64;  // about as many to share out, or more
 
 // Logits as they lie in memory, to be read by RowScorer.
 template <typename T>

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlm_kernels import cpu_kernels
 from dlm_kernels.cpu_kernels.lm_head import pack
 from dlm_kernels.reference import lm_head as reference
 
@@ -113,8 +114,9 @@ def test_loss_and_gradient(leaf, shape, dtype, cap):
     dloss = jax.random.normal(jax.random.key(4), (shape[0],))
     wanted = reference.masked_cross_entropy_backward(*as_numpy((*arrays, lse, dloss)), logits_soft_cap=cap)
     got = leaf("lm_head", "masked_cross_entropy_backward")(*arrays, lse, dloss, logits_soft_cap=cap)
-    # In bfloat16 two roundings: of the logits' gradients where the matrix instructions take no other dtype, and of the result.
-    tolerance = {"float32": 2e-5, "bfloat16": 2 * 2**-8, "float16": 2**-10}[dtype]
+    # The result's rounding; in bfloat16 the logits' gradients are rounded too where the matrix instructions take no other dtype.
+    roundings = 2 if leaf.package == "cpu_kernels" and cpu_kernels.isa() == "avx512_bf16" else 1
+    tolerance = {"float32": 2e-5, "bfloat16": roundings * 2**-8, "float16": 2**-10}[dtype]
     for result, want, factor in zip(got, wanted, (weight, hidden), strict=True):
         assert result.dtype == hidden.dtype
         # p - 1 may cancel to nothing, the rounding of p does not.
