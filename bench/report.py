@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import statistics
 from pathlib import Path
@@ -11,6 +12,13 @@ from bench.harness import OURS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- results: written by python -m bench readme -->", "<!-- end of results -->"
+
+
+def replace(path, text):
+    """The file whole: a run killed while it writes leaves the one of before."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def load(path):

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import time
 
 from bench import (
@@ -74,10 +73,7 @@ def key(row):
 def _write(path, rows):
     result = dict(machine=machine.describe(), missing=_missing(), rows=sorted(rows, key=_order))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file that is replaced whole: a run killed while it writes leaves the one of before.
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_rounded(result), indent=1) + "\n")
-    os.replace(part, path)
+    report.replace(path, json.dumps(_rounded(result), indent=1) + "\n")
 
 
 def _order(row):

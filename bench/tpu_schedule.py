@@ -219,14 +219,10 @@ def run(chip, only=None, out=None):
 
 
 def write(path, chip, versions, rows):
-    """Two files that are replaced whole: a run killed while it writes leaves those of before."""
     hardware = HARDWARE[chip]
     result = dict(static=True, chip=chip, clock=hardware.clock, bandwidth=hardware.bandwidth, versions=versions, rows=rows)
-    texts = {path: json.dumps(result, indent=1) + "\n", path.with_suffix(".md"): tpu_report.table(result)}
-    for target, text in texts.items():
-        part = target.with_suffix(".part")
-        part.write_text(text)
-        os.replace(part, target)
+    report.replace(path, json.dumps(result, indent=1) + "\n")
+    report.replace(path.with_suffix(".md"), tpu_report.table(result))
 
 
 def _count(contender, case, hardware, sharding, folder):

@@ -50,8 +50,8 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
           if (args.round_logits) round_logits(args.logits_dtype, row_logits, n);
           finish_logits(args.scoring, scorer, banned, row_logits, n, column);
           Statistics& statistics = partial[row * parts + part];
-          scorer.take(statistics, Plain{row_logits}, n, column);
-          if (scorer.may_win(statistics.greatest)) scorer.sample(statistics, Plain{row_logits}, n, column);
+          scorer.take(statistics, Plain<float>{row_logits}, n, column);
+          if (scorer.may_win(statistics.greatest)) scorer.sample(statistics, Plain<float>{row_logits}, n, column);
         }
       });
     }

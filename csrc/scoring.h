@@ -55,8 +55,9 @@ struct Statistics {
 constexpr int64_t kChunk = 2048;  // the most columns to take at once: they stay in first-level cache if they are read again
 
 // Logits that lie ready in cache. What takes logits asks its source for them a vector at a time.
+template <typename T>
 struct Plain {
-  const float* logits;
+  const T* logits;
 
   // Columns j ... of those at hand, and the first n of them, -inf behind.
   F at(int64_t j) const { return load(logits + j); }

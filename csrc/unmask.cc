@@ -17,20 +17,12 @@ constexpr int64_t kTiles = 64;  // about as many to share out, or more
 
 // Logits as they lie in memory, to be read by RowScorer.
 template <typename T>
-struct Stream {
-  const T* logits;
-
-  Stream from(int64_t column) const { return {logits + column}; }
-  F at(int64_t j) const { return load(logits + j); }
-  F first(int64_t j, int64_t n) const { return load_first(logits + j, n, -kInfinity); }
-  void pair(int64_t j, F* x) const {
-    x[0] = load_half<0>(logits + j);
-    x[1] = load_half<1>(logits + j);
-  }
+struct Stream : Plain<T> {
+  Stream from(int64_t column) const { return {this->logits + column}; }
   // Processors fetch ahead on their own, but not past the end of a page: the first lines of the next one are asked for here.
   void read(int64_t j, int64_t n) const {
     constexpr int64_t kPage = 4096, kLine = 64;
-    const char* next = (const char*)(logits + j) + kPage;
+    const char* next = (const char*)(this->logits + j) + kPage;
     if ((uintptr_t)next % kPage >= n * sizeof(T)) return;
     for (int line = 0; line < 4; ++line) __builtin_prefetch(next + line * kLine);
   }
@@ -95,7 +87,7 @@ void score_rows(const ScoreArgs& args, const Parallel& parallel) {
           } else {
             for_vectors(chunk, n, [&](int64_t j, F x) { store(buffer + j, x); });
             finish_logits(args.scoring, scorer, banned, buffer, n, column);
-            use(Plain{buffer}, n, column);
+            use(Plain<float>{buffer}, n, column);
           }
         }
       };
