@@ -13,7 +13,7 @@ inline U rotate(U x, int by) { return (x << by) | (x >> (32 - by)); }
 
 // Both words of threefry2x32 of each of N vectors of counters (high, low) under key, xored into low.
 template <int N>
-inline void threefry_bits(const uint32_t* key, const U* high, U* low) {
+[[gnu::always_inline]] inline void threefry_bits(const uint32_t* key, const U* high, U* low) {
   constexpr uint32_t kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
   const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDAu};
   U a[N], b[N];
@@ -36,7 +36,7 @@ inline void threefry_bits(const uint32_t* key, const U* high, U* low) {
 
 // A uniform number in [1, 2) of each counter + offset, offsets below 2^32, from which jax.random.gumbel makes its draw.
 template <int N>
-inline void draw_uniform(const uint32_t* key, uint64_t counter, const U* offset, F* uniform) {
+[[gnu::always_inline]] inline void draw_uniform(const uint32_t* key, uint64_t counter, const U* offset, F* uniform) {
   U low[N], high[N];
   for (int i = 0; i < N; ++i) {
     low[i] = offset[i] + (uint32_t)counter;
@@ -51,7 +51,7 @@ inline F gumbel(F uniform) { return -log(-log(uniform - 1.0f + 0x1p-126f)); }
 
 // At least gumbel(uniform), by at most 0.07 for draws above 3: -log(u) >= 1 - u, and log2(1 - u) is at least what its bits say if
 // the mantissa is read as the fraction.
-inline F most_gumbel(F uniform) {
+[[gnu::always_inline]] inline F most_gumbel(F uniform) {
   constexpr float kLn2 = 0.693147181f;
   return __builtin_convertvector((I)as_bits(2.0f - uniform), F) * (-kLn2 * 0x1p-23f) + (127 * kLn2 + 1e-4f);  // 1e-4: rounding
 }

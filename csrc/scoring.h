@@ -142,37 +142,34 @@ class RowScorer {
       return;
     }
     const float to_beat = floor(), bar = least_to_win(to_beat);
-    alignas(64) float kept[kChunk + kTogether * kLanes];
-    alignas(64) uint32_t kept_offsets[kChunk + kTogether * kLanes];
+    alignas(64) uint32_t kept[kChunk + kTogether * kLanes];
     int64_t count = 0;
     for (int64_t j = 0; j < n; j += kTogether * kLanes) {
+      const bool whole = j + kTogether * kLanes <= n;
       F x[kTogether], least = splat(kInfinity), most = splat(-kInfinity);
-      U offset[kTogether];
-#pragma GCC unroll 4
+      U word[kTogether];
+#pragma GCC unroll 8
       for (int i = 0; i < kTogether; ++i) {
-        x[i] = vector(logits, j + i * kLanes, n);
-        offset[i] = offsets(j + i * kLanes);
+        x[i] = whole ? logits.at(j + i * kLanes) : vector(logits, j + i * kLanes, n);
+        word[i] = (as_bits(x[i]) & ~kOffset) | offsets(j + i * kLanes);
         least = min(least, x[i]);
         most = max(most, x[i]);
       }
       if (!any(most >= bar)) continue;
       if (!any(least < bar)) {
-        draw(row, x, offset, column, to_beat);
+        draw(row, logits, n, word, column, to_beat);
         continue;
       }
-#pragma GCC unroll 4
-      for (int i = 0; i < kTogether; ++i) count += store_at_least(bar, x[i], offset[i], kept + count, kept_offsets + count);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTogether; ++i) count += store_at_least(bar, x[i], word[i], kept + count);
     }
-    for (int i = 0; i < kTogether; ++i) store(kept + count + i * kLanes, splat(-kInfinity));
+    // Behind the last, low ones that are not infinite and have offset 0.
+    for (int i = 0; i < kTogether; ++i) store(kept + count + i * kLanes, as_bits(splat(-0x1p64f)));
     for (int64_t j = 0; j < count; j += kTogether * kLanes) {
-      F x[kTogether];
-      U offset[kTogether];
-#pragma GCC unroll 4
-      for (int i = 0; i < kTogether; ++i) {
-        x[i] = load(kept + j + i * kLanes);
-        offset[i] = load(kept_offsets + j + i * kLanes);
-      }
-      draw(row, x, offset, column, to_beat);
+      U word[kTogether];
+#pragma GCC unroll 8
+      for (int i = 0; i < kTogether; ++i) word[i] = load(kept + j + i * kLanes);
+      draw(row, logits, n, word, column, to_beat);
     }
     raise(row.sampled_score);
   }
@@ -222,7 +219,7 @@ class RowScorer {
   }
 
   template <int N>
-  static void add_vectors(const F* x, float base, Sums* sums) {
+  [[gnu::always_inline]] static void add_vectors(const F* x, float base, Sums* sums) {
     F distance[N], p[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) p[i] = distance[i] = max(splat(kLeastExponent), x[i] - base);
@@ -281,18 +278,35 @@ class RowScorer {
     return (to_beat - kMostNoise - 1e-6f * std::fabs(to_beat)) * sample_divisor_;
   }
 
-  // Scores logits x of columns column + offset with noise of our own. to_beat: a score that some column of the row is known to
-  // reach.
-  void draw(Statistics& row, const F* x, const U* offset, int64_t column, float to_beat) const {
+  // Scores with noise of our own those of n columns from `column` that the words name: an offset in their last bits, its logit cut
+  // short in the others. to_beat: a score that some column of the row is known to reach.
+  template <typename Logits>
+  void draw(Statistics& row, const Logits& logits, int64_t n, const U* word, int64_t column, float to_beat) const {
+    U offset[kTogether];
     F uniform[kTogether];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTogether; ++i) offset[i] = word[i] & kOffset;
     draw_uniform<kTogether>(key_, counter_ + (uint64_t)column, offset, uniform);
-    // Both logarithms only where they may decide; the last term outweighs the rounding of x / divisor.
     to_beat = std::max(to_beat, row.sampled_score);
-    to_beat -= 1e-6f * std::fabs(to_beat);
-#pragma GCC unroll 4
-    for (int i = 0; i < kTogether; ++i)
-      if (any(x[i] * (1.0f / sample_divisor_) + most_gumbel(uniform[i]) >= to_beat))
-        take_scores(row, x[i], gumbel(uniform[i]), offset[i], column);
+    to_beat -= 1e-6f * std::fabs(to_beat);  // outweighs the rounding of x / divisor
+#pragma GCC unroll 8
+    for (int i = 0; i < kTogether; ++i) {
+      // Cut short, an infinite logit is a NaN, and may win too.
+      const F x = as_float(word[i]) * (1.0f / sample_divisor_);
+      const I may_win = ~(x + kCutShort * magnitude(x) + most_gumbel(uniform[i]) < to_beat);
+      if (any(may_win)) take_exactly(row, logits, n, may_win, offset[i], uniform[i], column);
+    }
+  }
+
+  // The logits themselves, and both logarithms, of the lanes where they may decide. Rare, so apart from the loop that it would
+  // crowd out.
+  template <typename Logits>
+  [[gnu::noinline]] void take_exactly(Statistics& row, const Logits& logits, int64_t n, I lanes, U offset, F uniform,
+                                      int64_t column) const {
+    F x = splat(-kInfinity);
+    for (int i = 0; i < kLanes; ++i)
+      if (lanes[i]) x[i] = vector(logits, offset[i], n)[0];
+    take_scores(row, x, gumbel(uniform), offset, column);
   }
 
   // x and noise of columns column + offset.
@@ -309,8 +323,11 @@ class RowScorer {
     }
   }
 
-  static constexpr int kTogether = 4;  // vectors of noise in turn: one alone waits for itself at every step
+  // Vectors of noise in turn, as many as registers hold: one alone waits for itself at every step.
+  static constexpr int kTogether = kLanes == 16 ? 8 : 4;
   static constexpr U kNoOffset = {};
+  static constexpr uint32_t kOffset = kChunk - 1;        // the bits of a word that hold an offset
+  static constexpr float kCutShort = kChunk * 0x1p-23f;  // what a logit may lose to it, relatively
 
   bool margin_, samples_;
   float logit_divisor_ = 1, sample_divisor_ = 1;

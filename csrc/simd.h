@@ -43,6 +43,7 @@ constexpr float kInfinity = __builtin_inff();
 inline F splat(float x) { return x - F{}; }
 inline F as_float(U x) { return (F)x; }
 inline U as_bits(F x) { return (U)x; }
+inline F magnitude(F x) { return as_float(as_bits(x) & 0x7FFFFFFFu); }
 inline F select(I mask, F a, F b) { return (F)(((I)a & mask) | ((I)b & ~mask)); }
 
 // x86's max and min return the second operand where either is NaN; so does this text, on every target.
@@ -179,19 +180,17 @@ inline bool any(I mask) {
 #endif
 }
 
-// Stores the lanes of x that are at least `least`, and those of y beside them, closed up; returns how many. Writes whole vectors.
-inline int64_t store_at_least(float least, F x, U y, float* xs, uint32_t* ys) {
+// Stores the words beside those lanes of x that are at least `least`, closed up; returns how many. Writes a whole vector.
+inline int64_t store_at_least(float least, F x, U words, uint32_t* to) {
 #if defined(__AVX512F__)
-  // Closed up in registers: into memory the instruction takes a hundred cycles on some processors.
+  // Closed up in a register: into memory the instruction takes a hundred cycles on some processors.
   const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(least), _CMP_GE_OQ);
-  store(xs, (F)_mm512_maskz_compress_ps(set, (__m512)x));
-  store(ys, (U)_mm512_maskz_compress_epi32(set, (__m512i)y));
+  store(to, (U)_mm512_maskz_compress_epi32(set, (__m512i)words));
   return __builtin_popcount(set);
 #else
   int64_t n = 0;
   for (int i = 0; i < kLanes; ++i) {
-    xs[n] = x[i];
-    ys[n] = y[i];
+    to[n] = words[i];
     n += x[i] >= least;
   }
   return n;
@@ -239,7 +238,7 @@ constexpr float kLeastExponent = -104.0f;
 // terms of a softmax that matter have x near 0. e^0 is 1. Below -87.33 the result is subnormal or 0. One vector alone waits for
 // itself at every step: several in turn take half the time.
 template <int N>
-inline void exp_bounded(F* x) {
+[[gnu::always_inline]] inline void exp_bounded(F* x) {
   F t[N], n[N], r[N], p[N];
 #define DLM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
   DLM_EACH t[i] = x[i] * 1.44269504f;  // e^x = 2^t
@@ -268,7 +267,7 @@ inline void exp_bounded(F* x) {
 
 // The same for any x <= 88; 0 for -inf.
 template <int N>
-inline void exp_each(F* x) {
+[[gnu::always_inline]] inline void exp_each(F* x) {
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] = max(splat(kLeastExponent), x[i]);  // NaN is the second operand, so it stays
   exp_bounded<N>(x);
@@ -277,7 +276,7 @@ inline void exp_each(F* x) {
 // Each of N vectors becomes 2^x, to 1.3 ulp for -126 <= x <= 127; 0 for x < -150 and for -inf, NaN for NaN. Between, where the
 // result is no normal number, 0 or to the same absolute error. Larger x is for the caller to exclude.
 template <int N>
-inline void exp2_each(F* x) {
+[[gnu::always_inline]] inline void exp2_each(F* x) {
   F r[N], p[N];
 #define DLM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
 #if defined(__AVX512F__)
@@ -332,8 +331,7 @@ inline F log(F x) {
 
 inline F tanh(F x) {
   // Odd, from e^-2|x|: no overflow, and 1 for every large |x|. The difference 1 - e loses digits near 0, where x is the answer.
-  const F magnitude = as_float(as_bits(x) & 0x7FFFFFFFu);
-  const F e = exp(-2.0f * magnitude);
+  const F e = exp(-2.0f * magnitude(x));
   const F z = x * x;
   F small = splat(-5.70498872745e-3f);
   small = small * z + 2.06390887954e-2f;
@@ -342,7 +340,7 @@ inline F tanh(F x) {
   small = small * z - 3.33332819422e-1f;
   small = small * z * x + x;
   const F large = as_float(as_bits((1.0f - e) / (1.0f + e)) | (as_bits(x) & 0x80000000u));
-  return select(magnitude < 0.625f, small, large);
+  return select(magnitude(x) < 0.625f, small, large);
 }
 
 }  // namespace
