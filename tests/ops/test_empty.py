@@ -98,3 +98,21 @@ def test_smallest_and_largest_vocabulary(implementation, v):
     np.testing.assert_allclose(loss, total - logits.max(-1), rtol=1e-5, atol=1e-5)
     mixed = dlm.mix_guidance(jnp.asarray(logits, jnp.float32), jnp.zeros((1, 2, v)), 2.0, implementation=implementation)
     np.testing.assert_allclose(mixed, 2 * logits, rtol=1e-6, atol=1e-6)
+
+
+def test_an_unknown_implementation_is_refused():
+    logits, tokens, hidden, weight = jnp.ones((2, 0, 7)), jnp.zeros((2, 0), jnp.int32), jnp.ones((2, 0, 8)), jnp.ones((7, 8))
+    query, scores = jnp.ones((2, 0, 4, 8)), dlm.score_tokens(logits)
+    for call in (
+        lambda name: dlm.attention(query, query, query, implementation=name),
+        lambda name: dlm.mix_guidance(logits, logits, 2.0, implementation=name),
+        lambda name: dlm.combine_guidance(logits[None], jnp.ones(1), implementation=name),
+        lambda name: dlm.score_tokens(logits, implementation=name),
+        lambda name: dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=1, implementation=name),
+        lambda name: dlm.unmask_step(logits, tokens, mask_id=0, num_unmask=1, implementation=name),
+        lambda name: dlm.lm_head_scores(hidden, weight, implementation=name),
+        lambda name: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 0)), implementation=name),
+        lambda name: dlm.soft_embedding(hidden, weight, implementation=name),
+    ):
+        with pytest.raises(ValueError, match="implementation: expected one of"):
+            call("cuda")

@@ -47,6 +47,7 @@ def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None,
     Raises ValueError for shapes, dtypes or masks that do not fit, and where `implementation` cannot run the call.
     Layout and names follow jax.nn.dot_product_attention.
     """
+    dispatch.check(implementation)
     query = checks.floats("query", query, "BTNH")
     key, value = checks.floats("key", key, "BSKH"), checks.floats("value", value, "BSKH")
     b, t, n, h = query.shape

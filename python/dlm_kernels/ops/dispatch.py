@@ -91,10 +91,15 @@ def call(leaf, implementation, operands, **static):
     return function(*arrays)
 
 
+def check(implementation):
+    """Raises for a name that none has, which `call` does too: for operations that may have nothing to call."""
+    if implementation is not None and implementation not in PACKAGES:
+        raise ValueError(f"implementation: expected one of {sorted(PACKAGES)} or None, got {implementation!r}")
+
+
 def _choose(leaf, implementation, operands, static):
+    check(implementation)
     if implementation is not None:
-        if implementation not in PACKAGES:
-            raise ValueError(f"implementation: expected one of {sorted(PACKAGES)} or None, got {implementation!r}")
         if reason := _refusal(leaf, implementation, operands, static):
             raise ValueError(f"implementation={implementation!r} cannot run {leaf.name}: {reason}")
         return Choice(leaf.name, {"default": implementation}, {})

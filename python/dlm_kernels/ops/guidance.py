@@ -28,6 +28,7 @@ def mix_guidance(conditional, unconditional, scale, *, implementation=None):
     weight is exactly zero is ignored. Differentiable in all three. Raises ValueError for shapes or dtypes that do not fit.
     Source: Ho and Salimans 2022, as LLaDA applies it to logits.
     """
+    dispatch.check(implementation)
     conditional = checks.array("conditional", conditional)
     if conditional.ndim not in (2, 3):
         raise ValueError(f"conditional: expected shape [B, L, V] or [B, V], got {list(conditional.shape)}")
@@ -58,6 +59,7 @@ def combine_guidance(logits, weights, *, implementation=None):
     `mix_guidance(c, u, s)` is weights [s, 1 - s]. Differentiable in both. Raises ValueError for shapes that do not fit.
     Source: Liu et al. 2022, composable diffusion.
     """
+    dispatch.check(implementation)
     logits = checks.array("logits", logits)
     if logits.ndim not in (3, 4):
         raise ValueError(f"logits: expected shape [C, B, L, V] or [C, B, V], got {list(logits.shape)}")

@@ -116,6 +116,7 @@ def lm_head_scores(
 
     Raises ValueError for arguments that do not fit each other. Not differentiable; `masked_cross_entropy` is for training.
     """
+    dispatch.check(implementation)
     hidden = checks.floats("hidden", hidden, "BLD")
     b, length, d = hidden.shape
     head = weight if isinstance(weight, PackedHead) else PackedHead(checks.floats("weight", weight, "VD"), "rows", *weight.shape)
@@ -180,6 +181,7 @@ def masked_cross_entropy(
     A target outside [0, V) gives NaN. Raises ValueError for shapes or dtypes that do not fit.
     Source: LLaDA and MDLM's loss; fused as Cut Cross-Entropy (Wijmans et al. 2024) does.
     """
+    dispatch.check(implementation)
     hidden = checks.floats("hidden", hidden, "BLD")
     weight = checks.floats("weight", weight, "VD")
     _check_weight(hidden, weight.shape, weight.dtype)

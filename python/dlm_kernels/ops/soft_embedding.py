@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.ops import checks
+from dlm_kernels.ops import checks, dispatch
 from dlm_kernels.ops.attention import attention
 
 CHUNK = 4096  # vocabulary entries whose logits exist at a time, where attention does not serve
@@ -28,6 +28,7 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     Returns [B, L, E] in hidden's dtype; accumulates in float32. Differentiable. Raises ValueError for arguments that do not fit,
     and where an explicit `implementation` cannot run the call. Source: DiffusionGemma's self-conditioning.
     """
+    dispatch.check(implementation)
     hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")
     embedding = weight if embedding is None else checks.floats("embedding", embedding, "VE")
     (b, length, d), (v, e) = hidden.shape, embedding.shape

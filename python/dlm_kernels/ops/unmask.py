@@ -98,6 +98,7 @@ def score_tokens(
     row, or a row that is all -inf, gives confidence and entropy NaN for that row alone. Not differentiable.
     Raises ValueError for arguments that do not fit each other. Source: LLaDA generate.py, Dream generation_utils.py.
     """
+    dispatch.check(implementation)
     logits = checks.floats("logits", logits, "BLV")
     b, length, v = logits.shape
     if v == 0:
@@ -231,6 +232,7 @@ def unmask_topk(
     eligible is returned as it is. Raises ValueError for arguments that do not fit.
     Source: LLaDA get_num_transfer_tokens, Fast-dLLM (threshold, factor), DiffusionGemma (entropy budget), LLaDA2.1 (edits).
     """
+    dispatch.check(implementation)
     tokens = checks.ints("tokens", tokens, "BL")
     b, length = tokens.shape
     if not isinstance(scores, TokenScores):
