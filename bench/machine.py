@@ -90,7 +90,7 @@ def cache_bytes():
     return max(sizes) or 32 << 20
 
 
-def rates(seconds=0.3):
+def rates(seconds=0.15):
     """The best seen of bytes/s read and copied, and of floating-point operations/s in a product, by dtype.
 
     Of whatever libraries are there: a ceiling is what the machine can do, whoever gets it out.

@@ -37,7 +37,7 @@ def run(grid, only, minutes, out):
     # Until a case has run anew its row of before stays, so that a run that is stopped loses nothing.
     known = {(case.operation, case.name) for case in every}
     rows = [row for row in report.load(path)["rows"] if key(row) in known] if path.exists() else []
-    ran, rates, failed = [], {}, False
+    ran, rates, setup, failed = [], {}, 0.0, False
     commit, end = machine.commit(), time.monotonic() + 60 * minutes
     for i, case in enumerate(cases):
         if time.monotonic() > end:
@@ -46,8 +46,8 @@ def run(grid, only, minutes, out):
         # The ceilings move with whatever else the machine does, so they are measured again and again, and the best one holds.
         if i % 10 == 0:
             rates = _greatest(machine.rates(), rates)
-        # Half of the time left goes into rounds; compiling, checking and making inputs take the other half.
-        seconds = max(0.5, 0.5 * (end - time.monotonic()) / (len(cases) - i))
+        # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far.
+        seconds = max(0.5, (end - time.monotonic()) / (len(cases) - i) - setup / max(1, i))
         began = time.monotonic()
         try:
             measure = harness.measure if case.apart is None else apart.measure
@@ -56,6 +56,7 @@ def run(grid, only, minutes, out):
             print(f"{case.operation}: {case.name}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
             failed = True
             continue
+        setup += max(0, time.monotonic() - began - seconds)
         rates = _greatest(harness.achieved(row), rates)
         ran = [dict(each, rates=rates) for each in [*ran, row]]
         _write(path, [row for row in rows if key(row) not in map(key, ran)] + ran)
