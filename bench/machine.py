@@ -90,29 +90,20 @@ def cache_bytes():
     return max(sizes) or 32 << 20
 
 
-def rates(seconds=0.15):
-    """The best seen of bytes/s read and copied, and of floating-point operations/s in a product, by dtype.
+def memory_rates(seconds=0.15):
+    """The best seen of bytes/s read and copied.
 
     Of whatever libraries are there: a ceiling is what the machine can do, whoever gets it out.
     """
     on_cpu = platform_name() == "cpu"
     length = (4 * cache_bytes() if on_cpu else 1 << 31) // 4
-    shapes = [(512, 4096, 8192), (2048, 2048, 2048)] if on_cpu else [(8192, 8192, 8192)]
     array = jnp.ones((length,), jnp.float32)
     read, copy = [jax.jit(jnp.sum)], [jax.jit(lambda x: x + 1)]
-    products = {"float32": [(_jnp_product, jnp.float32)], "bfloat16": [(_jnp_product, jnp.bfloat16)]}
-    result = {}
-    try:
-        import torch
-    except ImportError:
-        pass
-    else:
-        tensor = torch.from_dlpack(array)
+    if _torch() is not None:
+        tensor = _torch().from_dlpack(array)
         read.append(lambda _: tensor.sum())
-        target = torch.empty_like(tensor)
+        target = _torch().empty_like(tensor)
         copy.append(lambda _: target.copy_(tensor))
-        for dtype in products:
-            products[dtype].append((_torch_product, getattr(torch, dtype)))
     if on_cpu:
         halves = np.array_split(np.ones(length, np.float32), os.cpu_count())
         targets = [np.empty_like(half) for half in halves]
@@ -121,8 +112,20 @@ def rates(seconds=0.15):
         read.append(lambda _: list(pool.map(lambda half: half @ half, halves)))
         copy.append(lambda _: list(pool.map(np.copyto, targets, halves)))
     size = 4 * length
-    result["read"] = max(size / _fastest(lambda f=f: f(array), seconds) for f in read)
-    result["copy"] = max(2 * size / _fastest(lambda f=f: f(array), seconds) for f in copy)
+    return {
+        "read": max(size / _fastest(lambda f=f: f(array), seconds) for f in read),
+        "copy": max(2 * size / _fastest(lambda f=f: f(array), seconds) for f in copy),
+    }
+
+
+def rates(seconds=0.15):
+    """`memory_rates`, and the best seen of floating-point operations/s in a product, by dtype."""
+    shapes = [(512, 4096, 8192), (2048, 2048, 2048)] if platform_name() == "cpu" else [(8192, 8192, 8192)]
+    products = {"float32": [(_jnp_product, jnp.float32)], "bfloat16": [(_jnp_product, jnp.bfloat16)]}
+    if _torch() is not None:
+        for dtype in products:
+            products[dtype].append((_torch_product, getattr(_torch(), dtype)))
+    result = memory_rates(seconds)
     for dtype, makers in products.items():
         result[dtype] = max(
             2 * math.prod(shape) / _fastest(make(shape, kind), seconds) for make, kind in makers for shape in shapes
@@ -130,6 +133,14 @@ def rates(seconds=0.15):
     # Where bfloat16 has no instructions of its own, the physical limit is to convert it and multiply in float32.
     result["bfloat16"] = max(result["bfloat16"], result["float32"])
     return result
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
 
 
 def _jnp_product(shape, dtype):

@@ -43,11 +43,14 @@ def run(grid, only, minutes, out):
         if time.monotonic() > end:
             print(f"{case.operation}: {case.name}: left out, the time is up", flush=True)
             continue
-        # The ceilings move with whatever else the machine does, so they are measured again and again, and the best one holds.
-        if i % 10 == 0:
+        # The ceilings move with whatever else the machine does, so they are measured again and again, and the best one holds;
+        # the memory's most, for neighbours take of it too, so what it alone limits is held against what it gave just then.
+        if i % 15 == 0:
             rates = _greatest(machine.rates(), rates)
-        # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far.
-        seconds = max(0.5, (end - time.monotonic()) / (len(cases) - i) - setup / max(1, i))
+        memory = {} if case.flops else machine.memory_rates()
+        # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far; and not all of
+        # it, for the last cases are the heaviest.
+        seconds = max(0.5, 0.6 * ((end - time.monotonic()) / (len(cases) - i) - setup / max(1, i)))
         began = time.monotonic()
         try:
             measure = harness.measure if case.apart is None else apart.measure
@@ -57,11 +60,12 @@ def run(grid, only, minutes, out):
             failed = True
             continue
         setup += max(0, time.monotonic() - began - seconds)
+        row["memory"] = _greatest(machine.memory_rates(), memory) if memory else {}
         rates = _greatest(harness.achieved(row), rates)
-        ran = [dict(each, rates=rates) for each in [*ran, row]]
+        ran = [dict(each, rates=rates | each["memory"]) for each in [*ran, row]]
         _write(path, [row for row in rows if key(row) not in map(key, ran)] + ran)
         failed |= "missing" in row["contenders"][harness.OURS]
-        print(f"{report.line(row, rates)} [{time.monotonic() - began:.1f} s]", flush=True)
+        print(f"{report.line(row, rates | row['memory'])} [{time.monotonic() - began:.1f} s]", flush=True)
         gc.collect()
     print(f"{path}\n{report.write(path)}")
     return int(failed)

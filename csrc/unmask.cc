@@ -19,12 +19,12 @@ constexpr int64_t kTiles = 64;  // about as many to share out, or more
 template <typename T>
 struct Stream : Plain<T> {
   Stream from(int64_t column) const { return {this->logits + column}; }
-  // Processors fetch ahead on their own, but not past the end of a page: the first lines of the next one are asked for here.
+  // Processors fetch ahead on their own, but not past the end of a page; where the next ones lie takes as long to find as the
+  // fetching does, so they are asked for two pages ahead.
   void read(int64_t j, int64_t n) const {
-    constexpr int64_t kPage = 4096, kLine = 64;
-    const char* next = (const char*)(this->logits + j) + kPage;
-    if ((uintptr_t)next % kPage >= n * sizeof(T)) return;
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(next + line * kLine);
+    constexpr int64_t kAhead = 8192, kLine = 64;
+    const char* first = (const char*)(this->logits + j) + kAhead;
+    for (int64_t byte = 0; byte < n * (int64_t)sizeof(T); byte += kLine) __builtin_prefetch(first + byte, 0, 2);
   }
 };
 
