@@ -128,6 +128,7 @@ def _parser():
     evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole (default: %(default)s)")
     evaluate.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
     evaluate.add_argument("--by-steps", action="store_true", help="compare the model and --students at 32, 8 and 2 passes")
+    evaluate.add_argument("--control", action="store_true", help="measure each mechanism of control, without and with it")
     evaluate.add_argument("--markdown", action="store_true", help="print a table of these in Markdown, row by row")
     evaluate.add_argument("--plot", metavar="FILE", help="draw --by-steps into an SVG file")
     evaluate.add_argument("--students", nargs="*", metavar="DIR", default=["student-8", "student-2"])
@@ -308,22 +309,27 @@ def _distill(options):
 def _evaluate(options):
     import jax.numpy as jnp
 
-    from dlm_kernels.denoiser import checkpoint, compare, data, evaluate, plot
+    from dlm_kernels.denoiser import checkpoint, compare, data, evaluate, mechanisms, plot
 
     texts = [text for _, text, held_out in data.files() if held_out][: options.files]
-    if not (options.by_steps or options.decoding):
+    if not (options.by_steps or options.decoding or options.control):
         numbers = evaluate.report(_load(options), texts, steps=options.steps, implementation=options.implementation)
         print(json.dumps(numbers, indent=2))
         return
     models = {"teacher": _load(options)}
-    models |= {name: checkpoint.load(checkpoint.find(name), dtype=jnp.float32) for name in options.students}
-    measure, head = (compare.by_steps, compare.STEPS_HEAD) if options.by_steps else (compare.decoding, compare.DECODING_HEAD)
+    others = ["renoise"] if options.control else options.students
+    models |= {name: checkpoint.load(checkpoint.find(name), dtype=jnp.float32) for name in others}
+    measure, head, line = compare.decoding, compare.DECODING_HEAD, compare.line
+    if options.by_steps:
+        measure, head = compare.by_steps, compare.STEPS_HEAD
+    elif options.control:
+        measure, head, line = mechanisms.control, mechanisms.HEAD, mechanisms.line
     # Minutes pass before the last row; without --markdown the rows are progress, and the result JSON.
     to = sys.stdout if options.markdown else sys.stderr
     print(head, file=to, flush=True)
     rows = measure(
         models, texts, prompts=options.prompts, implementation=options.implementation,
-        report=lambda row: print(compare.line(row), file=to, flush=True),
+        report=lambda row: print(line(row), file=to, flush=True),
     )  # fmt: skip
     if options.plot:
         checkpoint.write_atomic(options.plot, plot.steps_svg(rows).encode())

@@ -1,5 +1,6 @@
 """A small classifier on the model's hidden states, and the guidance that it gives: towards what it takes for wanted."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -53,26 +54,8 @@ def fit(loaded, wanted, unwanted, *, length=64, maskings=4, strength=1e-2, seed=
     spread evenly over 0-100%, because decoding asks of half-masked rows. Returns (classifier, the share of the rows it gets
     right). Raises ValueError where a list has less than one row.
     """
-    config, params, tokenizer = loaded
-    features, labels = [], []
-
-    @jax.jit
-    def states(tokens):
-        seen = jnp.ones(tokens.shape, bool)
-        return mean_state(model.hidden_states(config, params, tokens, implementation=implementation), seen)
-
-    for label, (name, texts) in enumerate((("unwanted", unwanted), ("wanted", wanted))):
-        stream = data.stream(tokenizer, texts, config.eos_id) if texts else np.zeros(0, np.int32)
-        rows = stream[: len(stream) // length * length].reshape(-1, length)
-        if not len(rows):
-            raise ValueError(f"{name}: expected at least {length} tokens, got {len(stream)}")
-        for draw in range(maskings):
-            key = jax.random.fold_in(jax.random.key(seed), draw)
-            features.append(np.asarray(states(train.corrupt(jnp.asarray(rows), key, config.mask_id, length)[0]), np.float64))
-            labels.append(np.full(len(rows), label))
-    x, y = np.concatenate(features), np.concatenate(labels)
+    x, y = _features(loaded, wanted, unwanted, length, maskings, seed, implementation)
     share = len(y) / np.bincount(y)[y] / 2  # both classes weigh alike
-    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     w = np.zeros(x.shape[1])
     penalty = strength * len(x) * np.diag([1.0] * (len(w) - 1) + [0.0])
     for _ in range(20):
@@ -82,6 +65,36 @@ def fit(loaded, wanted, unwanted, *, length=64, maskings=4, strength=1e-2, seed=
         w -= np.linalg.solve(curvature + 1e-9 * np.eye(len(w)), x.T @ (share * (p - y)) + penalty @ w)
     right = float(np.mean((x @ w > 0) == (y == 1)))
     return Classifier(jnp.asarray(w[:-1], jnp.float32), jnp.asarray(w[-1], jnp.float32)), right
+
+
+def accuracy(loaded, classifier, wanted, unwanted, *, length=64, maskings=4, seed=0, implementation=None):
+    """The share of the rows of other texts, cut and masked as in `fit`, that it gets right: the mean of both lists' shares."""
+    x, y = _features(loaded, wanted, unwanted, length, maskings, seed, implementation)
+    right = (x @ np.append(classifier.weight, classifier.bias) > 0) == (y == 1)
+    return float(np.mean([right[y == label].mean() for label in (0, 1)]))
+
+
+def _features(loaded, wanted, unwanted, length, maskings, seed, implementation):
+    """Mean states of the masked rows, and a 1 after each: float64 [N, D + 1]; and which are wanted, [N] of 0 and 1."""
+    config, params, tokenizer = loaded
+    features, labels = [], []
+    for label, (name, texts) in enumerate((("unwanted", unwanted), ("wanted", wanted))):
+        stream = data.stream(tokenizer, texts, config.eos_id) if texts else np.zeros(0, np.int32)
+        rows = stream[: len(stream) // length * length].reshape(-1, length)
+        if not len(rows):
+            raise ValueError(f"{name}: expected at least {length} tokens, got {len(stream)}")
+        for draw in range(maskings):
+            key = jax.random.fold_in(jax.random.key(seed), draw)
+            features.append(np.asarray(_masked_states(config, implementation, params, rows, key), np.float64))
+            labels.append(np.full(len(rows), label))
+    x = np.concatenate(features)
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1), np.concatenate(labels)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _masked_states(config, implementation, params, rows, key):
+    tokens, *_ = train.corrupt(rows, key, config.mask_id, rows.shape[1])
+    return mean_state(model.hidden_states(config, params, tokens, implementation=implementation), jnp.ones(tokens.shape, bool))
 
 
 def save(path, classifier):

@@ -45,6 +45,12 @@ def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4,
     return float(nats) * len(stream) / np.log(2) / sum(len(text.encode()) for text in texts)
 
 
+def rows_of(stream, count, length, random):
+    """int32 [count, length]: what stands at as many random places of `stream`."""
+    begins = random.integers(0, len(stream) - length, count)
+    return np.stack([stream[begin : begin + length] for begin in begins])
+
+
 def infilling(model, texts, *, cases=64, hole=8, length=128, steps=4, seed=1, **options):
     """{"token_accuracy", "exact_match"} of holes of `hole` tokens in the middle of rows of `length` held-out tokens.
 
@@ -53,8 +59,7 @@ def infilling(model, texts, *, cases=64, hole=8, length=128, steps=4, seed=1, **
     config, params, tokenizer = model
     stream = data.stream(tokenizer, texts, config.eos_id)
     random = np.random.default_rng(seed)
-    begins = random.integers(0, len(stream) - length, cases)
-    rows = np.stack([stream[begin : begin + length] for begin in begins])
+    rows = rows_of(stream, cases, length, random)
     at = (length - hole) // 2
     holes = slice(at, at + hole)
     board = rows.copy()
@@ -72,8 +77,7 @@ def correction(model, texts, *, share=0.03, threshold=0.9, rows=64, length=128, 
     config, params, tokenizer = model
     stream = data.stream(tokenizer, texts, config.eos_id)
     random = np.random.default_rng(seed)
-    begins = random.integers(0, len(stream) - length, rows)
-    right = np.stack([stream[begin : begin + length] for begin in begins])
+    right = rows_of(stream, rows, length, random)
     given = np.where(random.random(right.shape) < share, random.permutation(stream)[: right.size].reshape(right.shape), right)
     wrong = given != right
     if not wrong.any():
