@@ -311,6 +311,8 @@ def _evaluate(options):
 
     from dlm_kernels.denoiser import checkpoint, compare, data, evaluate, mechanisms, plot
 
+    if options.plot and not options.by_steps:
+        raise ValueError("--plot: expected --by-steps with it, whose rows it draws")
     texts = [text for _, text, held_out in data.files() if held_out][: options.files]
     if not (options.by_steps or options.decoding or options.control):
         numbers = evaluate.report(_load(options), texts, steps=options.steps, implementation=options.implementation)
