@@ -47,7 +47,6 @@ def run(grid, only, minutes, out):
         # the memory's most, for neighbours take of it too, so what it alone limits is held against what it gave just then.
         if i % 15 == 0:
             rates = _greatest(machine.rates(), rates)
-        memory = {} if case.flops else machine.memory_rates()
         # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far; and not all of
         # it, for the last cases are the heaviest.
         seconds = max(0.5, 0.6 * ((end - time.monotonic()) / (len(cases) - i) - setup / max(1, i)))
@@ -60,7 +59,7 @@ def run(grid, only, minutes, out):
             failed = True
             continue
         setup += max(0, time.monotonic() - began - seconds)
-        row["memory"] = _greatest(machine.memory_rates(), memory) if memory else {}
+        row["memory"] = {} if case.flops else machine.memory_rates()
         rates = _greatest(harness.achieved(row), rates)
         ran = [dict(each, rates=rates | each["memory"]) for each in [*ran, row]]
         _write(path, [row for row in rows if key(row) not in map(key, ran)] + ran)
