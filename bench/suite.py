@@ -49,7 +49,7 @@ def run(grid, only, minutes, out):
             rates = _greatest(machine.rates(), rates)
         # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far; and not all of
         # it, for the last cases are the heaviest.
-        seconds = max(0.5, 0.6 * ((end - time.monotonic()) / (len(cases) - i) - setup / max(1, i)))
+        seconds = max(0.5, 0.3 * ((end - time.monotonic()) / (len(cases) - i) - setup / max(1, i)))
         began = time.monotonic()
         try:
             measure = harness.measure if case.apart is None else apart.measure
