@@ -76,14 +76,13 @@ def cases():
 
 
 def attention_cases():
-    """B 1, 32 heads of 128: LLaDA-8B's. All of S queries, and a block of queries against a cache of S keys.
+    """B 1, 32 heads of 128, LLaDA-8B's, and 12 of 64, MDLM's. All of S queries, and a block of queries against a cache of S keys.
 
     Every kernel is given its arrays head by head, as JAX's are defined; a contender of its own has what `attention` does around
     ours for arrays [B, T, N, H] that lie as they are written.
     """
-    heads, size = 32, 128
-    shapes = [(s, s) for s in (512, 1024, 2048, 4096)] + [(t, 2048) for t in (32, 64, 128, 256)]
-    for t, s in shapes:
+    shapes = [(s, s, 32, 128) for s in (512, 1024, 2048, 4096)] + [(t, 2048, 32, 128) for t in (32, 64, 128, 256)]
+    for t, s, heads, size in [*shapes, (1024, 1024, 12, 64), (64, 2048, 12, 64)]:
         rows, keys = ((1, t, heads, size), BF16), ((1, s, heads, size), BF16)
         as_written = rows, keys, keys, None, None
         by_head = ((1, heads, t, size), BF16), *[((1, heads, s, size), BF16)] * 2
@@ -96,7 +95,8 @@ def attention_cases():
         contenders["flash"] = list(_flash(heads, t, s, size))
         contenders["XLA"] = [Contender(functools.partial(xla_attention.attention_forward, **static), as_written)]
         pairs = heads * t * s
-        yield Case(f"attention {t} x {s}, bfloat16", "128 x 128 of a head", pairs / 128**2, 2 * pairs * size, contenders)
+        given = "" if size == 128 else f"{heads} heads of {size}, "
+        yield Case(f"attention {t} x {s}, {given}bfloat16", "128 x 128 of a head", pairs / 128**2, 2 * pairs * size, contenders)
 
 
 def _ours_by_head(query, key, value, **static):

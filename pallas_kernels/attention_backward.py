@@ -22,7 +22,8 @@ def choose_tiles(kv_heads, rows, keys, head_size, dtype):
     heads = attention_tiles.most(kv_heads, lambda n: n <= 8 and n * bytes_of_head <= chips.chip().budget)
     unrolled = attention_tiles.most(heads, lambda n: n * row_tile * key_tile * size <= 2**20)
     row_part, key_part = map(attention_tiles.part, (row_tile, key_tile))
-    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, (1, 1), True)
+    order = True, attention_tiles.keys_last(head_size)
+    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, (1, 1), *order)
 
 
 def _kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap, of_keys):
@@ -30,10 +31,11 @@ def _kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap, of_keys):
 
     refs, in order, with R, S and n for tiles.rows, .keys and .heads:
     schedule: int32 [.] in SMEM, if masked: per grid step a tile of rows or keys, as attention_tiles.schedule gives it
-    query, dout [1, n, R, H]; key, value [1, n, S, H]; lse, delta float32 [1, n, 1, 1, R]; delta: sum(out * dout) - dlse
+    query, dout [1, n, R, H], or [1, n, H, R] if tiles.keys_last; key, value [1, n, S, H], or [1, n, H, S]
+    lse, delta float32 [1, n, 1, 1, R]; delta: sum(out * dout) - dlse
     bounds: int32 [1, 1, 2|4, R], if masked
-    of_keys: dkey, dvalue [1, n, S, H], out; float32 [n, S, H] each, scratch
-    otherwise: dquery [1, n, R, H], out; float32 [n, H, R], scratch
+    of_keys: dkey, dvalue, as key, out; float32 [n, S, H] each, or [n, H, S] if tiles.keys_last, scratch
+    otherwise: dquery, as query, out; float32 [n, H, R], scratch
     """
     schedule = refs[0] if masked else None
     query, key, value, dout, lse, delta = refs[masked : masked + 6]
@@ -48,15 +50,14 @@ def _kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap, of_keys):
         for ref in sums:
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-    def rows_of(ref, head, row):
-        return ref[0, head, row : row + tiles.row_part]
-
-    def keys_of(ref, head, at):
-        return ref[0, head, at : at + tiles.key_part]
+    last = tiles.keys_last
+    rows_of = functools.partial(attention_tiles.part_of, size=tiles.row_part, length_last=last)
+    keys_of = functools.partial(attention_tiles.part_of, size=tiles.key_part, length_last=last)
 
     def products(head, row, at):
-        logits = chips.dot(keys_of(key, head, at), rows_of(query, head, row), (1, 1))
-        return logits, chips.dot(keys_of(value, head, at), rows_of(dout, head, row), (1, 1))
+        axes = 2 * (int(not last),)
+        logits = chips.dot(keys_of(key, head, at), rows_of(query, head, row), axes)
+        return logits, chips.dot(keys_of(value, head, at), rows_of(dout, head, row), axes)
 
     def gradients_of_logits(head, row, at, logits, dweights, *, first):
         rows, seen = slice(row, row + tiles.row_part), None
@@ -79,12 +80,15 @@ def _kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap, of_keys):
     def add(head, row, at, weights, dlogits, seen):
         if of_keys:
             keys = slice(at, at + tiles.key_part)
-            sums[0][head, keys] += chips.dot(dlogits, rows_of(query, head, row), (1, 0))
-            sums[1][head, keys] += chips.dot(weights, rows_of(dout, head, row), (1, 0))
+            for total, gradient, of_rows in zip(sums, (dlogits, weights), (query, dout), strict=True):
+                if last:
+                    total[head, :, keys] += chips.dot(rows_of(of_rows, head, row), gradient, (1, 1))
+                else:
+                    total[head, keys] += chips.dot(gradient, rows_of(of_rows, head, row), (1, 0))
         else:
             k = keys_of(key, head, at)
-            k = k if seen is None else attention_tiles.kept(k, seen, 0)
-            sums[0][head, :, row : row + tiles.row_part] += chips.dot(k, dlogits, (0, 0))
+            k = k if seen is None else attention_tiles.kept(k, seen, 0, last)
+            sums[0][head, :, row : row + tiles.row_part] += chips.dot(k, dlogits, (int(last), 0))
 
     def visit(first):
         """first: the first key of the tile, or None where every row sees all of it."""
@@ -106,7 +110,8 @@ def _kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap, of_keys):
                 outs[0][0, head] = (sums[0][head] * scale).astype(outs[0].dtype)
                 outs[1][0, head] = sums[1][head].astype(outs[1].dtype)
             else:
-                outs[0][0, head] = (sums[0][head] * scale).T.astype(outs[0].dtype)
+                total = (sums[0][head] * scale).astype(outs[0].dtype)
+                outs[0][0, head] = total if last else total.T
             return carry
 
         jax.lax.fori_loop(0, tiles.heads, one_head, 0)
@@ -125,15 +130,15 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     m = n // k * t
     tiles = choose_tiles(k, m, s, h, query.dtype)
     delta = jnp.einsum("btnh,btnh->bnt", out, dout, preferred_element_type=jnp.float32, precision="highest") - dlse
-    padding = chips.round_up(m, tiles.rows) - m
+    padding, last = chips.round_up(m, tiles.rows) - m, tiles.keys_last
 
-    def padded(array):
+    def padded(array, axis=2):
         """Rows of zeros past the last: they add zeros to the keys' gradients."""
-        return jnp.pad(array, ((0, 0), (0, 0), (0, padding), *[(0, 0)] * (array.ndim - 3)))
+        return jnp.pad(array, [(0, padding if i == axis else 0) for i in range(array.ndim)])
 
-    query_rows, dout_rows = (padded(attention_tiles.by_head(x, k)) for x in (query, dout))
+    query_rows, dout_rows = (padded(attention_tiles.by_head(x, k, last), 3 if last else 2) for x in (query, dout))
     per_row = [padded(x.reshape(b, k, m)).reshape(b, k, -1, 1, tiles.rows) for x in (lse, delta)]
-    arrays = [query_rows, *(attention_tiles.by_head(x, k) for x in (key, value)), dout_rows, *per_row]
+    arrays = [query_rows, *(attention_tiles.by_head(x, k, last) for x in (key, value)), dout_rows, *per_row]
     row_tiles, key_tiles = per_row[0].shape[2], pl.cdiv(s, tiles.keys)
     masked, shared = bounds is not None or s % tiles.keys != 0, bounds is None or len(bounds) == 1
     if masked:
@@ -153,8 +158,13 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
         def rows_at(b, i, j, schedule):
             return tile(b, i, j, schedule, not of_keys)
 
-        rows = pl.BlockSpec((1, tiles.heads, tiles.rows, h), lambda b, g, i, j, *x: (b, g, rows_at(b, i, j, x), 0))
-        keys = pl.BlockSpec((1, tiles.heads, tiles.keys, h), lambda b, g, i, j, *x: (b, g, tile(b, i, j, x, of_keys), 0))
+        def keys_at(b, i, j, schedule):
+            return tile(b, i, j, schedule, of_keys)
+
+        rows, keys = (
+            attention_tiles.spec(tiles.heads, size, h, lambda b, g, i, j, *x, at=at: (b, g, at(b, i, j, x)), last)
+            for size, at in ((tiles.rows, rows_at), (tiles.keys, keys_at))
+        )
         row = pl.BlockSpec((1, tiles.heads, 1, 1, tiles.rows), lambda b, g, i, j, *x: (b, g, rows_at(b, i, j, x), 0, 0))
         specs = [rows, keys, keys, rows, row, row]
         if masked:
@@ -164,6 +174,7 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
                 )
             )
         of = arrays[1:3] if of_keys else arrays[:1]
+        sum_of = (tiles.keys, h, last) if of_keys else (tiles.rows, h, True)
         kernel = functools.partial(
             _kernel,
             tiles=tiles,
@@ -181,7 +192,7 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
                 in_specs=specs,
                 out_specs=[keys, keys] if of_keys else [rows],
                 scratch_shapes=[
-                    pltpu.VMEM((tiles.heads, *((tiles.keys, h) if of_keys else (h, tiles.rows))), jnp.float32) for _ in of
+                    pltpu.VMEM((tiles.heads, *attention_tiles.shape(*sum_of)), jnp.float32) for _ in of
                 ],
             ),
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in of],
@@ -190,4 +201,5 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
         )(*scalars, *arrays)
 
     (dquery,), (dkey, dvalue) = call(False), call(True)
-    return attention_tiles.from_head(dquery[:, :, :m], n), *(attention_tiles.from_head(x, k) for x in (dkey, dvalue))
+    dquery = dquery[..., :m] if last else dquery[:, :, :m]
+    return attention_tiles.from_head(dquery, n, last), *(attention_tiles.from_head(x, k, last) for x in (dkey, dvalue))

@@ -1,10 +1,10 @@
 """What attention's forward and backward share: how rows and keys are laid out and cut, and which tiles of keys a tile of rows sees.
 
 A kv head's G query heads are the rows of one matrix [M, H], M = G * T, row g * T + t, so that a key is read once for all of them.
-Arrays are taken head by head, [B, heads, length, H]. That transposition is no copy inside a jitted model: XLA gives a projection,
-a rotation and a cache in a loop's carry this layout from the start. Blocks of [B, T, N, H] as it lies would hold 8 heads' rows
-interleaved, and separating them in VMEM takes 12 vector operations a register; [B, T, N * H] is another tiling of memory, for
-which XLA copies a cache whole at every step.
+Arrays are taken head by head, [B, heads, length, H], or [B, heads, H, length] (`keys_last`). That transposition is no copy inside
+a jitted model: XLA gives a projection, a rotation and a cache in a loop's carry this layout from the start. Blocks of [B, T, N, H]
+as it lies would hold 8 heads' rows interleaved, and separating them in VMEM takes 12 vector operations a register; [B, T, N * H] is
+another tiling of memory, for which XLA copies a cache whole at every step.
 """
 
 import dataclasses
@@ -38,6 +38,19 @@ class Tiles:
     # A part's logits are [keys, rows]: the maximum over keys then runs down the sublanes, without the cross-lane unit. Few rows
     # would leave most lanes empty: then they are [rows, keys].
     keys_first: bool
+    # Blocks of keys and values are [H, keys], and so are those of rows where keys_first: `keys_last`.
+    keys_last: bool
+
+    @property
+    def rows_last(self):
+        return self.keys_last and self.keys_first
+
+
+def keys_last(head_size):
+    """Whether arrays are taken as [B, heads, H, length]. As [B, heads, length, H] a head size below the lanes would be padded to them
+    in HBM; XLA gives such an array the other layout from the start.
+    """
+    return head_size < LANES and head_size % 16 == 0
 
 
 def most(total, fits):
@@ -60,9 +73,9 @@ def visit(tiles, *stages):
     def some_heads(group, carry):
         parts = [
             (group * tiles.unrolled + head, row, at)
+            for row in range(0, tiles.rows, tiles.row_part)
             for at in range(0, tiles.keys, tiles.key_part)
             for head in range(tiles.unrolled)
-            for row in range(0, tiles.rows, tiles.row_part)
         ]
         results = dict.fromkeys(range(len(parts)), ())
         delays = 0, tiles.behind[0], sum(tiles.behind)
@@ -75,16 +88,37 @@ def visit(tiles, *stages):
     jax.lax.fori_loop(0, tiles.heads // tiles.unrolled, some_heads, 0)
 
 
-def by_head(array, kv_heads):
-    """[B, T, N, H] -> [B, K, N / K * T, H]."""
+def by_head(array, kv_heads, length_last):
+    """[B, T, N, H] -> [B, K, N / K * T, H], or [B, K, H, N / K * T] if length_last."""
     b, t, n, h = array.shape
-    return jnp.swapaxes(array, 1, 2).reshape(b, kv_heads, n // kv_heads * t, h)
+    array = jnp.swapaxes(array, 1, 2).reshape(b, kv_heads, n // kv_heads * t, h)
+    return jnp.swapaxes(array, 2, 3) if length_last else array
 
 
-def from_head(array, heads):
-    """[B, K, M, H] -> [B, T, N, H]."""
+def from_head(array, heads, length_last):
+    """What `by_head` takes, from what it gives."""
+    array = jnp.swapaxes(array, 2, 3) if length_last else array
     b, k, m, h = array.shape
     return jnp.swapaxes(array.reshape(b, heads, k * m // heads, h), 1, 2)
+
+
+def shape(length, head_size, length_last):
+    return (head_size, length) if length_last else (length, head_size)
+
+
+def spec(heads, length, head_size, index, length_last):
+    """Of a block of `length` rows or keys of so many heads; index: the grid's place -> its batch row, heads and place in length."""
+
+    def place(*at):
+        b, g, i = index(*at)
+        return b, g, *shape(i, 0, length_last)
+
+    return pl.BlockSpec((1, heads, *shape(length, head_size, length_last)), place)
+
+
+def part_of(block, head, start, size, length_last):
+    at = slice(start, start + size)
+    return block[0, head, :, at] if length_last else block[0, head, at]
 
 
 def row_bounds(bounds, groups, queries, keys, tile):
@@ -132,9 +166,14 @@ def visible(ends, first, shape, keys_axis):
     return seen
 
 
-def kept(array, seen, keys_axis):
-    """array [keys, H] with zeros for keys that no row sees: zero times their NaN would be NaN. seen: as `visible` gives it."""
+def kept(array, seen, keys_axis, keys_last):
+    """array [keys, H], or [H, keys] if keys_last, with zeros for keys that no row sees: zero times their NaN would be NaN.
+
+    seen: as `visible` gives it.
+    """
     some = jnp.where(seen, 1.0, 0.0).max(1 - keys_axis, keepdims=True)
-    if keys_axis == 1:
-        some = jnp.broadcast_to(some, (LANES, array.shape[0])).T[:, :1]
+    if keys_axis == 1 and not keys_last:
+        some = jnp.broadcast_to(some, (LANES, some.size)).T[:, :1]
+    elif keys_axis == 0 and keys_last:
+        some = jnp.broadcast_to(some, (some.size, LANES)).T[:1]
     return jnp.where(some > 0, array.astype(jnp.float32), 0.0).astype(array.dtype)

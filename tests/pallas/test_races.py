@@ -86,15 +86,16 @@ def small_tiles(monkeypatch):
         def choose(*shape, chosen=module.choose_tiles):
             tiles = chosen(*shape)
             parts = dict(rows=min(tiles.rows, 128), keys=128, row_part=min(tiles.rows, 128), key_part=128)
-            return dataclasses.replace(tiles, heads=1, unrolled=1, **parts)
+            return dataclasses.replace(tiles, unrolled=1, **parts)
 
         monkeypatch.setattr(module, "choose_tiles", choose)
 
 
-@pytest.mark.parametrize("queries", [12, 150])  # logits as [rows, keys], and as [keys, rows]
-def test_attention(run, small_tiles, queries):
-    query, dout = normal(0, 2, queries, 2, 64), normal(1, 2, queries, 2, 64)
-    key, value = normal(2, 2, 300, 2, 64), normal(3, 2, 300, 2, 64)
+# Logits as [rows, keys], and as [keys, rows]; blocks as [length, H], and as [H, length].
+@pytest.mark.parametrize("queries, size", [(12, 128), (150, 64)])
+def test_attention(run, small_tiles, queries, size):
+    query, dout = normal(0, 2, queries, 2, size), normal(1, 2, queries, 2, size)
+    key, value = normal(2, 2, 300, 2, size), normal(3, 2, 300, 2, size)
     bounds = np.zeros((2, queries, 2), np.int32)
     bounds[0], bounds[1] = (0, 200), (140, 300)  # a tile of keys that no row sees, one that all do, one at an edge
     options = dict(scale=0.125, logits_soft_cap=None)
