@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import attention_tiles, chips
 from dlm_kernels.pallas_kernels.attention_backward import attention_backward, supports_attention_backward
-from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LANES, LOG2_E, WHOLE
+from dlm_kernels.pallas_kernels.attention_tiles import DEAD, EDGE, LANES, LOG2_E, WHOLE
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
 
@@ -18,12 +18,14 @@ __all__ = ["attention_backward", "attention_forward", "supports_attention_backwa
 MOST_ROWS_FIRST = 64
 
 
-def choose_tiles(kv_heads, rows, keys, head_size, dtype):
-    """Not by the batch: a row's result must not depend on it."""
+def choose_tiles(kv_heads, rows, keys, head_size, dtype, bounded):
+    """Not by the batch: a row's result must not depend on it. bounded: whether rows see some of the keys only."""
     size, width = jnp.dtype(dtype).itemsize, chips.round_up(head_size, LANES)
     keys_first = rows > MOST_ROWS_FIRST
     row_tile = chips.even_tile(rows, 2048 // size, LANES if keys_first else 16)
-    key_tile = chips.even_tile(keys, max((8192 if keys_first else 4096) // size * LANES // width, LANES), LANES)
+    # A tile is skipped or computed whole.
+    most_keys = (8192 if keys_first and not bounded else 4096) // size
+    key_tile = chips.even_tile(keys, max(most_keys * LANES // width, LANES), LANES)
     # Key, value, query and result blocks are there twice; the sums are float32.
     bytes_of_head = 4 * width * (key_tile * size + row_tile * (size + 1))
     heads = attention_tiles.most(kv_heads, lambda n: n <= 8 and n * bytes_of_head <= chips.chip().budget)
@@ -45,11 +47,11 @@ def _forward_kernel(*refs, tiles, masked, shared_bounds, steps, scale, soft_cap)
     schedule: int32 [.] in SMEM, if masked: per grid step a tile of keys, as attention_tiles.schedule gives it
     query [1, n, R, H], or [1, n, H, R] if tiles.rows_last; key, value [1, n, S, H], or [1, n, H, S] if tiles.keys_last
     bounds: int32 [1, 1, 2|4, R], if masked; [1, 1, R, 2|4] where not tiles.keys_first
-    out, as query; lse float32 [1, n, 1, 1, R], natural
+    out, as query; lse float32 [1, n, 1, R], natural
     best, total, sums: float32 scratch, each row's greatest logit, the sum of its weights in 8 parts, and that of weight times
         value: [n, 1, R], [n, 8, R], [n, H, R]; where not tiles.keys_first [n, R, 1], [n, R, 128] in 128 parts, [n, R, H]
 
-    scale is positive. shared_bounds: one batch row's serve all.
+    scale is positive. shared_bounds: one batch row's serve all. steps: tiles of keys; of one, rows begin and end in the same pass.
     """
     schedule = refs[0] if masked else None
     query, key, value = refs[masked : masked + 3]
@@ -144,6 +146,12 @@ def _forward_kernel(*refs, tiles, masked, shared_bounds, steps, scale, soft_cap)
         entry = schedule[row * steps + step]
         pl.when((entry & 3) == EDGE)(lambda: attend((entry >> 2) * tiles.keys))
         pl.when((entry & 3) == WHOLE)(lambda: attend(None))
+        if steps == 1:
+
+            @pl.when((entry & 3) == DEAD)
+            def _():
+                out[...], lse[...] = jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, jnp.float32)
+
     else:
         attend(None)
 
@@ -171,7 +179,7 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     b, t, n, h = query.shape
     s, k = key.shape[1:3]
     m = n // k * t
-    tiles = choose_tiles(k, m, s, h, query.dtype)
+    tiles = choose_tiles(k, m, s, h, query.dtype, bounds is not None)
     if scale < 0:
         query, scale = -query, -scale
     grid = b, k // tiles.heads, pl.cdiv(m, tiles.rows), pl.cdiv(s, tiles.keys)

@@ -47,8 +47,10 @@ class Tiles:
 
 
 def keys_last(head_size):
-    """Whether arrays are taken as [B, heads, H, length]. As [B, heads, length, H] a head size below the lanes would be padded to them
-    in HBM; XLA gives such an array the other layout from the start.
+    """Whether arrays are taken as [B, heads, H, length].
+
+    As [B, heads, length, H] a head size below the lanes would be padded to them in HBM. XLA has such arrays in the other layout from
+    the start, and would copy them around the kernel. In a cache of that layout it is writing a block that takes longer.
     """
     return head_size < LANES and head_size % 16 == 0
 
@@ -67,7 +69,7 @@ def visit(tiles, *stages):
     first.
 
     The stages of several parts alternate, so that the compiler has products for the matrix units while the vector units are busy
-    with another part's weights, and the other way round.
+    with another part's weights, and the other way round. A row's parts follow one another, so that its results leave meanwhile too.
     """
 
     def some_heads(group, carry):

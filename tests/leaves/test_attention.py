@@ -89,6 +89,16 @@ def test_keys_nobody_sees_change_no_bit(leaf, dtype):
             np.testing.assert_array_equal(clean, got)
 
 
+@pytest.mark.parametrize("queries", [3, 133])
+def test_no_query_sees_a_key(leaf, queries):
+    query, key, value, _, _, options = operands((2, queries, 70, 2, 2, 64, 0, None), "float32")
+    bounds = np.zeros((2, queries, 2), np.int32)
+    bounds[1] = 30, 60
+    out, lse = leaf("attention", "attention_forward")(query, key, value, bounds, None, **options)
+    assert not np.any(out[0]) and np.all(np.isneginf(lse[0]))
+    assert np.all(np.isfinite(lse[1]))
+
+
 def test_rows_do_not_depend_on_the_batch(leaf):
     if leaf.package == "xla":
         pytest.skip("XLA chooses its own products' order")

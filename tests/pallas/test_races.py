@@ -79,20 +79,20 @@ def test_a_race_is_found(run):
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
-    """Attention in tiles of 128: several along each axis at shapes that the interpreter is done with soon."""
+def small_tiles(monkeypatch, request):
+    """Attention in tiles of 128 rows and so many keys: several at shapes that the interpreter is done with soon."""
     for module in (attention, attention_backward):
 
         def choose(*shape, chosen=module.choose_tiles):
             tiles = chosen(*shape)
-            parts = dict(rows=min(tiles.rows, 128), keys=128, row_part=min(tiles.rows, 128), key_part=128)
+            parts = dict(rows=min(tiles.rows, 128), keys=request.param, row_part=min(tiles.rows, 128), key_part=128)
             return dataclasses.replace(tiles, unrolled=1, **parts)
 
         monkeypatch.setattr(module, "choose_tiles", choose)
 
 
-# Logits as [rows, keys], and as [keys, rows]; blocks as [length, H], and as [H, length].
-@pytest.mark.parametrize("queries, size", [(12, 128), (150, 64)])
+# Logits as [rows, keys], and as [keys, rows]; blocks as [length, H], and as [H, length]; several tiles of keys, and one.
+@pytest.mark.parametrize("queries, size, small_tiles", [(12, 128, 128), (150, 64, 128), (150, 128, 384)], indirect=["small_tiles"])
 def test_attention(run, small_tiles, queries, size):
     query, dout = normal(0, 2, queries, 2, size), normal(1, 2, queries, 2, size)
     key, value = normal(2, 2, 300, 2, size), normal(3, 2, 300, 2, size)
