@@ -29,16 +29,18 @@ def choose_tiles(kv_heads, rows, keys, head_size, dtype, bounded):
     # Key, value, query and result blocks are there twice; the sums are float32.
     bytes_of_head = 4 * width * (key_tile * size + row_tile * (size + 1))
     heads = attention_tiles.most(kv_heads, lambda n: n <= 8 and n * bytes_of_head <= chips.chip().budget)
-    row_part = attention_tiles.part(row_tile)
+    row_part, behind = attention_tiles.part(row_tile), chips.chip().behind
     if keys_first:
-        key_part = LANES if row_part > LANES else attention_tiles.part(key_tile)
+        key_part = LANES if row_part > LANES else min(attention_tiles.part(key_tile), chips.chip().mxu)
+        # Of half the parts twice as many.
+        behind = tuple(n * 2 * LANES**2 // (row_part * key_part) for n in behind)
     else:
         key_part = key_tile  # one reduction over lanes for all of them
     # The code of a head grows with what it multiplies, and with the passes of its products, of which float32 takes six.
     multiplied = pl.cdiv(max(row_tile, LANES) * key_tile, 2 * LANES**2)
     unrolled = attention_tiles.most(heads, lambda n: n * multiplied * size**2 <= 64 * 2**2)
     order = keys_first, attention_tiles.keys_last(head_size)
-    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, chips.chip().behind, *order)
+    return attention_tiles.Tiles(heads, row_tile, key_tile, row_part, key_part, unrolled, behind, *order)
 
 
 def _forward_kernel(*refs, tiles, masked, shared_bounds, steps, scale, soft_cap):

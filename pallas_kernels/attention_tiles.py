@@ -49,8 +49,8 @@ class Tiles:
 def keys_last(head_size):
     """Whether arrays are taken as [B, heads, H, length].
 
-    As [B, heads, length, H] a head size below the lanes would be padded to them in HBM. XLA has such arrays in the other layout from
-    the start, and would copy them around the kernel. In a cache of that layout it is writing a block that takes longer.
+    As [B, heads, length, H] a head size below the lanes would be padded to them in HBM. XLA has such arrays in the other layout
+    from the start, and would copy them around the kernel. In a cache of that layout it is writing a block that takes longer.
     """
     return head_size < LANES and head_size % 16 == 0
 
