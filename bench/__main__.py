@@ -30,12 +30,14 @@ def main(arguments=None):
     tuning.add_argument("--only", metavar="NAME", help="sizes whose name contains NAME")
     static = commands.add_parser("tpu-schedule", help="static cycles of the TPU kernels and their peers, by libtpu, without a TPU")
     static.add_argument("--chip", choices=[*tpu_schedule.HARDWARE, "all"], default="all")
+    help = "Pallas kernels alone: XLA takes minutes for a transposition on v6e and 7x"
+    static.add_argument("--pallas", action="store_true", help=help)
     static.add_argument("--only", metavar="NAME", help="cases whose name contains NAME; others keep their rows")
     chosen = parser.parse_args(arguments)
     if chosen.command == "report":
         print(report.write(chosen.file))
     elif chosen.command == "tpu-schedule":
-        return tpu_schedule.main(chosen.chip, chosen.only)
+        return tpu_schedule.main(chosen.chip, chosen.only, chosen.pallas)
     elif chosen.command == "tune":
         if machine.platform_name() == "cuda":
             from bench import tune_triton

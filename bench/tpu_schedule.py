@@ -26,6 +26,7 @@ from dlm_kernels.xla import attention as xla_attention
 from dlm_kernels.xla import lm_head as xla_lm_head
 from dlm_kernels.xla import unmask as xla_unmask
 
+PALLAS = OURS, "splash", "flash"
 BF16, INT = jnp.bfloat16, jnp.int32
 
 
@@ -184,8 +185,11 @@ def score_cases():
     )
 
 
-def run(chip, only=None, out=None):
-    """Compiles every case for `chip`, prints and writes its figures; rows of cases left out stay. Each chip needs its process."""
+def run(chip, only=None, pallas=False, out=None):
+    """Compiles every case for `chip`, prints and writes its figures; rows of cases left out stay. Each chip needs its process.
+
+    pallas: no contender that is XLA's code, or ours with XLA's around it.
+    """
     hardware = HARDWARE[chip]
     folder = Path(tempfile.mkdtemp(prefix="tpu-schedule-"))
     # Before libtpu starts; there is no TPU to be asked what it is.
@@ -208,6 +212,8 @@ def run(chip, only=None, out=None):
                 continue
             row = dict(case=case.name, unit=case.unit, units=case.units, commit=commit, contenders={})
             for name, variants in case.contenders.items():
+                if pallas and name not in PALLAS:
+                    continue
                 found = [_count(variant, case, hardware, SingleDeviceSharding(device), folder) for variant in variants]
                 ran = [result for result in found if "missing" not in result]
                 row["contenders"][name] = min(ran, key=lambda result: result["cycles"]) if ran else found[0]
@@ -255,12 +261,12 @@ def _count(contender, case, hardware, sharding, folder):
     )
 
 
-def main(chip, only):
+def main(chip, only, pallas):
     # JAX that may look for a TPU has started libtpu by now.
     if chip != "all" and os.environ.get("JAX_PLATFORMS") == "cpu":
-        run(chip, only)
+        run(chip, only, pallas)
         return 0
-    command = [sys.executable, "-m", "bench", "tpu-schedule", *(["--only", only] if only else []), "--chip"]
+    command = [sys.executable, "-m", "bench", "tpu-schedule", *(["--only", only] if only else []), *["--pallas"] * pallas, "--chip"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     every = HARDWARE if chip == "all" else [chip]
     return max(subprocess.run([*command, each], env=environment).returncode for each in every)
