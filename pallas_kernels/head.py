@@ -17,9 +17,9 @@ def tiles(r, v, d, itemsize, row_bytes, column_bytes):
 
     row_bytes, column_bytes: what a kernel keeps for each element of a hidden row, and of a row of the weight.
     """
-    depth = chips.round_up(d, LANES)
-    columns = TILE_BYTES // (depth * itemsize) // LANES * LANES
-    columns = chips.tile(v, min(max(columns, LANES), MOST_COLUMNS), LANES)
+    depth, wide = chips.round_up(d, LANES), chips.chip().mxu
+    columns = TILE_BYTES // (depth * itemsize) // wide * wide
+    columns = chips.tile(v, min(max(columns, wide), MOST_COLUMNS), wide)
 
     def split(count):
         """Rows of each of `count` tiles, a multiple of what is multiplied at a time."""
