@@ -9,16 +9,17 @@ from dlm_kernels.pallas_kernels import chips
 LANES = 128
 MOST_ROWS, MOST_COLUMNS = 1024, 1024
 PART = 256  # rows multiplied at a time, for the code of a product grows with its rows
-TILE_BYTES = 4 * chips.MIB  # of the weight: a step must outlast what starting a copy costs
+# Of a tile of the weight: a step must outlast what starting it and a copy costs.
+TILE_BYTES, STREAMED_TILE_BYTES = 4 * chips.MIB, 6 * chips.MIB
 
 
-def tiles(r, v, d, itemsize, row_bytes, column_bytes):
+def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES):
     """(rows, columns): hidden rows held at a time and rows of the weight in a tile, as many as the chip's VMEM holds.
 
     row_bytes, column_bytes: what a kernel keeps for each element of a hidden row, and of a row of the weight.
     """
     depth, wide = chips.round_up(d, LANES), chips.chip().mxu
-    columns = TILE_BYTES // (depth * itemsize) // wide * wide
+    columns = tile_bytes // (depth * itemsize) // wide * wide
     columns = chips.tile(v, min(max(columns, wide), MOST_COLUMNS), wide)
 
     def split(count):
@@ -38,8 +39,8 @@ def tiles(r, v, d, itemsize, row_bytes, column_bytes):
 
 
 def streamed(itemsize):
-    """row_bytes and column_bytes of a kernel in which hidden rows stay and the weight goes by: one block, and two."""
-    return itemsize, 2 * itemsize
+    """row_bytes, column_bytes and tile_bytes of a kernel in which hidden rows stay and the weight goes by: one block, and two."""
+    return itemsize, 2 * itemsize, STREAMED_TILE_BYTES
 
 
 def resident(shape, index):
@@ -47,10 +48,10 @@ def resident(shape, index):
     return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(1))
 
 
-def refuse(weight, row_bytes, column_bytes):
+def refuse(weight, row_bytes, column_bytes, tile_bytes=TILE_BYTES):
     """Why no kernel takes this weight, or None."""
     v, d = weight.shape
-    rows, columns = tiles(1, v, d, weight.dtype.itemsize, row_bytes, column_bytes)
+    rows, columns = tiles(1, v, d, weight.dtype.itemsize, row_bytes, column_bytes, tile_bytes)
     if d * (rows * row_bytes + columns * column_bytes) > chips.chip().budget:
         return f"VMEM holds no {columns} rows of a weight of width {d}"
     return None
