@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import statistics
 import time
 import zlib
 from collections.abc import Callable
@@ -150,7 +151,13 @@ def measure(case, seconds, quick=False):
             ready[name] = again
             # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide.
             calls[name] = 1 if first > 0.5 else max(1, math.ceil(0.01 / _seconds(again, 1)))
-    for name, times in _rounds(ready, calls, seconds, 2 if quick else 3).items():
+    memory, gave = None if case.flops else machine.Memory(), []
+
+    def between():
+        if memory is not None:
+            gave.append(memory.rates())
+
+    for name, times in _rounds(ready, calls, seconds, 2 if quick else 3, between).items():
         results[name]["times"] = times
     return dict(
         operation=case.operation,
@@ -163,6 +170,7 @@ def measure(case, seconds, quick=False):
         tokens=case.tokens,
         headline=case.headline,
         component=case.component,
+        memory={name: statistics.median(each[name] for each in gave) for name in ("read", "copy")} if gave else {},
         contenders=results,
     )
 
@@ -182,8 +190,11 @@ def _call(function, sets, i):
     return wait(function(*sets[i % len(sets)]))
 
 
-def _rounds(ready, calls, seconds, least):
-    """Each contender's seconds per call in every round; all of them run in every round, so times of a round compare."""
+def _rounds(ready, calls, seconds, least, between):
+    """Each contender's seconds per call in every round; all of them run in every round, so times of a round compare.
+
+    between() is called after each.
+    """
     times = {name: [] for name in ready}
     began, turn = time.perf_counter(), 2
     for done in range(200 if ready else 0):
@@ -194,6 +205,7 @@ def _rounds(ready, calls, seconds, least):
             time.sleep(REST_SECONDS)
             times[name].append(sum(_seconds(call, turn + i) for i in range(calls[name])) / calls[name])
         turn += max(calls.values())
+        between()
     return times
 
 

@@ -90,43 +90,48 @@ def cache_bytes():
     return max(sizes) or 32 << 20
 
 
-def memory_rates(seconds=0.1):
-    """The best seen of bytes/s read and copied.
-
-    Of whatever libraries are there: a ceiling is what the machine can do, whoever gets it out.
+class Memory:
+    """Arrays that no cache holds, and every way at hand to read and to copy them: a ceiling is what the machine can do, whoever
+    gets it out.
     """
-    on_cpu = platform_name() == "cpu"
-    # Of an array four times the cache some is still found there, and reading it goes twice as fast as memory does.
-    length = (16 * cache_bytes() if on_cpu else 1 << 31) // 4
-    array = jnp.ones((length,), jnp.float32)
-    read, copy = [jax.jit(jnp.sum)], [jax.jit(lambda x: x + 1)]
-    if _torch() is not None:
-        tensor = _torch().from_dlpack(array)
-        read.append(lambda _: tensor.sum())
-        target = _torch().empty_like(tensor)
-        copy.append(lambda _: target.copy_(tensor))
-    if on_cpu:
-        halves = np.array_split(np.ones(length, np.float32), os.cpu_count())
-        targets = [np.empty_like(half) for half in halves]
-        pool = ThreadPoolExecutor(len(halves))
-        read.append(lambda _: list(pool.map(lambda half: half.max(), halves)))
-        read.append(lambda _: list(pool.map(lambda half: half @ half, halves)))
-        copy.append(lambda _: list(pool.map(np.copyto, targets, halves)))
-    size = 4 * length
-    return {
-        "read": max(size / _fastest(lambda f=f: f(array), seconds) for f in read),
-        "copy": max(2 * size / _fastest(lambda f=f: f(array), seconds) for f in copy),
-    }
+
+    def __init__(self):
+        on_cpu = platform_name() == "cpu"
+        # Of an array four times the cache some is still found there, and reading it goes twice as fast as memory does.
+        length = (8 * cache_bytes() if on_cpu else 1 << 31) // 4
+        array = jnp.ones((length,), jnp.float32)
+        total, successor = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
+        self.size = 4 * length
+        self.read, self.copy = [lambda: total(array)], [lambda: successor(array)]
+        if _torch() is not None:
+            tensor = _torch().from_dlpack(array)
+            target = _torch().empty_like(tensor)
+            self.read.append(tensor.sum)
+            self.copy.append(lambda: target.copy_(tensor))
+        if on_cpu:
+            halves = np.array_split(np.ones(length, np.float32), os.cpu_count())
+            targets = [np.empty_like(half) for half in halves]
+            pool = ThreadPoolExecutor(len(halves))
+            self.read.append(lambda: list(pool.map(np.max, halves)))
+            self.read.append(lambda: list(pool.map(np.dot, halves, halves)))
+            self.copy.append(lambda: list(pool.map(np.copyto, targets, halves)))
+
+    def rates(self, seconds=0.0):
+        """The best seen of bytes/s read and copied, each way in turn for so long, at least once."""
+        return {
+            "read": self.size / min(_fastest(way, seconds) for way in self.read),
+            "copy": 2 * self.size / min(_fastest(way, seconds) for way in self.copy),
+        }
 
 
 def rates(seconds=0.15):
-    """`memory_rates`, and the best seen of floating-point operations/s in a product, by dtype."""
+    """The memory's, and the best seen of floating-point operations/s in a product, by dtype."""
     shapes = [(512, 4096, 8192), (2048, 2048, 2048)] if platform_name() == "cpu" else [(8192, 8192, 8192)]
     products = {"float32": [(_jnp_product, jnp.float32)], "bfloat16": [(_jnp_product, jnp.bfloat16)]}
     if _torch() is not None:
         for dtype in products:
             products[dtype].append((_torch_product, getattr(_torch(), dtype)))
-    result = memory_rates()
+    result = Memory().rates(seconds)
     for dtype, makers in products.items():
         result[dtype] = max(
             2 * math.prod(shape) / _fastest(make(shape, kind), seconds) for make, kind in makers for shape in shapes

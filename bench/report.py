@@ -252,7 +252,7 @@ def head(result):
         f"{about['kind']}, {about['threads']} threads; {versions}; commit {commits}.\n"
         f"Ceilings, measured in the same run: read {rates['read'] / 1e9:.1f} GB/s, copy {rates['copy'] / 1e9:.1f} GB/s, "
         f"products float32 {rates['float32'] / 1e9:.0f} and bfloat16 {rates['bfloat16'] / 1e9:.0f} GFLOP/s (the best that any "
-        f"contender or a bare product reached). What memory alone limits is held against what it gave right after.\n"
+        f"contender or a bare product reached). What memory alone limits is held against what it gave between the rounds.\n"
         + "Times marked (jnp): our kernel did not run, and the package's plain jax.numpy version stands in its place.\n"
         * plain
         + "".join(f"Missing peer: {reason}.\n" for reason in result["missing"].values())

@@ -44,7 +44,7 @@ def run(grid, only, minutes, out):
             print(f"{case.operation}: {case.name}: left out, the time is up", flush=True)
             continue
         # The ceilings move with whatever else the machine does, so they are measured again and again, and the best one holds;
-        # the memory's most, for neighbours take of it too, so what it alone limits is held against what it gave just then.
+        # the memory's most, for neighbours take of it too, so what it alone limits is held against what it gave meanwhile.
         if i % 15 == 0:
             rates = _greatest(machine.rates(), rates)
         # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far; and not all of
@@ -59,7 +59,6 @@ def run(grid, only, minutes, out):
             failed = True
             continue
         setup += max(0, time.monotonic() - began - seconds)
-        row["memory"] = {} if case.flops else machine.memory_rates()
         rates = _greatest(harness.achieved(row), rates)
         ran = [dict(each, rates=rates | each["memory"]) for each in [*ran, row]]
         _write(path, [row for row in rows if key(row) not in map(key, ran)] + ran)
