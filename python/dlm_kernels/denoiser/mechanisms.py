@@ -75,10 +75,11 @@ def _measured(models, texts, files, headers, length, implementation):
     found, _ = classifier.fit(teacher, package(WANTED, False), package(UNWANTED, False), **fitted)
     right = classifier.accuracy(teacher, found, package(WANTED, True), package(UNWANTED, True), **fitted)
     yield f"`classify`, {WANTED} against {UNWANTED}", "share of held-out rows right", None, right
+    wanted = _probability(teacher, found, plain, **options)
     for scale in (10, 20):
         mechanism = f"`--classifier FILE --classifier-scale {scale}`"
         made, its = judged(classifier=found, classifier_scale=float(scale))
-        yield mechanism, "mean probability of wanted", *(_probability(teacher, found, x, **options) for x in (plain, made))
+        yield mechanism, "mean probability of wanted", wanted, _probability(teacher, found, made, **options)
         yield mechanism, "bits/token", numbers["teacher_bits_per_token"], its["teacher_bits_per_token"]
 
     for threshold in (0.5, 0.7, 0.9):

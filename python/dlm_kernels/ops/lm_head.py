@@ -74,8 +74,7 @@ def pack_lm_head(weight, *, implementation=None):
         raise ValueError(f"weight: expected shape [V, D] with V and D of at least 1, got {[v, d]}")
     if implementation is None:
         implementation = "cpu" if jax.default_backend() == "cpu" and not cpu_kernels.unavailable() else "xla"
-    if implementation not in dispatch.PACKAGES:
-        raise ValueError(f"implementation: expected one of {sorted(dispatch.PACKAGES)} or None, got {implementation!r}")
+    dispatch.check(implementation)
     if implementation != "cpu":
         return PackedHead(weight, "rows", v, d)
     if reason := cpu_kernels.unavailable():
