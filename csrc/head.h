@@ -67,8 +67,7 @@ class HeadProduct {
 
   // What tile() takes of a Scratch, in bytes.
   int64_t scratch() const {
-    const int64_t panels = rows_->blocks() > 1 ? kHeadColumns / kPanel : 1;
-    return (int64_t)sizeof(E) * panels * depth_ * kPanel + 4 * kHeadRows * kHeadColumns + 128;
+    return (int64_t)sizeof(E) * laid_out() + 4 * kHeadRows * kHeadColumns + 128;
   }
 
   // Calls use(block, logits) for every block of rows: logits[i][j] = hidden of the block's row i . weight[column + j] for
@@ -78,18 +77,18 @@ class HeadProduct {
   void tile(int64_t column, int64_t n, Scratch& scratch, Use&& use) const {
     const int64_t blocks = rows_->blocks(), parts = (depth_ + kHeadDepth - 1) / kHeadDepth;
     float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
-    E* room = scratch.take<E>((blocks > 1 ? kHeadColumns : kPanel) * depth_);
-    const E* right[kHeadColumns / kPanel];
+    E* room = scratch.take<E>(laid_out());
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t count = rows_->count(block);
       const E* left = left_ + rows_->first(block) * parts * kHeadDepth;
-      for (int64_t j = 0; j < n; j += kPanel) {
-        // Laid out for the first block, right before it is used, and kept for the others if there are any.
-        if (block == 0) right[j / kPanel] = panel(column + j, room + (blocks > 1 ? j * depth_ : 0));
-        for (int64_t p = 0; p < depth_; p += kHeadDepth)
-          multiply(left + p * count, kHeadDepth, 1, count, right[j / kPanel] + p * kPanel, std::min(kHeadDepth, depth_ - p), kPanel,
-                   logits + j, kHeadColumns, p > 0);
-      }
+      for (int64_t p = 0; p < depth_; p += kHeadDepth)  // which of all the block's rows stays in second-level cache
+        for (int64_t j = 0; j < n; j += kPanel) {
+          const int64_t depth = std::min(kHeadDepth, depth_ - p);
+          // Laid out for the first block, right before it is used, and kept for the others if there are any.
+          E* kept = blocks > 1 ? room + j * depth_ + p * kPanel : room;
+          const E* right = in_place() || block == 0 ? panel(column + j, p, depth, kept) : kept;
+          multiply(left + p * count, kHeadDepth, 1, count, right, depth, kPanel, logits + j, kHeadColumns, p > 0);
+        }
       use(block, logits);
     }
   }
@@ -98,31 +97,40 @@ class HeadProduct {
   using E = Element<T>;
   static constexpr int64_t kTogether = __is_same(T, BFloat16) ? 2 : 1;  // values along the depth that lie together when packed
 
-  // Columns [column, column + kPanel) over the whole depth: [elements of D][kPanel]. Packed weights are read where they lie if
-  // this instruction set multiplies them so, and else are unpacked into `room`.
-  const E* panel(int64_t column, E* room) const {
+  // Whether this instruction set multiplies a packed weight where it lies.
+  bool in_place() const {
+    return packed_ && kPanel == kPackedPanel && kValues<E> == kTogether && sizeof(E) == kTogether * sizeof(T);
+  }
+
+  // Elements of the weight that tile() lays out.
+  int64_t laid_out() const { return rows_->blocks() > 1 ? kHeadColumns * depth_ : kPanel * kHeadDepth; }
+
+  // Elements [p, p + depth) of columns [column, column + kPanel): [depth][kPanel], where they lie or else laid out in `room`.
+  const E* panel(int64_t column, int64_t p, int64_t depth, E* room) const {
+    const int64_t first = p * kValues<E>, values = std::min(depth * kValues<E>, d_ - first);
     if (!packed_) {
-      pack_transposed(weight_ + column * d_, d_, std::min<int64_t>(kPanel, v_ - column), d_, nullptr, room);
+      pack_transposed(weight_ + column * d_ + first, d_, std::min<int64_t>(kPanel, v_ - column), values, nullptr, room);
       return room;
     }
     const int64_t steps = (d_ + kTogether - 1) / kTogether;
-    const T* from = weight_ + column / kPackedPanel * steps * kPackedPanel * kTogether + column % kPackedPanel * kTogether;
-    if constexpr (kPanel == kPackedPanel && kValues<E> == kTogether && sizeof(E) == kTogether * sizeof(T)) {
-      return reinterpret_cast<const E*>(from);
-    } else {
-      for (int64_t p = 0; p < steps; ++p, from += kPackedPanel * kTogether)
+    const T* from = weight_ + column / kPackedPanel * steps * kPackedPanel * kTogether + column % kPackedPanel * kTogether +
+                    first * kPackedPanel;
+    if (in_place()) return reinterpret_cast<const E*>(from);
+    static_assert(__is_same(E, float) || kPanel == kPackedPanel, "no other elements are unpacked");
+    if constexpr (__is_same(E, float)) {
+      for (int64_t i = 0; i < values; i += kTogether, from += kPackedPanel * kTogether)
         for (int64_t j = 0; j < kPanel; j += kLanes) {
-          float* to = room + kTogether * p * kPanel + j;
+          float* to = room + i * kPanel + j;
           if constexpr (kTogether == 1) {
             store(to, load(from + j));
           } else {
             const U pair = *(const ULoad*)(from + 2 * j);
             store(to, as_float(pair << 16));
-            if (2 * p + 1 < d_) store(to + kPanel, as_float(pair & 0xFFFF0000u));
+            if (i + 1 < values) store(to + kPanel, as_float(pair & 0xFFFF0000u));
           }
         }
-      return room;
     }
+    return room;
   }
 
   const T *hidden_, *weight_;

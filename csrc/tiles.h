@@ -14,13 +14,13 @@ constexpr int64_t kAttentionPanels = 8;
 constexpr int64_t kBackwardRows = 96;
 // Its gradient: keys of a tile. 64: 1.04, 128: 1.00, 192: 1.00.
 constexpr int64_t kBackwardKeys = 128;
-// LM head: rows of a block. 96: 0.99, 192: 1.00, 288: 0.99.
+// LM head: rows of a block. 96: 1.02, 192: 1.00, 288: 0.99.
 constexpr int64_t kHeadRows = 192;
 // LM head: tokens of a tile. 64: 1.00, 128: 1.00, 256: 1.00.
 constexpr int64_t kHeadColumns = 128;
-// LM head: elements along the width, at once. 64: 1.20, 128: 1.05, 256: 1.00.
-constexpr int64_t kHeadDepth = 256;
-// Scores: logits of a row that one sum goes through. 4096: 1.14, 16384: 1.05, 65536: 1.00.
+// LM head: elements along the width, at once. 64: 1.24, 128: 1.08, 256: 1.03, 512: 1.00.
+constexpr int64_t kHeadDepth = 512;
+// Scores: logits of a row that one sum goes through. 4096: 1.44, 16384: 1.09, 65536: 1.00, 131072: 1.00.
 constexpr int64_t kScorePiece = 65536;
 
 }  // namespace dlm::tiles
