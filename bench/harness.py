@@ -15,6 +15,8 @@ import numpy as np
 from bench import machine
 
 OURS = "dlm_kernels"
+# What sampling is held against: ours without it, on the same logits. It does less, so it is no peer.
+GREEDY = "ours, greedy"
 # A call slower than this is timed once: a peer that takes a minute needs no median to be slow.
 SLOW_SECONDS = 4.0
 # Between contenders: a thread pool that has just finished still spins for a while, and would slow the next one.

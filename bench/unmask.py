@@ -40,14 +40,14 @@ def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, ranke
         stream = oracles.mix(*arrays[:2], 2.5) if guided else arrays[0]
         return oracles.unmask(stream[0], np.asarray(arrays[-1][0]), MASK, **rule)[None]
 
-    def step(*arrays, implementation):
+    def step(*arrays, implementation, temperature=temperature):
         stream = dict(unconditional=arrays[1]) if guided else {}
         return dlm_kernels.unmask_step(
             arrays[0],
             arrays[-1],
             mask_id=MASK,
             temperature=temperature,
-            key=key,
+            key=key if temperature else None,
             implementation=implementation,
             **stream,
             **guidance,
@@ -66,6 +66,8 @@ def case(name, rows, v, dtype="float32", *, guided=False, temperature=0.0, ranke
     contenders = {each: peers.torch_peer(peers.no_grad(function)) for each, function in published.items()}
     if threshold is None and "sweep" not in options:
         contenders["torch.compile"] = peers.torch_peer(published["LLaDA float32"], compiled=True)
+    if ranked:
+        contenders[harness.GREEDY] = harness.ours(step, temperature=0.0)[harness.OURS]
     extra = ", guided" * guided + f", temperature {temperature:g}" * bool(temperature) + ", half masked" * (masked < 1)
     extra += ", by rank" * ranked
     return Case(

@@ -13,7 +13,8 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kChunk = 2048;  // the most columns to take at once: they stay in first-level cache if they are read again
+constexpr int64_t kChunk = 2048;      // the most columns to take at once: they stay in first-level cache if they are read again
+constexpr int64_t kSampleChunk = 8192;  // the most to sample at once
 
 // Logits that lie ready in cache. What takes logits asks its source for them a vector at a time.
 template <typename T>
@@ -91,8 +92,9 @@ class RowScorer {
   // Whether sample() may find a greater score among columns whose greatest logit this is.
   bool may_win(float greatest) const { return samples_ && (noise_ != nullptr || greatest >= least_to_win(floor())); }
 
-  // Adds the scores with noise of columns [column, column + n), n <= kChunk, whose logits take() has seen. Noise of our own is made
-  // only for logits that may win with the greatest there is, closed up into whole vectors; what is left out changes no result.
+  // Adds the scores with noise of columns [column, column + n), n <= kSampleChunk, whose logits take() has added to the row. Noise of
+  // our own is made only for logits that may win with the greatest there is, closed up into whole vectors; what is left out changes
+  // no result.
   template <typename Logits>
   void sample(Statistics& row, const Logits& logits, int64_t n, int64_t column) const {
     if (noise_ != nullptr) {
@@ -102,36 +104,11 @@ class RowScorer {
       });
       return;
     }
-    const float to_beat = floor(), bar = least_to_win(to_beat);
-    alignas(64) uint32_t kept[kChunk + kTogether * kLanes];
-    int64_t count = 0;
-    for (int64_t j = 0; j < n; j += kTogether * kLanes) {
-      const bool whole = j + kTogether * kLanes <= n;
-      F x[kTogether], least = splat(kInfinity), most = splat(-kInfinity);
-      U word[kTogether];
-#pragma GCC unroll 8
-      for (int i = 0; i < kTogether; ++i) {
-        x[i] = whole ? logits.at(j + i * kLanes) : vector(logits, j + i * kLanes, n);
-        word[i] = (as_bits(x[i]) & ~kOffset) | offsets(j + i * kLanes);
-        least = min(least, x[i]);
-        most = max(most, x[i]);
-      }
-      if (!any(most >= bar)) continue;
-      if (!any(least < bar)) {
-        draw(row, logits, n, word, column, to_beat);
-        continue;
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kTogether; ++i) count += store_at_least(bar, x[i], word[i], kept + count);
-    }
-    // Behind the last, low ones that are not infinite and have offset 0.
-    for (int i = 0; i < kTogether; ++i) store(kept + count + i * kLanes, as_bits(splat(-0x1p64f)));
-    for (int64_t j = 0; j < count; j += kTogether * kLanes) {
-      U word[kTogether];
-#pragma GCC unroll 8
-      for (int i = 0; i < kTogether; ++i) word[i] = load(kept + j + i * kLanes);
-      draw(row, logits, n, word, column, to_beat);
-    }
+    const uint64_t counter = counter_ + (uint64_t)column;
+    // All counters of one call have the same high word.
+    const int64_t until = std::min<int64_t>(n, (int64_t)(UINT32_MAX - (uint32_t)counter) + 1);
+    draw_among(row, logits, 0, until, counter, column);
+    if (until < n) draw_among(row, logits, until, n, counter, column);
     raise(row.sampled_score);
   }
 
@@ -222,9 +199,11 @@ class RowScorer {
 
   // Raises the floor to the score of one column.
   void reach(float logit, int64_t column) const {
-    F uniform;
-    draw_uniform<1>(key_, counter_ + (uint64_t)column, &kNoOffset, &uniform);
-    raise((splat(logit) / sample_divisor_ + gumbel(uniform))[0]);
+    const uint64_t counter = counter_ + (uint64_t)column;
+    const U low = U{} + (uint32_t)counter;
+    U bits;
+    threefry_bits<1>(key_, (uint32_t)(counter >> 32), &low, &bits);
+    raise((splat(logit) / sample_divisor_ + gumbel(bits))[0]);
   }
 
   static U offsets(int64_t first) {
@@ -239,35 +218,54 @@ class RowScorer {
     return (to_beat - kMostNoise - 1e-6f * std::fabs(to_beat)) * sample_divisor_;
   }
 
-  // Scores with noise of our own those of n columns from `column` that the words name: an offset in their last bits, its logit cut
-  // short in the others. to_beat: a score that some column of the row is known to reach.
+  // Scores with noise of our own columns column + [first, stop), whose counters are counter + [first, stop).
   template <typename Logits>
-  void draw(Statistics& row, const Logits& logits, int64_t n, const U* word, int64_t column, float to_beat) const {
-    U offset[kTogether];
-    F uniform[kTogether];
+  void draw_among(Statistics& row, const Logits& logits, int64_t first, int64_t stop, uint64_t counter, int64_t column) const {
+    const float known = floor(), bar = least_to_win(known);
+    // A word for each that may win: its offset in the last bits, its logit cut short in the others. Few words come here over and
+    // over, and a store across the border of two pages takes ten times as long.
+    alignas(4096) uint32_t kept[kSampleChunk + kTogether * kLanes];
+    int64_t count = 0;
+    const auto keep = [&](int64_t j, F x) {
+      count += store_at_least(bar, x, (as_bits(x) & ~kOffset) | offsets(j), kept + count);
+    };
+    int64_t j = first;
+    for (; j + kLanes <= stop; j += kLanes) keep(j, logits.at(j));
+    if (j < stop) keep(j, logits.first(j, stop - j));
+    // Behind the last, low ones that are not infinite and have offset 0.
+    for (int i = 0; i < kTogether; ++i) store(kept + count + i * kLanes, as_bits(splat(-0x1p64f)));
+    const float multiplier = 1.0f / sample_divisor_;
+    const float cut_short = kCutShort * multiplier * std::max(std::fabs(bar), std::fabs(row.greatest));
+    const uint32_t high = (uint32_t)((counter + (uint64_t)first) >> 32);
+    for (int64_t at = 0; at < count; at += kTogether * kLanes) {
+      U offset[kTogether], low[kTogether], bits[kTogether];
 #pragma GCC unroll 8
-    for (int i = 0; i < kTogether; ++i) offset[i] = word[i] & kOffset;
-    draw_uniform<kTogether>(key_, counter_ + (uint64_t)column, offset, uniform);
-    to_beat = std::max(to_beat, row.sampled_score);
-    to_beat -= 1e-6f * std::fabs(to_beat);  // outweighs the rounding of x / divisor
+      for (int i = 0; i < kTogether; ++i) {
+        offset[i] = load(kept + at + i * kLanes) & kOffset;
+        low[i] = offset[i] + (uint32_t)counter;
+      }
+      threefry_bits<kTogether>(key_, high, low, bits);
+      const float to_beat = std::max(known, row.sampled_score);
+      // 1e-6 outweighs the rounding of x / divisor.
+      const float room = kMostBound + cut_short + 1e-6f * std::fabs(to_beat) - to_beat;
 #pragma GCC unroll 8
-    for (int i = 0; i < kTogether; ++i) {
-      // Cut short, an infinite logit is a NaN, and may win too.
-      const F x = as_float(word[i]) * (1.0f / sample_divisor_);
-      const I may_win = ~(x + kCutShort * magnitude(x) + most_gumbel(uniform[i]) < to_beat);
-      if (any(may_win)) take_exactly(row, logits, n, may_win, offset[i], uniform[i], column);
+      for (int i = 0; i < kTogether; ++i) {
+        // Cut short, an infinite logit is a NaN, and may win too.
+        const F most = as_float(load(kept + at + i * kLanes)) * multiplier + room, less = shortfall(bits[i]);
+        if (any_not_less(most, less)) take_exactly(row, logits, stop, ~(most < less), offset[i], bits[i], column);
+      }
     }
   }
 
   // The logits themselves, and both logarithms, of the lanes where they may decide. Rare, so apart from the loop that it would
   // crowd out.
   template <typename Logits>
-  [[gnu::noinline]] void take_exactly(Statistics& row, const Logits& logits, int64_t n, I lanes, U offset, F uniform,
+  [[gnu::noinline]] void take_exactly(Statistics& row, const Logits& logits, int64_t n, I lanes, U offset, U bits,
                                       int64_t column) const {
     F x = splat(-kInfinity);
     for (int i = 0; i < kLanes; ++i)
       if (lanes[i]) x[i] = vector(logits, offset[i], n)[0];
-    take_scores(row, x, gumbel(uniform), offset, column);
+    take_scores(row, x, gumbel(bits), offset, column);
   }
 
   // x and noise of columns column + offset.
@@ -286,9 +284,8 @@ class RowScorer {
 
   // Vectors of noise in turn, as many as registers hold: one alone waits for itself at every step.
   static constexpr int kTogether = kLanes == 16 ? 8 : 4;
-  static constexpr U kNoOffset = {};
-  static constexpr uint32_t kOffset = kChunk - 1;        // the bits of a word that hold an offset
-  static constexpr float kCutShort = kChunk * 0x1p-23f;  // what a logit may lose to it, relatively
+  static constexpr uint32_t kOffset = kSampleChunk - 1;        // the bits of a word that hold an offset
+  static constexpr float kCutShort = kSampleChunk * 0x1p-23f;  // what a logit may lose to it, relatively
 
   bool margin_, samples_;
   float logit_divisor_ = 1, sample_divisor_ = 1;

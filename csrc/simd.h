@@ -180,13 +180,23 @@ inline bool any(I mask) {
 #endif
 }
 
+// Whether some lane of x is not less than that of y.
+inline bool any_not_less(F x, F y) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLT_UQ) != 0;
+#else
+  return any(~(x < y));
+#endif
+}
+
 // Stores the words beside those lanes of x that are at least `least`, closed up; returns how many. Writes a whole vector.
 inline int64_t store_at_least(float least, F x, U words, uint32_t* to) {
 #if defined(__AVX512F__)
   // Closed up in a register: into memory the instruction takes a hundred cycles on some processors.
   const __mmask16 set = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(least), _CMP_GE_OQ);
-  store(to, (U)_mm512_maskz_compress_epi32(set, (__m512i)words));
-  return __builtin_popcount(set);
+  // Into its own operand: with zeros behind, it would wait for what the register held before.
+  store(to, (U)_mm512_mask_compress_epi32((__m512i)words, set, (__m512i)words));
+  return __builtin_popcountll(_cvtmask16_u32(set));
 #else
   int64_t n = 0;
   for (int i = 0; i < kLanes; ++i) {

@@ -74,13 +74,13 @@ void score_rows(const ScoreArgs& args, const Parallel& parallel) {
     const int64_t row = index / tiles, first = index % tiles * run, stop = std::min(pieces, first + run);
     if (!is_active(args.scoring, row)) return;
     const RowScorer scorer(args.scoring, row, args.v, floors[row]);
-    alignas(64) float buffer[kChunk];
+    alignas(64) float buffer[kSampleChunk];
     with_row<T>(args, row, [&](const auto& logits) {
-      // Calls use(logits, n, column) for each chunk of a piece.
-      const auto for_chunks = [&](int64_t piece, auto&& use) {
+      // Calls use(logits, n, column) for each chunk of a piece, of `most` columns or fewer.
+      const auto for_chunks = [&](int64_t piece, int64_t most, auto&& use) {
         const int64_t end = std::min(args.v, (piece + 1) * kPiece);
-        for (int64_t column = piece * kPiece; column < end; column += kChunk) {
-          const int64_t n = std::min(kChunk, end - column);
+        for (int64_t column = piece * kPiece; column < end; column += most) {
+          const int64_t n = std::min(most, end - column);
           const auto chunk = logits.from(column);
           if (args.scoring.soft_cap == 0 && scorer.logit_divisor() == 1 && !banned.any_in(column, n)) {
             use(chunk, n, column);
@@ -93,14 +93,15 @@ void score_rows(const ScoreArgs& args, const Parallel& parallel) {
       };
       for (int64_t piece = first; piece < stop; ++piece) {
         Statistics statistics;
-        for_chunks(piece, [&](const auto& chunk, int64_t n, int64_t column) { scorer.take(statistics, chunk, n, column); });
+        for_chunks(piece, kChunk, [&](const auto& chunk, int64_t n, int64_t column) { scorer.take(statistics, chunk, n, column); });
         partial[row * pieces + piece] = statistics;
       }
       // Only then, for knowing the greatest logits spares the noise of most others; the row still lies in second-level cache.
       for (int64_t piece = first; piece < stop; ++piece) {
         Statistics& statistics = partial[row * pieces + piece];
         if (!scorer.may_win(statistics.greatest)) continue;
-        for_chunks(piece, [&](const auto& chunk, int64_t n, int64_t column) { scorer.sample(statistics, chunk, n, column); });
+        for_chunks(piece, kSampleChunk,
+                   [&](const auto& chunk, int64_t n, int64_t column) { scorer.sample(statistics, chunk, n, column); });
       }
     });
   });

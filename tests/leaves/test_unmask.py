@@ -83,6 +83,12 @@ def test_counters_past_32_bits(leaf):
     check(leaf, normal(4, 2, 126464, spread=1.0), PLAIN, **operands)
 
 
+def test_counters_whose_low_word_wraps_around(leaf):
+    rows = jnp.full(8, 2**32 // 100000, jnp.int32)  # at column 67296
+    operands = dict(temperature=jnp.ones(8), key_data=sampling(8)["key_data"], counter_row=rows)
+    check(leaf, normal(4, 8, 100000, spread=1.0), PLAIN, **operands)
+
+
 def test_noise_is_jax_random_gumbel():
     key = jax.random.key(3)
     drawn = jax.random.gumbel(key, (4, 1003), jnp.float32)
