@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import masked_cross_entropy
+from dlm_kernels.triton_kernels import cross_entropy
 from dlm_kernels.triton_kernels import lm_head as kernels
 from dlm_kernels.xla import lm_head as plain
 
@@ -57,7 +58,7 @@ def test_scores(confidence, case):
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [16384, 128])
 def test_loss_and_gradients(cap, chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "_CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "_CHUNK", chunk)
     hidden, weight, keys = operands()
     active = np.asarray(jax.random.bernoulli(keys[2], 0.6, (R,)))
     hidden[~active] = np.nan

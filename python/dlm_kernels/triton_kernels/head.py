@@ -1,0 +1,52 @@
+"""How the product of hidden states and the LM head's weight is spread over programs, for the scores and for the loss."""
+
+import triton
+import triton.language as tl
+
+from dlm_kernels.triton_kernels.launch import arch, dtype_name, strides, tuned
+
+SPAN = 128  # tokens per program
+_RESIDENT = 16 << 20  # bytes of hidden states that stay in L2 (40 MB on A100, 50 on H100) beside what streams through
+
+
+@triton.jit
+def grouped_block():
+    """The block of axis 0 that is this program's, in a grid by `grouped`."""
+    return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+
+
+def grouped(blocks: int, others: int, most: int) -> tuple[int, int, int]:
+    """A grid of blocks by others, started in groups of `most` blocks: all of a group, for one of the others after another."""
+    return min(blocks, most), others, triton.cdiv(blocks, most)
+
+
+def grid(hidden, block: int, spans: int) -> tuple[int, int, int]:
+    """Blocks of rows by spans of the vocabulary: a group's hidden states stay in L2, and the weights pass by once for each group.
+
+    2048 rows of LLaDA, 17 MB, are one group: 132 programs in flight are 8 spans, and all 988, 1.04 GB, are read once. 8192 rows
+    would not stay in L2 from one span to the next, and would be read anew for every two, 33 GB; in 4 groups the weights are
+    read 4 times.
+    """
+    rows, width = hidden.shape
+    row_bytes = width * (4 if dtype_name(hidden) == "float32" else 2)
+    return grouped(triton.cdiv(rows, block), spans, max(1, _RESIDENT // (row_bytes * block)))
+
+
+@tuned("lm_head")
+def tiles(dtype: str, few_rows: bool, sampled: bool = False) -> tuple[dict, int, int]:
+    """Constants of a head product, its warps and its stages: the largest that spill no register, of which noise takes many.
+
+    The span never depends on the rows: see `scores`.
+    """
+    if dtype == "float32":
+        return {"BLOCK_R": 16 if sampled else 32, "BLOCK_V": SPAN, "BLOCK_D": 32, "PRECISION": "tf32x3"}, 8, 2
+    block = 64 if few_rows or sampled else 128
+    num_warps = 4 if few_rows and not sampled and arch() >= 90 else 8
+    return {"BLOCK_R": block, "BLOCK_V": SPAN, "BLOCK_D": 64, "PRECISION": "ieee"}, num_warps, 3
+
+
+def sizes(hidden, weight):
+    return {
+        "rows": hidden.shape[0], "vocabulary": weight.shape[0], "width": hidden.shape[1],
+        **strides(hidden, "hidden_r hidden_d"), **strides(weight, "weight_v weight_d"),
+    }  # fmt: skip
