@@ -13,6 +13,9 @@ import importlib
 import importlib.util
 
 import jax
+
+# The TPU kernels import it too, but within a trace, after which JAX 0.12 would trace and compile the same function once more.
+import jax.experimental.pallas.tpu
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
@@ -45,7 +48,7 @@ class Leaf:
     sharded: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Choice:
     """Which implementation a call takes on each platform, and why not the others."""
 
@@ -53,13 +56,14 @@ class Choice:
     implementations: dict[str, str]
     refused: dict[str, str]
 
-    def __str__(self):
+    def __repr__(self):
         lines = [f"{self.kernel}: " + ", ".join(f"{i} on {p}" for p, i in self.implementations.items())]
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
 
 _recorder: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorder", default=None)
+_traced_for = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
@@ -67,7 +71,9 @@ def recording():
     """Collects the `Choice` of every kernel call made inside."""
     token = _recorder.set(choices := [])
     try:
-        yield choices
+        # Part of the keys of JAX's caches: what was traced before has no calls left to see.
+        with _traced_for(object()):
+            yield choices
     finally:
         _recorder.reset(token)
 
@@ -75,8 +81,8 @@ def recording():
 def call(leaf, implementation, operands, **static):
     """Runs `leaf` on `operands` (name -> array or None) with the chosen implementation; returns a tuple of arrays."""
     choice = _choose(leaf, implementation, operands, static)
-    if (choices := _recorder.get()) is not None:
-        choices.append(choice)
+    choices = _recorder.get()
+    recorded = None if choices is None else len(choices)
     present = tuple(name for name, array in operands.items() if array is not None)
     arrays = [operands[name] for name in present]
     function = _compiled(
@@ -88,12 +94,16 @@ def call(leaf, implementation, operands, **static):
         _groups(leaf, operands),
         tuple(static.items()),
     )
-    return function(*arrays)
+    results = function(*arrays)
+    if choices is not None:
+        # Under vmap the call for all entries has recorded itself, and in a vmap around that one another: the last is what runs.
+        choices[recorded:] = choices[recorded:][-1:] or [choice]
+    return results
 
 
 def check(implementation):
     """Raises for a name that none has, which `call` does too: for operations that may have nothing to call."""
-    if implementation is not None and implementation not in PACKAGES:
+    if implementation is not None and not (isinstance(implementation, str) and implementation in PACKAGES):
         raise ValueError(f"implementation: expected one of {sorted(PACKAGES)} or None, got {implementation!r}")
 
 

@@ -10,19 +10,20 @@ def explain(function, *args, **kwargs):
 
         print(explain(dlm_kernels.attention, query, key, value, mask=mask))
 
-    function: an operation of this package, or any function that calls some. Arrays may be jax.ShapeDtypeStruct. Returns a list of
-    `Choice` (kernel, implementations by platform, refused with the reason), one per kernel call, in the order of the calls.
-    Raises what the call itself would raise.
+    function: an operation of this package, or any function that calls some. Arrays may be jax.ShapeDtypeStruct, as under jit.
+    Returns a list of `Choice` (kernel, implementations by platform, refused with the reason), one per kernel call, in the order of
+    the calls. Raises what the call itself would raise.
     """
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
-    arrays = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+    # Only these are traced: a number that happens to be an array is one that kernels can be compiled for.
+    shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
 
     def abstract(*traced):
         traced = iter(traced)
-        merged = [next(traced) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        merged = [next(traced) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
         positional, named = jax.tree.unflatten(tree, merged)
         return function(*positional, **named)
 
     with dispatch.recording() as choices:
-        jax.eval_shape(abstract, *arrays)
+        jax.eval_shape(abstract, *shapes)
     return choices
