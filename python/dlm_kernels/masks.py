@@ -83,10 +83,9 @@ def padding(lengths, query_length, key_length=None, *, side="right"):
 
     lengths int [B]. side "right": the padding is on the right, the real keys are [0, length); "left": [S - length, S).
     """
-    key_length = query_length if key_length is None else key_length
+    query_length, key_length = _sizes(query_length, key_length)
     lengths = checks.ranked("lengths", checks.integers("lengths", lengths), "B")[:, None]
-    if side not in ("left", "right"):
-        raise ValueError(f"side: expected 'left' or 'right', got {side!r}")
+    checks.one_of("side", side, ("left", "right"))
     start = jnp.zeros_like(lengths) if side == "right" else key_length - lengths
     start = jnp.broadcast_to(start, (lengths.shape[0], query_length))
     return KeyIntervals(start, start + lengths)
@@ -113,7 +112,7 @@ def block_causal(query_length, block_size, *, key_length=None, offset=0, segment
     is the position of the first query, for queries that continue a cache. With segment_ids int [B, L] (packed documents,
     offset 0) blocks are counted from each document's start and stay within it.
     """
-    block_size = _block_size(block_size)
+    block_size, query_length = _block_size(block_size), checks.size("query_length", query_length)
     position = jnp.arange(query_length, dtype=jnp.int32)[None, :]
     if segment_ids is not None:
         segment_ids = checks.ints("segment_ids", segment_ids, "BL")
@@ -121,12 +120,12 @@ def block_causal(query_length, block_size, *, key_length=None, offset=0, segment
         if not isinstance(offset, int) or offset != 0:
             raise ValueError(f"offset: expected 0 with segment_ids, which start at a document, got {offset!r}")
         first, last = _runs(segment_ids)
-        stop = jnp.minimum(first + ((position - first) // block_size + 1) * block_size, last)
+        stop = first + jnp.minimum(((position - first) // block_size + 1) * block_size, last - first)
         return KeyIntervals(first, jnp.where(segment_ids < 0, first, stop))
     position = position + _per_row("offset", offset)
     stop = (position // block_size + 1) * block_size
     if key_length is not None:
-        stop = jnp.minimum(stop, key_length)
+        stop = jnp.minimum(stop, checks.size("key_length", key_length))
     return KeyIntervals(jnp.zeros_like(stop), stop)
 
 
@@ -139,7 +138,7 @@ def block_diffusion(length, block_size):
     A noisy query sees its own noisy block and the clean blocks before it; a clean query sees the clean blocks up to and with
     its own. block_size is an int or a traced scalar. Source: BD3-LM (Arriola et al. 2025), block_diff_mask.
     """
-    block_size = _block_size(block_size)
+    block_size, length = _block_size(block_size), checks.size("length", length)
     block = jnp.arange(length, dtype=jnp.int32) // block_size
     own, after = block * block_size, jnp.minimum((block + 1) * block_size, length)
     start = jnp.concatenate([own, jnp.full_like(own, length)])
@@ -160,6 +159,7 @@ def cache(query_length, stop, *, start=0, block_start=None, block_stop=None):
         raise ValueError("block_start, block_stop: expected both or neither")
     ends = dict(start=start, stop=stop) | ({} if block_start is None else dict(block_start=block_start, block_stop=block_stop))
     ends = {name: _per_row(name, end) for name, end in ends.items()}
+    query_length = checks.size("query_length", query_length)
     rows = max(end.shape[0] for end in ends.values())
     for name, end in ends.items():
         if end.shape[0] not in (1, rows):
@@ -175,9 +175,15 @@ def sliding_window(query_length, left, right, *, key_length=None, offset=0):
     left, right: an int or a traced scalar each. offset: an int, a traced scalar or int [B], the position of the first query.
     """
     left, right = checks.integer("left", left), checks.integer("right", right)
-    key_length = query_length if key_length is None else key_length
+    query_length, key_length = _sizes(query_length, key_length)
     position = jnp.arange(query_length, dtype=jnp.int32)[None, :] + _per_row("offset", offset)
-    return KeyIntervals(jnp.maximum(position - left, 0), jnp.minimum(position + right + 1, key_length))
+    # Not the least of two stops: a `right` that means every key may be the greatest int.
+    return KeyIntervals(jnp.maximum(position - left, 0), position + 1 + jnp.minimum(right, key_length - 1 - position))
+
+
+def _sizes(query_length, key_length):
+    query_length = checks.size("query_length", query_length)
+    return query_length, query_length if key_length is None else checks.size("key_length", key_length)
 
 
 def _block_size(value):

@@ -67,9 +67,17 @@ CASES = {
         lambda: dlm.attention(q, kv, kv, implementation="cuda"),
         r"implementation: expected one of .*'cuda'",
     ),
+    "implementation that is no name": (
+        lambda: dlm.mix_guidance(logits, logits, 1.0, implementation=[]),
+        r"implementation: expected one of .*got \[\]",
+    ),
     "streams of two shapes": (
         lambda: dlm.mix_guidance(logits, logits[:1], 1.0),
         r"unconditional: expected shape \[2, 3, 7\]",
+    ),
+    "streams of two ranks": (
+        lambda: dlm.mix_guidance(logits, logits[0], 1.0),
+        r"unconditional: expected shape \[B, L, V\], got \[3, 7\]",
     ),
     "scale of text": (lambda: dlm.mix_guidance(logits, logits, "2"), r"scale: expected a number or an array .* got '2'"),
     "scale of a wrong length": (
@@ -128,6 +136,10 @@ CASES = {
     "no mask token": (
         lambda: dlm.unmask_step(logits, tokens, mask_id=None, num_unmask=1),
         r"mask_id: expected a single integer, got None",
+    ),
+    "a mask token past 32 bits": (
+        lambda: dlm.unmask_topk(tokens, scores, mask_id=2**31, num_unmask=1),
+        r"mask_id: expected a single integer, got 2147483648",
     ),
     "a mask token per position": (
         lambda: dlm.unmask_topk(tokens, scores, mask_id=tokens, num_unmask=1),
@@ -191,9 +203,17 @@ CASES = {
         r"logits_dtype: expected float32",
     ),
     "logits of an unknown dtype": (lambda: dlm.lm_head_scores(hidden, weight, logits_dtype="bf16"), r"logits_dtype: .*got bf16"),
+    "logits of the dtype of an array": (
+        lambda: dlm.lm_head_scores(hidden, weight, logits_dtype=np.zeros(2)),
+        r"logits_dtype: expected float32",
+    ),
     "targets of another shape": (
         lambda: dlm.masked_cross_entropy(hidden, weight, tokens[:1], jnp.ones((2, 3))),
         r"targets: expected shape \[2, 3\]",
+    ),
+    "complex weights": (
+        lambda: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 3), complex)),
+        r"weights: expected a number or an array of numbers, got dtype complex64",
     ),
     "unknown reduction": (
         lambda: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 3)), reduction="mean"),
@@ -201,6 +221,19 @@ CASES = {
     ),
     "lengths of one row": (lambda: masks.padding(3, 4), r"lengths: expected shape \[B\], got \[\]"),
     "lengths that are no integers": (lambda: masks.padding(jnp.ones(2), 4), r"lengths: expected an integer .*got dtype float32"),
+    "temperature of a truth value": (
+        lambda: dlm.soft_embedding(hidden, weight, temperature=jnp.array(True)),
+        r"temperature: expected a number or an array of numbers, got dtype bool",
+    ),
+    "queries of half a token": (
+        lambda: masks.padding(jnp.array([1, 2]), 2.5),
+        r"query_length: expected an integer of at least 0, .*got 2.5",
+    ),
+    "an unknown side": (lambda: masks.padding(jnp.array([1, 2]), 4, side="top"), r"side: expected one of 'left', .* got 'top'"),
+    "fewer keys than none": (lambda: masks.sliding_window(3, 1, 1, key_length=-1), r"key_length: expected .*got -1"),
+    "keys of a list": (lambda: masks.block_causal(3, 1, key_length=[3]), r"key_length: expected .*got \[3\]"),
+    "a row without a length": (lambda: masks.block_diffusion(None, 2), r"length: expected an integer .*got None"),
+    "a cache for text": (lambda: masks.cache("2", 3), r"query_length: expected an integer .*got '2'"),
     "documents of one row": (lambda: masks.packed(jnp.array([1, 1])), r"segment_ids: expected shape \[B, L\], got \[2\]"),
     "blocks of nothing": (lambda: masks.block_causal(4, 0), r"block_size: expected at least 1, got 0"),
     "blocks of half a token": (lambda: masks.block_diffusion(4, 0.5), r"block_size: expected a single integer, got dtype float32"),

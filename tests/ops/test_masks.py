@@ -113,3 +113,11 @@ def test_intersection_and_its_limit():
 def test_masks_are_built_under_jit_from_traced_sizes():
     build = jax.jit(lambda block, offset: masks.block_causal(5, block, key_length=9, offset=offset))
     np.testing.assert_array_equal(dense(build(2, 3), 9), dense(masks.block_causal(5, 2, key_length=9, offset=3), 9))
+
+
+def test_the_greatest_int_is_every_key():
+    all_keys = 2**31 - 1
+    np.testing.assert_array_equal(dense(masks.sliding_window(3, all_keys, all_keys, key_length=9, offset=4), 9), True)
+    ids = np.array([[0, 0, 1, 1, 1]])
+    got = dense(masks.block_causal(5, all_keys, segment_ids=ids), 5)
+    np.testing.assert_array_equal(got, ids[:, :, None] == ids[:, None])

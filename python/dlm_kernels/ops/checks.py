@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -15,7 +16,7 @@ def array(name, value):
 def _as_array(name, value, expected):
     try:
         return value if isinstance(value, jax.Array) else jnp.asarray(value)
-    except (TypeError, ValueError):  # JAX's own message does not know the argument
+    except (TypeError, ValueError, OverflowError):  # JAX's own message does not know the argument
         raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
 
 
@@ -54,7 +55,7 @@ def shaped(name, value, shape, meaning):
 
 
 def one_of(name, value, choices):
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
@@ -99,10 +100,17 @@ def integer(name, value):
     return value
 
 
+def size(name, value):
+    """How many positions an axis has, as an int."""
+    if not isinstance(value, (int, np.integer)) or value < 0:
+        raise ValueError(f"{name}: expected an integer of at least 0, not traced, got {value!r}")
+    return int(value)
+
+
 def number(name, value):
     """A number that kernels are compiled for, as a float."""
     try:
-        if not isinstance(value, str):
+        if not isinstance(value, (str, bytes)):
             return float(value)
     except TypeError:  # of a traced value too
         pass
@@ -117,10 +125,12 @@ def soft_cap(value):
 
 def float_dtype(name, value):
     """None, or one of FLOATS as a dtype."""
+    if value is None:
+        return None
     try:
-        dtype = None if value is None else jnp.dtype(value)
-    except TypeError:
-        dtype = value
-    if dtype is not None and dtype not in [jnp.dtype(x) for x in FLOATS]:
+        dtype = jnp.dtype(value)
+    except (TypeError, ValueError):
+        dtype = None
+    if dtype not in [jnp.dtype(x) for x in FLOATS]:
         raise ValueError(f"{name}: expected float32, bfloat16, float16 or None, got {value}")
     return dtype

@@ -32,8 +32,9 @@ def mix_guidance(conditional, unconditional, scale, *, implementation=None):
     conditional = checks.array("conditional", conditional)
     if conditional.ndim not in (2, 3):
         raise ValueError(f"conditional: expected shape [B, L, V] or [B, V], got {list(conditional.shape)}")
-    conditional = checks.floats("conditional", conditional, "BLV"[-conditional.ndim :])
-    unconditional = checks.floats("unconditional", unconditional, conditional.shape)
+    axes = "BLV" if conditional.ndim == 3 else "BV"
+    conditional = checks.floats("conditional", conditional, axes)
+    unconditional = checks.floats("unconditional", unconditional, axes)
     checks.shaped("unconditional", unconditional, conditional.shape, "conditional's shape")
     if conditional.dtype != unconditional.dtype:
         raise ValueError(f"unconditional: expected conditional's dtype {conditional.dtype}, got {unconditional.dtype}")

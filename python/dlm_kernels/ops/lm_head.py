@@ -186,8 +186,7 @@ def masked_cross_entropy(
     _check_weight(hidden, weight.shape, weight.dtype)
     b, length, d = hidden.shape
     targets = checks.shaped("targets", checks.ints("targets", targets, "BL"), (b, length), "batch, length of hidden")
-    weights = checks.shaped("weights", checks.array("weights", weights), (b, length), "batch, length of hidden")
-    weights = weights.astype(jnp.float32)
+    weights = checks.shaped("weights", checks.numbers("weights", weights), (b, length), "batch, length of hidden")
     checks.one_of("reduction", reduction, ("sum", "none"))
     if hidden.size == 0:
         loss = jnp.zeros((b, length), jnp.float32)

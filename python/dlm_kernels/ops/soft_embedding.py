@@ -38,8 +38,7 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     if not hidden.dtype == weight.dtype == embedding.dtype:
         raise ValueError(f"weight, embedding: expected hidden's dtype {hidden.dtype}, got {weight.dtype} and {embedding.dtype}")
     if not isinstance(temperature, (int, float)):
-        temperature = checks.array("temperature", temperature)
-        checks.shaped("temperature", temperature, (), "a scalar")
+        temperature = checks.shaped("temperature", checks.numbers("temperature", temperature), (), "a scalar")
     elif not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     soft_cap = checks.soft_cap(logits_soft_cap)
