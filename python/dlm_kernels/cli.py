@@ -18,7 +18,7 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"dlm-kernels: {error}", file=sys.stderr)
         return 2
     return 0
@@ -161,6 +161,8 @@ def _generate(options):
 
     if (options.prompt is None) == (options.infill is None):
         raise ValueError("expected a prompt or --infill, one of them")
+    if options.infill is not None and not generate.HOLE.search(options.infill):
+        raise ValueError(f"--infill: expected a hole in it, such as <mask:20>, got {options.infill!r}")
     model = _load(options)
     if options.drafts and options.html:
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")

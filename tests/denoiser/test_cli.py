@@ -97,6 +97,14 @@ def test_the_same_seed_gives_the_same_text(command):
 def test_errors_are_one_line(command):
     status, out, err = command("generate")
     assert (status, out) == (2, "") and err == "dlm-kernels: expected a prompt or --infill, one of them\n"
+    for arguments, message in {
+        ("--infill", "def"): "--infill: expected a hole in it, such as <mask:20>, got 'def'",
+        ("def", "--length", "-1"): "length: expected at least 0, got -1",
+        ("def", "--temperature", "-1"): "temperature: expected at least 0, got -1.0",
+        ("def", "--classifier", "missing"): "missing",
+    }.items():
+        status, out, err = command("generate", *arguments)
+        assert (status, out) == (2, "") and message in err and err.count("\n") == 1
     status, _, err = command("generate", "x", "--block", "0", "--length", "6")
     assert (status, err) == (2, "dlm-kernels: block: expected an int of at least 1, got 0\n")
     status, _, err = command("generate", "x", "--steps", "0")

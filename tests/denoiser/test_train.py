@@ -291,6 +291,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
+def test_without_optax_it_says_what_to_install(monkeypatch, tmp_path, texts):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"training needs the optax package: pip install 'dlm_kernels\[train\]'"):
+        train.run(DenoiserConfig(), train.TrainConfig(steps=1), tmp_path / "out", seed_texts=texts)
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_say_what_is_wrong():
     with pytest.raises(ValueError, match="steps, minutes: expected one of them, got None and None"):
         train.TrainConfig()

@@ -126,6 +126,9 @@ def generate(
     config, params, tokenizer = model
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
+    for name, value in dict(length=length, temperature=temperature).items():
+        if not (value or 0) >= 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
     prefix = len(tokenizer.encode(style).ids) if style else 0
     board = canvas(config, tokenizer, prompts, length, style or "")
     for text in required:

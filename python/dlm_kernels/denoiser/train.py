@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import pathlib
 import time
 
@@ -268,6 +269,8 @@ def run(
     eos_id): what gives a step its rows, in the place of `data.Batches`. report(progress: dict) is called
     after every step.
     """
+    if not importlib.util.find_spec("optax"):
+        raise ValueError("training needs the optax package: pip install 'dlm_kernels[train]'")
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = None
