@@ -9,7 +9,7 @@ namespace {
 // unconditional + scale * (conditional - unconditional); -inf where either is -inf, which the arithmetic would turn into NaN.
 inline F mix(F conditional, F unconditional, float scale) {
   const F mixed = unconditional + scale * (conditional - unconditional);
-  return min(conditional, unconditional) == -kInfinity ? splat(-kInfinity) : mixed;
+  return select((conditional == -kInfinity) | (unconditional == -kInfinity), splat(-kInfinity), mixed);
 }
 
 }  // namespace

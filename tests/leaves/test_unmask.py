@@ -177,11 +177,21 @@ def test_unmask_topk(leaf, rules, length, edits):
         np.testing.assert_array_equal(result, wanted)
 
 
+@pytest.mark.parametrize("rule", ["threshold", "factor", "entropy_budget"])
+def test_a_rule_that_is_nan_commits_one(leaf, rule):
+    places = jnp.array([[0.2, 0.9, 0.4]])
+    rules = [jnp.array([jnp.nan]) if name == rule else None for name in RULES]
+    entropy = 1 - places if rule == "entropy_budget" else None
+    arrays = jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.int32), places, entropy, places > 0, None, *rules, None
+    np.testing.assert_array_equal(leaf("unmask", "unmask_topk")(*arrays)[1], [[False, True, False]])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("v", [1, 33, 5003])
 def test_guidance(leaf, v, dtype):
     streams = np.array(normal(12, 3, 6, v, dtype=dtype))
     streams[0, 1, 0] = streams[1, 2, v // 2] = streams[2, :, v - 1] = -np.inf
+    streams[0, 4, v // 2], streams[1, 4, v // 2] = -np.inf, np.nan  # banned all the same
     scale = np.array([0, 1, 2.5, -0.5, 1.5, 3], np.float32)
     weights = np.array(jax.random.normal(jax.random.key(3), (3, 6)))
     weights[0, 1] = weights[2, :4] = 0

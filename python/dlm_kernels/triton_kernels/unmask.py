@@ -289,7 +289,7 @@ def _topk_kernel(
         above = open_ & (sure > tl.load(threshold + b))
         n = tl.maximum(n, tl.maximum(1, tl.sum(above.to(tl.int32), 0)))
     if HAS_FACTOR:
-        failed = open_ & (rank > 0) & (sure < 1.0 - tl.load(factor + b) / (rank + 2).to(tl.float32))
+        failed = open_ & (rank > 0) & ~(sure >= 1.0 - tl.load(factor + b) / (rank + 2).to(tl.float32))
         n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
     if HAS_ENTROPY_BUDGET:
         within = spent <= tl.load(entropy_budget + b)
