@@ -98,6 +98,16 @@ def test_vmap(name):
 
 
 @every_operation
+def test_vmap_of_vmap_and_over_nothing(name):
+    function, arrays = OPERATIONS[name]
+    mapped = jax.vmap(jax.vmap(function))
+    expected = function(*arrays)
+    same(mapped(*(array[None, None] for array in arrays)), jax.tree.map(lambda x: x[None, None], expected))
+    nothing = mapped(*(array[None, None][:0] for array in arrays))
+    assert [x.shape for x in jax.tree.leaves(nothing)] == [(0, 1, *x.shape) for x in jax.tree.leaves(expected)]
+
+
+@every_operation
 def test_sharded_batch(name):
     function, arrays = OPERATIONS[name]
     mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))

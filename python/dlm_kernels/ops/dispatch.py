@@ -199,11 +199,14 @@ def _batched(leaf, implementation, function, present, static):
     @batched_function.def_vmap
     def rule(size, batched, *arrays):
         every_result = tuple(True for _ in leaf.results)
+        if size == 0:
+            one = jax.eval_shape(function, *(jax.ShapeDtypeStruct(x.shape[b:], x.dtype) for x, b in zip(arrays, batched)))
+            return tuple(jax.numpy.zeros((0, *x.shape), x.dtype) for x in one), every_result
         foldable = all(leaf.fold in letters for letters in leaf.results)
         if not foldable or any(b and leaf.fold not in letters for b, letters in zip(batched, axes)):
             # Each entry has, say, its own LM head or its own weight gradient: one kernel call cannot hold them all.
             return jax.lax.map(
-                lambda mapped: function(*_merge(batched, mapped, arrays)),
+                lambda mapped: batched_function(*_merge(batched, mapped, arrays)),  # which a vmap around this one maps too
                 [array for array, b in zip(arrays, batched) if b],
             ), every_result
         rows = max(
