@@ -118,6 +118,20 @@ def test_sharded_batch(name):
 
 
 @every_operation
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_arrays_split_along_any_axis(name, axis):
+    """Also along those that a kernel needs whole, such as the length or the vocabulary."""
+    function, arrays = OPERATIONS[name]
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]).reshape(2, 2), ("data", "other"))
+    spec = ["data", *[None] * (axis - 1), "other"]
+    split = [
+        jax.device_put(x, NamedSharding(mesh, PartitionSpec(*(spec if x.ndim > axis and x.shape[axis] % 2 == 0 else spec[:1]))))
+        for x in arrays
+    ]
+    same(jax.jit(function)(*split), function(*arrays))
+
+
+@every_operation
 def test_export(name):
     function, arrays = OPERATIONS[name]
     checks = [export.DisabledSafetyCheck.custom_call(f"dlm_kernels_{kernel}") for kernel in _cpu.ffi_handlers()]

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 
 import jax
 
@@ -18,7 +19,7 @@ import jax
 import jax.experimental.pallas.tpu
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dlm_kernels import triton_kernels
 
@@ -251,23 +252,27 @@ def _partitioned(leaf, run, axes, groups):
     rule, factors = _sharding_rule(leaf, axes, groups)
     shardable = {*leaf.sharded}
 
+    def split(mesh, arg_shapes, terms):
+        """Shardings of arrays with these axes: each letter that may be split is, in all of them, as the first operand has it that
+        splits it. The rule does not keep the others whole: an array may come split along any axis.
+        """
+        spec, used = {}, set()
+        for names, argument in zip(axes, arg_shapes):
+            for letter, part, n in zip(names, argument.sharding.spec, argument.shape):
+                over = part if isinstance(part, tuple) else () if part is None else (part,)
+                even = n % math.prod(mesh.shape[axis] for axis in over) == 0
+                if over and letter in shardable and letter not in spec and even and used.isdisjoint(over):
+                    spec[letter] = part
+                    used.update(over)
+        spec["n"] = spec.get("k")
+        return tuple(NamedSharding(mesh, PartitionSpec(*(spec.get(letter) for letter in names))) for names in terms)
+
     def partition(mesh, arg_shapes, result_shapes):
-        arguments = tuple(_named(mesh, a.sharding) for a in arg_shapes)
-        results = tuple(_named(mesh, r.sharding) for r in result_shapes)
-        return mesh, run, results, arguments
+        return mesh, run, split(mesh, arg_shapes, leaf.results), split(mesh, arg_shapes, axes)
 
     def infer(mesh, arg_shapes, result_shapes):
-        """Only GSPMD asks: a result's axis is split as the operands' axis of the same letter is."""
-        spec = {}
-        for names, argument in zip(axes, arg_shapes):
-            for letter, part in zip(names, argument.sharding.spec):
-                if letter in shardable:
-                    spec.setdefault(letter, part)
-        spec["n"] = spec.get("k")
-        return tuple(
-            NamedSharding(mesh, jax.sharding.PartitionSpec(*(spec.get(letter) for letter in result)))
-            for result in leaf.results
-        )
+        """Only GSPMD asks."""
+        return split(mesh, arg_shapes, leaf.results)
 
     function.def_partition(
         partition=partition,
@@ -277,10 +282,6 @@ def _partitioned(leaf, run, axes, groups):
         **({"g": groups} if groups > 1 else {}),
     )
     return function
-
-
-def _named(mesh, sharding):
-    return NamedSharding(mesh, sharding.spec)
 
 
 def _sharding_rule(leaf, axes, groups):
