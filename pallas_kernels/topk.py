@@ -36,7 +36,7 @@ def _topk_kernel(
         mine = order[0, :, lanes]
         i = part * LANES + jax.lax.broadcasted_iota(jnp.int32, (positions, LANES), 1)
         before = ((theirs > mine) | ((theirs == mine) & (j < i))) & (counts != 0)
-        rank[:, lanes] = jnp.sum(jnp.where(before, 1.0, 0.0), axis=0, keepdims=True)
+        rank[:, lanes] = jnp.sum(jnp.where(before, jnp.float32(1), 0.0), axis=0, keepdims=True)
         if "entropy_budget" in rules:
             spent[:, lanes] = jnp.sum(jnp.where(before, cost, 0.0), axis=0, keepdims=True)
         return carry
@@ -47,7 +47,7 @@ def _topk_kernel(
     if "num_unmask" in rules:
         n = jnp.maximum(n, num_unmask[b].astype(jnp.float32))
     if "threshold" in rules:
-        above = jnp.sum(jnp.where(can & (c > threshold[b]), 1.0, 0.0))
+        above = jnp.sum(jnp.where(can & (c > threshold[b]), jnp.float32(1), 0.0))
         n = jnp.maximum(n, jnp.maximum(above, 1.0))
 
     def leading(passes):
@@ -63,7 +63,7 @@ def _topk_kernel(
     if "edit_threshold" in rules:
         changed = changed | ((editable[0] != 0) & (confidence[0] > edit_threshold[b]))
     new_tokens[0] = jnp.where(changed, proposal[0], tokens[0])
-    unmasked[0] = jnp.where(chosen, 1, 0)
+    unmasked[0] = jnp.where(chosen, jnp.int32(1), 0)
 
 
 def supports_unmask_topk(tokens, **_):

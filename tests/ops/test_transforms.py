@@ -89,6 +89,16 @@ def test_jit(name):
     same(jax.jit(function)(*arrays), function(*arrays))
 
 
+@pytest.mark.parametrize("name", ["attention", "gradient of attention", "unmask_step", "mix_guidance"])
+def test_jit_with_64_bits(name):
+    function, arrays = OPERATIONS[name]
+    expected = function(*arrays)
+    with jax.enable_x64(True):
+        got = jax.jit(lambda *arrays: function(*arrays))(*arrays)
+    same(got, expected)
+    assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(expected)]
+
+
 @every_operation
 def test_vmap(name):
     function, arrays = OPERATIONS[name]
@@ -115,6 +125,22 @@ def test_sharded_batch(name):
     same(jax.jit(function)(*split), function(*arrays))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False)
     same(jax.jit(mapped)(*arrays), function(*arrays))
+    checked = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    same(jax.jit(checked)(*arrays), function(*arrays))
+    assert "not pallas: within shard_map it takes check_vma=False" in str(dlm_kernels.explain(checked, *arrays))
+
+
+def test_gradients_of_what_devices_share():
+    hidden, weight, targets = normal(1, 4, 6, 40), normal(2, 301, 40), jax.random.randint(KEY, (4, 6), 0, 301)
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
+
+    def gradients(hidden, weight, targets):
+        return jax.grad(lambda *x: dlm_kernels.masked_cross_entropy(*x, targets, jnp.ones(targets.shape)), (0, 1))(hidden, weight)
+
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=(split, whole, split), out_specs=(split, whole))
+    for got, expected in zip(jax.jit(mapped)(hidden, weight, targets), gradients(hidden, weight, targets), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @every_operation

@@ -117,7 +117,7 @@ def _attention_bwd(static, residuals, cotangents):
         query=query, key=key, value=value, bounds=bounds, dense=dense, out=out, lse=lse, dout=dout, dlse=dlse
     )
     gradients = dispatch.call(BACKWARD, implementation, operands, scale=scale, logits_soft_cap=soft_cap)
-    return (*gradients, None, None)
+    return (*dispatch.summed(gradients, (query, key, value)), None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -102,6 +102,12 @@ def call(leaf, implementation, operands, **static):
     return results
 
 
+def summed(gradients, inputs):
+    """Each gradient summed over the devices that shard_map knows to share its input."""
+    over = (tuple(_varying(g) - _varying(x)) for g, x in zip(gradients, inputs, strict=True))
+    return tuple(jax.lax.psum(g, axes) if axes else g for g, axes in zip(gradients, over))
+
+
 def check(implementation):
     """Raises for a name that none has, which `call` does too: for operations that may have nothing to call."""
     if implementation is not None and not (isinstance(implementation, str) and implementation in PACKAGES):
@@ -129,12 +135,19 @@ def _refusal(leaf, implementation, operands, static):
         return None
     if implementation == "triton" and (reason := triton_kernels.unavailable()):
         return reason
+    if implementation == "pallas" and any(_varying(x) for x in operands.values() if x is not None):
+        return "within shard_map it takes check_vma=False"
     if not _installed(f"dlm_kernels.{PACKAGES[implementation]}.{leaf.module}"):
         return f"{PACKAGES[implementation]} has no {leaf.module}"
     module = _module(implementation, leaf.module)
     if not hasattr(module, leaf.name):
         return f"{PACKAGES[implementation]}.{leaf.module} has no {leaf.name}"
     return getattr(module, f"supports_{leaf.name}")(**operands, **static)
+
+
+def _varying(array):
+    """The mesh's axes over which this array is known to vary: of what shard_map checks, which is not told of FFI calls."""
+    return jax.typeof(array).manual_axis_type.varying
 
 
 @functools.cache
@@ -188,7 +201,9 @@ def _kernel(leaf, implementation, present, static):
 
     def kernel(*arrays):
         result = function(**dict(zip(present, arrays)), **absent, **dict(static))
-        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        over = frozenset().union(*map(_varying, arrays))
+        return tuple(jax.lax.pcast(x, tuple(over - _varying(x)), to="varying") if over - _varying(x) else x for x in results)
 
     return kernel
 

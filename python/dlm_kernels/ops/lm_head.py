@@ -214,7 +214,7 @@ def _loss_bwd(static, residuals, dloss):
     operands, lse = residuals
     operands = operands | dict(lse=lse, dloss=dloss)
     dhidden, dweight = dispatch.call(LOSS_BACKWARD, implementation, operands, logits_soft_cap=soft_cap)
-    return dhidden, dweight, None, None
+    return *dispatch.summed((dhidden, dweight), (operands["hidden"], operands["weight"])), None, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
