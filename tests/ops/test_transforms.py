@@ -144,6 +144,19 @@ def test_gradients_of_what_devices_share():
 
 
 @every_operation
+def test_a_mesh_of_explicit_axes(name):
+    """As jax.make_mesh makes it, where every array's type tells how it is split."""
+    function, arrays = OPERATIONS[name]
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices("cpu")[:4])
+    split = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in arrays]
+    with jax.set_mesh(mesh):
+        results = jax.jit(function)(*split)
+    same(results, function(*arrays))
+    if name != "soft_embedding":  # to which all positions are queries of one sequence, which is kept whole
+        assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(results))
+
+
+@every_operation
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_arrays_split_along_any_axis(name, axis):
     """Also along those that a kernel needs whole, such as the length or the vocabulary."""

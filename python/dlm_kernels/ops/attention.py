@@ -117,7 +117,7 @@ def _attention_bwd(static, residuals, cotangents):
         query=query, key=key, value=value, bounds=bounds, dense=dense, out=out, lse=lse, dout=dout, dlse=dlse
     )
     gradients = dispatch.call(BACKWARD, implementation, operands, scale=scale, logits_soft_cap=soft_cap)
-    return (*dispatch.summed(gradients, (query, key, value)), None, None)
+    return (*dispatch.typed_as((query, key, value), gradients), None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

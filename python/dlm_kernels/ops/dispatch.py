@@ -86,15 +86,21 @@ def call(leaf, implementation, operands, **static):
     recorded = None if choices is None else len(choices)
     present = tuple(name for name, array in operands.items() if array is not None)
     arrays = [operands[name] for name in present]
+    axes = _axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays])
     function = _compiled(
         leaf,
         implementation,
         tuple(choice.implementations.items()),
         present,
-        _axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays]),
+        axes,
         _groups(leaf, operands),
         tuple(static.items()),
     )
+    shardings = [jax.typeof(array).sharding for array in arrays]
+    if any(axis is not None for sharding in shardings for axis in sharding.spec):
+        # Axes of the mesh that are explicit, where JAX wants to be told how the results are split.
+        mesh = next(sharding.mesh for sharding in shardings if not sharding.mesh.empty)
+        function = _told(function, _split(leaf, axes, mesh, [(a.shape, s.spec) for a, s in zip(arrays, shardings)], leaf.results))
     results = function(*arrays)
     if choices is not None:
         # Under vmap the call for all entries has recorded itself, and in a vmap around that one another: the last is what runs.
@@ -102,10 +108,16 @@ def call(leaf, implementation, operands, **static):
     return results
 
 
-def summed(gradients, inputs):
-    """Each gradient summed over the devices that shard_map knows to share its input."""
-    over = (tuple(_varying(g) - _varying(x)) for g, x in zip(gradients, inputs, strict=True))
-    return tuple(jax.lax.psum(g, axes) if axes else g for g, axes in zip(gradients, over))
+def typed_as(inputs, gradients):
+    """Gradients typed as their inputs: summed over devices that shard_map knows to share one, split as explicit axes split it."""
+
+    def typed(x, gradient):
+        over = tuple(_varying(gradient) - _varying(x))
+        gradient = jax.lax.psum(gradient, over) if over else gradient
+        here, there = jax.typeof(gradient).sharding, jax.typeof(x).sharding
+        return gradient if here.spec == there.spec else jax.sharding.reshard(gradient, there)
+
+    return tuple(map(typed, inputs, gradients))
 
 
 def check(implementation):
@@ -265,22 +277,8 @@ def _unfold(array, axis, size, rows):
 def _partitioned(leaf, run, axes, groups):
     function = custom_partitioning(run)
     rule, factors = _sharding_rule(leaf, axes, groups)
-    shardable = {*leaf.sharded}
-
     def split(mesh, arg_shapes, terms):
-        """Shardings of arrays with these axes: each letter that may be split is, in all of them, as the first operand has it that
-        splits it. The rule does not keep the others whole: an array may come split along any axis.
-        """
-        spec, used = {}, set()
-        for names, argument in zip(axes, arg_shapes):
-            for letter, part, n in zip(names, argument.sharding.spec, argument.shape):
-                over = part if isinstance(part, tuple) else () if part is None else (part,)
-                even = n % math.prod(mesh.shape[axis] for axis in over) == 0
-                if over and letter in shardable and letter not in spec and even and used.isdisjoint(over):
-                    spec[letter] = part
-                    used.update(over)
-        spec["n"] = spec.get("k")
-        return tuple(NamedSharding(mesh, PartitionSpec(*(spec.get(letter) for letter in names))) for names in terms)
+        return _split(leaf, axes, mesh, [(a.shape, a.sharding.spec) for a in arg_shapes], terms)
 
     def partition(mesh, arg_shapes, result_shapes):
         return mesh, run, split(mesh, arg_shapes, leaf.results), split(mesh, arg_shapes, axes)
@@ -293,10 +291,32 @@ def _partitioned(leaf, run, axes, groups):
         partition=partition,
         infer_sharding_from_operands=infer,
         sharding_rule=rule,
-        need_replication_factors=tuple(f for f in factors if f not in shardable),
+        need_replication_factors=tuple(f for f in factors if f not in leaf.sharded),
         **({"g": groups} if groups > 1 else {}),
     )
     return function
+
+
+def _split(leaf, axes, mesh, operands, terms):
+    """Shardings of arrays with these axes, given each operand's (shape, spec): each letter that may be split is, in all of them, as
+    the first operand has it that splits it. The rule does not keep the others whole: an array may come split along any axis.
+    """
+    spec, used = {}, set()
+    for names, (shape, parts) in zip(axes, operands):
+        for letter, part, n in zip(names, parts, shape):
+            over = part if isinstance(part, tuple) else () if part is None else (part,)
+            even = n % math.prod(mesh.shape[axis] for axis in over) == 0
+            if over and letter in leaf.sharded and letter not in spec and even and used.isdisjoint(over):
+                spec[letter] = part
+                used.update(over)
+    spec["n"] = spec.get("k")
+    return tuple(NamedSharding(mesh, PartitionSpec(*(spec.get(letter) for letter in names))) for names in terms)
+
+
+@functools.cache
+def _told(function, results):
+    """`function` for arrays whose mesh has explicit axes; within, they are such as custom_partitioning splits."""
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=results))
 
 
 def _sharding_rule(leaf, axes, groups):

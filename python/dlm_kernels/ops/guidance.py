@@ -90,7 +90,7 @@ def _mix_fwd(implementation, conditional, unconditional, scale):
 def _mix_bwd(implementation, residuals, cotangent):
     conditional, unconditional, scale = residuals
     gradients = _combine_gradients(jnp.stack([conditional, unconditional]), jnp.stack([scale, 1 - scale]), cotangent)
-    return dispatch.summed((gradients[0][0], gradients[0][1], gradients[1][0] - gradients[1][1]), residuals)
+    return dispatch.typed_as(residuals, (gradients[0][0], gradients[0][1], gradients[1][0] - gradients[1][1]))
 
 
 _mix.defvjp(_mix_fwd, _mix_bwd)
@@ -106,7 +106,7 @@ def _combine_fwd(implementation, logits, weights):
 
 
 def _combine_bwd(implementation, residuals, cotangent):
-    return dispatch.summed(_combine_gradients(*residuals, cotangent), residuals)
+    return dispatch.typed_as(residuals, _combine_gradients(*residuals, cotangent))
 
 
 def _combine_gradients(logits, weights, cotangent):

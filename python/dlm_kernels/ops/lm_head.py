@@ -111,9 +111,11 @@ def lm_head_scores(
       unconditional_hidden, guidance_scale: guidance mixed before the head, once rounded to hidden's dtype. It is exact because the
         head is linear, and halves the work; a soft cap is not linear, so the two are refused together.
       logits_dtype: bfloat16 or float16 rounds the logits, as a model that materialises them would; for parity.
-      The others, and the result: as in `score_tokens`.
+      The others: as in `score_tokens`.
 
-    Raises ValueError for arguments that do not fit each other. Not differentiable; `masked_cross_entropy` is for training.
+    Returns `TokenScores`, as `score_tokens` does, of the head's logits. Raises ValueError for arguments that do not fit each other.
+    Not differentiable; `masked_cross_entropy` is for training. Source: `score_tokens`' for the scores; guidance as LLaDA applies it
+    to logits, mixed before the head as it is linear.
     """
     dispatch.check(implementation)
     hidden = checks.floats("hidden", hidden, "BLD")
@@ -214,7 +216,7 @@ def _loss_bwd(static, residuals, dloss):
     operands, lse = residuals
     operands = operands | dict(lse=lse, dloss=dloss)
     dhidden, dweight = dispatch.call(LOSS_BACKWARD, implementation, operands, logits_soft_cap=soft_cap)
-    return *dispatch.summed((dhidden, dweight), (operands["hidden"], operands["weight"])), None, None
+    return *dispatch.typed_as((operands["hidden"], operands["weight"]), (dhidden, dweight)), None, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)

@@ -72,9 +72,9 @@ def _by_attention(hidden, weight, embedding, temperature, soft_cap, implementati
         scale, soft_cap = 1 / temperature, None if soft_cap is None else soft_cap / temperature
     else:
         hidden, scale = hidden / temperature, 1.0
-    query, key, value = hidden.reshape(1, -1, 1, d), weight[None, :, None], embedding[None, :, None]
+    query, key, value = (rows[None, :, None] for rows in (hidden.reshape(-1, d), weight, embedding))
     out = attention(query, key, value, scale=scale, logits_soft_cap=soft_cap, implementation=implementation)
-    return out.reshape(b, length, d)
+    return out[0, :, 0].reshape(b, length, d)
 
 
 def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
