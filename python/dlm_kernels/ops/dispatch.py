@@ -280,8 +280,13 @@ def _partitioned(leaf, run, axes, groups):
     def split(mesh, arg_shapes, terms):
         return _split(leaf, axes, mesh, [(a.shape, a.sharding.spec) for a in arg_shapes], terms)
 
+    def alone(*arrays):
+        """One device's part, which has no mesh: the call's own may have explicit axes, of which the part knows nothing."""
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return run(*arrays)
+
     def partition(mesh, arg_shapes, result_shapes):
-        return mesh, run, split(mesh, arg_shapes, leaf.results), split(mesh, arg_shapes, axes)
+        return mesh, alone, split(mesh, arg_shapes, leaf.results), split(mesh, arg_shapes, axes)
 
     def infer(mesh, arg_shapes, result_shapes):
         """Only GSPMD asks."""
