@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import json
+import os
+import pathlib
 import sys
 
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
@@ -17,11 +19,28 @@ def main(arguments=None):
     """Runs one subcommand; returns the exit status. An error in what was asked for is one line on stderr and status 2."""
     options = _parser().parse_args(arguments)
     try:
+        _check_implementation(options.implementation)
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"dlm-kernels: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_implementation(name):
+    """What the operations would say too, of the first of them, in their own words."""
+    import jax
+
+    needed, here = {"cpu": "cpu", "triton": "gpu", "pallas": "tpu"}.get(name), jax.default_backend()
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if needed not in (None, here) and not interpreted:
+        raise ValueError(f"--implementation: expected one for this machine's {here}, got {name}, which is for a {needed}")
+
+
+def _check_file(option, path):
+    """Before the work whose result is to be in it."""
+    if path is not None and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+        raise ValueError(f"{option}: expected a file in a folder that is there, got {path}")
 
 
 def _parser():
@@ -38,7 +57,8 @@ def _parser():
     _model(generate)
     add = generate.add_argument
     add("prompt", nargs="?", help="text to continue; \\n and \\t in it are a newline and a tab")
-    add("--infill", metavar="TEXT", help="text with holes: <mask:20> is one of 20 tokens; \\n and \\t likewise")
+    holes = "text with holes: <mask:20> is one of 20 tokens, <mask:20@3> one under guidance 3; \\n and \\t likewise"
+    add("--infill", metavar="TEXT", help=holes)
     add("--length", type=int, help="tokens to add at most (default: one block)")
     add("--exact", action="store_true", default=None, help="exactly --length tokens")
     add("--block", type=int, default=64, help="tokens decoded together (default: %(default)s)")
@@ -126,9 +146,10 @@ def _parser():
     evaluate = command("evaluate", _evaluate, "measure held-out bits per byte and infilling")
     _model(evaluate)
     evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole (default: %(default)s)")
-    evaluate.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
-    evaluate.add_argument("--by-steps", action="store_true", help="compare the model and --students at 32, 8 and 2 passes")
-    evaluate.add_argument("--control", action="store_true", help="measure each mechanism of control, without and with it")
+    instead = evaluate.add_mutually_exclusive_group()
+    instead.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
+    instead.add_argument("--by-steps", action="store_true", help="compare the model and --students at 32, 8 and 2 passes")
+    instead.add_argument("--control", action="store_true", help="measure each mechanism of control, without and with it")
     evaluate.add_argument("--markdown", action="store_true", help="print a table of these in Markdown, row by row")
     evaluate.add_argument("--plot", metavar="FILE", help="draw --by-steps into an SVG file")
     evaluate.add_argument("--students", nargs="*", metavar="DIR", default=["student-8", "student-2"])
@@ -162,12 +183,14 @@ def _generate(options):
     if (options.prompt is None) == (options.infill is None):
         raise ValueError("expected a prompt or --infill, one of them")
     if options.infill is not None and not generate.HOLE.search(options.infill):
-        raise ValueError(f"--infill: expected a hole in it, such as <mask:20>, got {options.infill!r}")
+        raise ValueError(f"--infill: expected a hole such as <mask:20> in it, got {options.infill!r}")
+    _check_file("--html", options.html)
     model = _load(options)
-    if options.drafts and options.html:
+    if options.drafts is not None and options.html:
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")
     named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
-    named.setdefault("temperature", 0.0 if options.drafts else 0.8 if options.noise_budget is not None else 1.0)
+    if options.drafts is None and options.noise_budget is None:
+        named.setdefault("temperature", 1.0)
     named["length"] = options.block if options.length is None else options.length
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     named["required"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.require]
@@ -184,7 +207,7 @@ def _generate(options):
     console = Console()
     prompt = options.prompt if options.infill is None else options.infill
     prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    watched = console.is_terminal and not (options.json or options.html or options.drafts)
+    watched = console.is_terminal and not (options.json or options.html or options.drafts is not None)
     shown = view.View(model[0], model[2], console) if watched else None
     frames = []
     on_pass = frames.append if options.html else shown and shown.on_pass
@@ -222,14 +245,20 @@ def _generate(options):
 
 
 def _classify(options):
-    import pathlib
-
     from dlm_kernels.denoiser import classifier
 
-    texts = ([pathlib.Path(name).read_text(encoding="utf-8") for name in names] for names in (options.wanted, options.unwanted))
+    _check_file("out", options.out)
+    texts = ([_text(name) for name in names] for names in (options.wanted, options.unwanted))
     found, right = classifier.fit(_load(options), *texts, length=options.length, implementation=options.implementation)
     classifier.save(options.out, found)
     print(f"{right:.1%} of the rows right")
+
+
+def _text(name):
+    try:
+        return pathlib.Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected UTF-8, got {error}") from None
 
 
 def _correct(options):
@@ -311,8 +340,10 @@ def _distill(options):
 def _evaluate(options):
     import jax.numpy as jnp
 
-    from dlm_kernels.denoiser import checkpoint, compare, data, evaluate, mechanisms, plot
+    from dlm_kernels.denoiser import checkpoint, compare, data, evaluate, limits, mechanisms, plot
 
+    limits.counts(steps=options.steps, prompts=options.prompts, **({} if options.files is None else {"files": options.files}))
+    _check_file("--plot", options.plot)
     if options.plot and not options.by_steps:
         raise ValueError("--plot: expected --by-steps with it, whose rows it draws")
     texts = [text for _, text, held_out in data.files() if held_out][: options.files]

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dlm_kernels import cli
 from dlm_kernels.denoiser import checkpoint, data, model
 from dlm_kernels.denoiser.config import DenoiserConfig
 
@@ -58,6 +59,18 @@ def saved(tmp_path_factory):
         folder, config, sharp(config, jax.jit(model.init, static_argnums=0)(config, jax.random.key(3))), tokenizer
     )
     return folder
+
+
+@pytest.fixture
+def command(saved, capsys):
+    """Runs the command on that checkpoint: (status, what it printed, what it said on stderr)."""
+
+    def run(*arguments):
+        status = cli.main([*arguments, *(["--model", str(saved)] if arguments[0] != "train" else [])])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

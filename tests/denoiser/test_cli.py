@@ -10,20 +10,10 @@ import numpy as np
 import pytest
 
 import dlm_kernels
-from dlm_kernels import cli, masks
+from dlm_kernels import masks
 from dlm_kernels.denoiser import checkpoint, compare, correct, data, evaluate, generate, model, plot, train, view
 
 SHIPPED = ("teacher", "student-8", "student-2")
-
-
-@pytest.fixture
-def command(saved, capsys):
-    def run(*arguments):
-        status = cli.main([*arguments, *(["--model", str(saved)] if arguments[0] != "train" else [])])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def test_generate_json(command):

@@ -145,7 +145,7 @@ def test_a_share_of_the_states_is_its_own(config, params, random):
         given = [loss(student, params, t, key, on_policy=0.0, **steps) for t in (tokens, other)]
         left = (distill.student_state(tokens, jax.random.split(key)[0], config.mask_id, 2)[0] == config.mask_id) == span
         assert left.all() or abs(given[0] - given[1]) > 1e-4
-    with pytest.raises(ValueError, match=r"on_policy: expected a share in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"on_policy: expected a number in \[0, 1\], got 1.5"):
         distill.run(settings, None, None, on_policy=1.5, **steps)
 
 

@@ -301,6 +301,6 @@ def test_without_optax_it_says_what_to_install(monkeypatch, tmp_path, texts):
 def test_settings_say_what_is_wrong():
     with pytest.raises(ValueError, match="steps, minutes: expected one of them, got None and None"):
         train.TrainConfig()
-    with pytest.raises(ValueError, match=r"error_share: expected a share in \[0, 0.5\], got 0.7"):
+    with pytest.raises(ValueError, match=r"error_share: expected a number in \[0, 0.5\], got 0.7"):
         train.TrainConfig(steps=1, error_share=0.7)
     assert json.dumps(DenoiserConfig().to_dict())

@@ -41,14 +41,17 @@ def load(directory=SHIPPED, *, dtype=None):
     directory = pathlib.Path(directory)
     if not (directory / "config.json").exists():
         raise ValueError(f"{directory}: no checkpoint is there")
-    config = json.loads((directory / "config.json").read_text())
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: {error}") from None
     if not (directory / "tokenizer.json").exists():
         raise ValueError(f"{directory}: expected a tokenizer.json; a fast tokenizer's save_pretrained writes one")
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     if pretrained.architecture(config):
         return *pretrained.load(directory, config, dtype=dtype), tokenizer
     config = DenoiserConfig.from_dict(config)
-    arrays = safetensors.numpy.load_file(directory / "model.safetensors")
+    arrays = read(directory / "model.safetensors")
     shapes = model.parameter_shapes(config)
     if arrays.keys() != shapes.keys():
         raise ValueError(f"{directory}: parameters differ from the config's: {sorted(arrays.keys() ^ shapes.keys())}")
@@ -68,7 +71,7 @@ def save_state(path, state, progress):
 
 def load_state(path, like):
     """What `save_state` wrote, in the structure of `like`, and the dict. ValueError where the structures differ."""
-    arrays = safetensors.numpy.load_file(path)
+    arrays = read(path)
     with safetensors.safe_open(path, framework="numpy") as file:
         progress = json.loads(file.metadata()["progress"])
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
@@ -79,6 +82,14 @@ def load_state(path, like):
         if arrays[name].shape != leaf.shape:
             raise ValueError(f"{path}: {name}: expected shape {leaf.shape}, got {arrays[name].shape}")
     return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names]), progress
+
+
+def read(path):
+    """{name: array} of a safetensors file; ValueError where it is none."""
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_atomic(path, content):

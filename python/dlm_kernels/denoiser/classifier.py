@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dlm_kernels.denoiser import checkpoint, data, model, train
+from dlm_kernels.denoiser import checkpoint, data, limits, model, train
 
 
 class Classifier(NamedTuple):
@@ -76,6 +76,7 @@ def accuracy(loaded, classifier, wanted, unwanted, *, length=64, maskings=4, see
 
 def _features(loaded, wanted, unwanted, length, maskings, seed, implementation):
     """Mean states of the masked rows, and a 1 after each: float64 [N, D + 1]; and which are wanted, [N] of 0 and 1."""
+    limits.counts(length=length)
     config, params, tokenizer = loaded
     features, labels = [], []
     for label, (name, texts) in enumerate((("unwanted", unwanted), ("wanted", wanted))):
@@ -103,8 +104,8 @@ def save(path, classifier):
 
 
 def load(path, config):
-    """Raises ValueError where it was fitted to a model of another width."""
-    arrays = safetensors.numpy.load_file(path)
+    """Raises ValueError where the file holds no classifier, or that of a model of another width."""
+    arrays = checkpoint.read(path)
     if arrays.keys() != {"weight", "bias"} or arrays["weight"].shape != (config.d_model,):
         found = {name: list(array.shape) for name, array in arrays.items()}
         raise ValueError(f"{path}: expected a bias and a weight of shape [{config.d_model}], got {found}")

@@ -61,6 +61,9 @@ def decoding(models, texts, *, prompts=64, length=64, decoders=DECODERS, report=
     each at batch 1; times_first: that speed over the first decoder's. The rest: see `written`.
     """
     headers = evaluate.held_out_headers(texts, prompts)
+    named = {way[role] for way in decoders.values() for role in ("model", "drafter") if role in way}
+    if not named <= models.keys():
+        raise ValueError(f"models: expected {sorted(named)} among them, whom the ways to decode name, got {list(models)}")
     rows = []
     for decoder, way in decoders.items():
         way = dict(block=length) | way

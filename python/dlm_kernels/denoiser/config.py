@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from dlm_kernels.denoiser import limits
+
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
@@ -26,7 +28,9 @@ class DenoiserConfig:
     mask_id: int = 2
 
     def __post_init__(self):
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
+        sizes = ("layers", "d_model", "heads", "kv_heads", "head_size", "ffn", "vocab")
+        limits.counts(**{name: getattr(self, name) for name in sizes})
+        if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size: expected an even number, for RoPE, got {self.head_size}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, unmask_topk
-from dlm_kernels.denoiser import model
+from dlm_kernels.denoiser import limits, model
 
 KEEP = re.compile(r"<keep>(.*?)</keep>", re.DOTALL)
 
@@ -38,6 +38,8 @@ def correct(config, params, tokens, *, threshold=0.9, passes=8, editable=None, s
         editable = jnp.ones(tokens.shape, bool)
     if jnp.shape(editable) != tokens.shape:
         raise ValueError(f"editable: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(editable))}")
+    limits.numbers(threshold=threshold)
+    limits.numbers(0, passes=passes)
     b, length = tokens.shape
     start, stop = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for x in (start, length if stop is None else stop))
     threshold, passes = jnp.asarray(threshold, jnp.float32), jnp.asarray(passes, jnp.int32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, mix_guidance, unmask_topk
-from dlm_kernels.denoiser import checkpoint, data, divergence, model, train
+from dlm_kernels.denoiser import checkpoint, data, divergence, limits, model, train
 
 
 def run(
@@ -26,8 +26,9 @@ def run(
         raise ValueError(
             f"teacher_steps: expected a multiple of student_steps {student_steps}, above it, got {teacher_steps}"
         )
-    if not 0 <= on_policy <= 1:
-        raise ValueError(f"on_policy: expected a share in [0, 1], got {on_policy}")
+    limits.numbers(guidance=guidance)
+    limits.numbers(0, temperature=temperature)
+    limits.numbers(0, 1, on_policy=on_policy)
     config, params, _ = checkpoint.load(teacher, dtype=jnp.float32)
     objective = functools.partial(
         student_loss,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
-from dlm_kernels.denoiser import control, renoise, sampler, speculative
+from dlm_kernels.denoiser import control, limits, renoise, sampler, speculative
 
-HOLE = re.compile(r"<mask:(\d+)>")
+HOLE = re.compile(r"<mask:(\d+)(?:@(-?\d+(?:\.\d+)?))?>")  # how many tokens, and under which guidance scale
 BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
 
 
@@ -22,6 +22,7 @@ class Canvas:
     tokens: np.ndarray  # int32 [B, L]
     start: np.ndarray  # int32 [B], the first column that is not padding
     first: np.ndarray  # int32 [B], the first hole: blocks are counted from here
+    guidance: np.ndarray  # float32 [B, L], the scale that a hole's own mark gives, elsewhere NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +44,33 @@ class Generation:
 
 
 def canvas(config, tokenizer, prompts, length, style=""):
-    """Each prompt, after `style`, with holes for its marks `<mask:n>`, and `length` holes after it where it has none."""
+    """Each prompt, after `style`, with holes for its marks, and `length` holes after it where it has none.
+
+    A mark is `<mask:n>`, or `<mask:n@scale>`.
+    """
     ahead = tokenizer.encode(style).ids
-    rows = []
+    rows, scales = [], []
     for prompt in prompts:
         pieces = HOLE.split(prompt)
         row = ahead + tokenizer.encode(pieces[0]).ids
-        for holes, text in zip(pieces[1::2], pieces[2::2]):
-            row += [config.mask_id] * int(holes) + tokenizer.encode(text).ids
-        rows.append(row if len(pieces) > 1 else row + [config.mask_id] * length)
-    return _padded(config, rows)
+        own = [np.nan] * len(row)
+        for holes, scale, text in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
+            given = tokenizer.encode(text).ids
+            row += [config.mask_id] * int(holes) + given
+            own += [np.nan if scale is None else float(scale)] * int(holes) + [np.nan] * len(given)
+        added = 0 if len(pieces) > 1 else length
+        rows.append(row + [config.mask_id] * added)
+        scales.append(own + [np.nan] * added)
+    tokens = _padded(rows, config.pad_id, np.int32)
+    start = np.array([tokens.shape[1] - len(row) for row in rows], np.int32)
+    first = (tokens == config.mask_id).argmax(1).astype(np.int32)
+    return Canvas(tokens, start, first, _padded(scales, np.nan, np.float32))
 
 
-def _padded(config, rows):
+def _padded(rows, filler, dtype):
+    """[B, L] of lists, filled up on the left."""
     width = max(-(-max(map(len, rows)) // BUCKET) * BUCKET, BUCKET)
-    tokens = np.full((len(rows), width), config.pad_id, np.int32)
-    for target, row in zip(tokens, rows):
-        target[width - len(row) :] = row
-    holes = tokens == config.mask_id
-    return Canvas(tokens, np.array([width - len(row) for row in rows], np.int32), holes.argmax(1).astype(np.int32))
+    return np.array([[filler] * (width - len(row)) + row for row in rows], dtype)
 
 
 def without_prompt(config, tokenizer, canvas, prompt=None):
@@ -88,7 +97,7 @@ def generate(
     length=64,
     block=64,
     steps=None,
-    temperature=0.0,
+    temperature=None,
     seed=0,
     guidance=1.0,
     negative_prompt=None,
@@ -113,34 +122,41 @@ def generate(
 
     model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: texts; one with `<mask:n>` in it is filled there with
     exactly n tokens each, any other is continued by at most `length` tokens, until end-of-text. block, steps and options
-    (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. guidance: a scale above 1 draws
-    away from what the model says without the prompt, or with negative_prompt, or, given `adaptive`, with that share of its own
-    least certain tokens masked anew. style: text that is read before each prompt and is no part of the result; under guidance,
+    (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. temperature: 0, the default, is
+    greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given
+    `adaptive`, with that share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of
+    their own. style: text that is read before each prompt and is no part of the result; under guidance,
     what it draws away from is the prompt without it. banned: token ids. required: texts that are written where they are likeliest
     before anything else, see `control.require`; then the length is exact. logit_bias: {token id: what to add to its logit};
     eos_bias: likewise for end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before `length`.
     drafts, drafter: speculate, see `speculative.decode`; it goes with steps alone. noise_budget: decode from random tokens, see
-    `renoise.decode`, in 48 steps unless they are given, from temperature, 0.8 unless it is given, to half of it. Returns
-    Generation; the first, compiling run is not in its seconds. Raises ValueError for options that do not fit.
+    `renoise.decode`, in 48 steps unless they are given, from temperature, then above 0 and by default 0.8, to half of it.
+    Returns Generation; the first, compiling run is not in its seconds. Raises ValueError for options that do not fit.
     """
     config, params, tokenizer = model
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
-    for name, value in dict(length=length, temperature=temperature).items():
-        if not (value or 0) >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")
+    limits.counts(block=block, length=length)
+    limits.numbers(1, steps=steps)  # the rehearsal below has its own
+    limits.numbers(0, temperature=temperature, noise_budget=noise_budget)
+    limits.numbers(0, 1, adaptive=adaptive)
+    limits.numbers(0, 2**32 - 1, seed=seed)
+    limits.numbers(guidance=guidance)
     prefix = len(tokenizer.encode(style).ids) if style else 0
     board = canvas(config, tokenizer, prompts, length, style or "")
     for text in required:
         phrase = tokenizer.encode(text).ids
+        if set(phrase) & set(banned):
+            raise ValueError(f"required: expected texts without a banned token, got {text!r}")
         tokens = control.require(
             config, params, board.tokens, phrase, start=board.start, implementation=options.get("implementation")
         )
         board = dataclasses.replace(board, tokens=tokens)
-    sampler.check_steps(steps)  # the rehearsal below has its own
     rules = ("threshold", "factor", "entropy_budget")
     if noise_budget is not None:
-        steps, temperature = 48 if steps is None else steps, temperature or 0.8
+        if temperature == 0:
+            raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
+        steps, temperature = 48 if steps is None else steps, 0.8 if temperature is None else temperature
     if steps is None and all(options.get(rule) is None for rule in rules):
         steps = max(block // 4, 1)
     if exact or required or any(HOLE.search(prompt) for prompt in prompts):
@@ -149,13 +165,12 @@ def generate(
     if temperature or random:
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
         options |= dict(temperature=temperature or None, key=keys)
-    if adaptive is not None:
-        options |= dict(guidance_remask=adaptive, guidance_scale=guidance)
-    elif guidance != 1 and style and negative_prompt is None:
-        options |= dict(unconditional=board.tokens, unconditional_start=board.start + prefix, guidance_scale=guidance)
-    elif guidance != 1:
-        tokens, start = without_prompt(config, tokenizer, board, negative_prompt)
-        options |= dict(unconditional=tokens, unconditional_start=start, guidance_scale=guidance)
+    own = ~np.isnan(board.guidance)
+    if guidance != 1 or options.get("guidance_final") is not None or own.any():
+        scale = np.where(own, board.guidance, np.float32(guidance)) if own.any() else guidance
+        options |= dict(guidance_scale=scale) | _away_from(config, tokenizer, board, prefix, adaptive, negative_prompt)
+    elif adaptive is not None or negative_prompt is not None:
+        raise ValueError("adaptive, negative_prompt: expected a guidance other than 1 with them, got 1")
     biases = {} if logit_bias is None else dict(logit_bias)
     if eos_bias:
         biases[config.eos_id] = biases.get(config.eos_id, 0.0) + eos_bias
@@ -165,9 +180,9 @@ def generate(
     if on_pass is not None:
         options["on_pass"] = lambda decoded: on_pass(decoded) if measured else None
     decode = sampler.decode
-    if drafter is not None and not drafts:
+    if drafter is not None and drafts is None:
         raise ValueError("drafter: expected drafts with it, got none")
-    if drafts:
+    if drafts is not None:
         given = [name for name, option in options.items() if option is not None and name != "implementation"]
         if given or steps is None:
             raise ValueError(f"drafts: goes with steps and greedy decoding alone, got {given or 'no steps'}")
@@ -175,7 +190,7 @@ def generate(
         decode = speculative.decode
     if noise_budget is not None:
         given = [n for n, x in options.items() if x is not None and n not in ("key", "temperature", "on_pass", "implementation")]
-        if given or drafts:
+        if given or drafts is not None:
             raise ValueError(f"noise_budget: goes with steps and temperature alone, got {given or 'drafts'}")
         options |= dict(budget=noise_budget, temperature=(temperature, temperature / 2))
         decode = renoise.decode
@@ -202,8 +217,22 @@ def generate(
     )
 
 
+def _away_from(config, tokenizer, board, prefix, adaptive, negative_prompt):
+    """Of `sampler.decode`'s options what the unconditional stream reads. prefix: how many tokens are style."""
+    if adaptive is not None and negative_prompt is not None:
+        raise ValueError("adaptive, negative_prompt: expected one of them, got both")
+    if adaptive is not None:
+        return dict(guidance_remask=adaptive)
+    if prefix and negative_prompt is None:
+        return dict(unconditional=board.tokens, unconditional_start=board.start + prefix)
+    tokens, start = without_prompt(config, tokenizer, board, negative_prompt)
+    return dict(unconditional=tokens, unconditional_start=start)
+
+
 def tokens_with(tokenizer, text):
     """Ids of the tokens whose text contains `text`: banning them keeps it out, unless two tokens spell it together."""
+    if not text:
+        raise ValueError("banned: expected texts of at least one character, got ''")
     return [i for i in range(tokenizer.get_vocab_size()) if text in tokenizer.decode([i])]
 
 

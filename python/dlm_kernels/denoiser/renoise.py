@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, soft_embedding, unmask_topk
-from dlm_kernels.denoiser import model, sampler
+from dlm_kernels.denoiser import limits, model, sampler
 
 
 class _State(NamedTuple):
@@ -57,13 +57,13 @@ def decode(
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
     b, length = tokens.shape
-    if not isinstance(block, int) or block < 1:
-        raise ValueError(f"block: expected an int of at least 1, got {block!r}")
-    sampler.check_steps(steps)
+    limits.counts(block=block)
+    limits.numbers(1, steps=steps)
     if jnp.shape(key)[:1] != (b,):
         raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
     if np.shape(temperature) != (2,):
         raise ValueError(f"temperature: expected two numbers, the first pass's and the last's, got {temperature}")
+    limits.numbers(0, budget=budget, temperature=temperature, calm=calm)
     columns = dict(start=start, first=first, stop=length if stop is None else stop)
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
     data = dict(

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from dlm_kernels import lm_head_scores, masks, unmask_topk
 from dlm_kernels.denoiser import classifier as classifiers
-from dlm_kernels.denoiser import guided, model
+from dlm_kernels.denoiser import guided, limits, model
 from dlm_kernels.denoiser import remask as remasking
+
+NEVER = 1_000_000  # more passes than a block takes
 
 
 class Decoded(NamedTuple):
@@ -75,7 +77,7 @@ def decode(
     stop_at=None,
     attend="all",
     cache=False,
-    refresh=1_000_000,
+    refresh=None,
     on_pass=None,
     implementation=None,
 ):
@@ -120,7 +122,8 @@ def decode(
       attend: "all": every position sees the whole canvas. "blocks": its own block and those before (a block-causal model);
         with block 1 that is an autoregressive decoder.
       cache: keep keys and values, and compute the block only. Exact for "blocks": the pass that commits a block is part of the
-        next block's first. For "all" the others' are stale (dual cache), computed anew every `refresh` passes of a block.
+        next block's first. For "all" the others' are stale (dual cache), computed anew every `refresh` passes of a block, by
+        default in its first only.
       on_pass: called on the host with a Decoded after every pass (for a live view; the loop does not wait for it).
 
     steps, thresholds, temperature, scale, start, first, stop and refresh are data: changing them compiles nothing.
@@ -130,18 +133,27 @@ def decode(
     if tokens.ndim != 2:
         raise ValueError(f"tokens: expected shape [B, L], got {list(tokens.shape)}")
     b, length = tokens.shape
-    if not isinstance(block, int) or block < 1:
-        raise ValueError(f"block: expected an int of at least 1, got {block!r}")
+    limits.counts(block=block)
     rules = dict(threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     if steps is None and all(rule is None for rule in rules.values()):
         raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
-    check_steps(steps)
+    limits.numbers(1, steps=steps, guidance_refresh=guidance_refresh, refresh=refresh)
+    limits.numbers(0, 1, remask=remask, guidance_remask=guidance_remask)
+    limits.numbers(0, factor=factor, entropy_budget=entropy_budget, temperature=temperature)
+    limits.numbers(
+        threshold=threshold, edit_threshold=edit_threshold, guidance_scale=guidance_scale, guidance_final=guidance_final,
+        guidance_interval=guidance_interval, classifier_scale=classifier_scale,
+    )  # fmt: skip
     if remask is not None and steps is None:
         raise ValueError("remask: expected steps with it, which say when it has to end, got none")
     if remask_rule not in remasking.RULES:
         raise ValueError(f"remask_rule: expected one of {remasking.RULES}, got {remask_rule!r}")
+    if remask is None and remask_rule != "least":
+        raise ValueError("remask_rule: expected remask with it, got none")
     if attend not in ("all", "blocks"):
         raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
+    if refresh is not None and (not cache or attend == "blocks"):
+        raise ValueError("refresh: expected a cache that attends to all, whose keys grow old, got none")
     if unconditional is not None and guidance_remask is not None:
         raise ValueError("unconditional, guidance_remask: expected one unconditional stream, got two")
     if (unconditional is None and guidance_remask is None) != (guidance_scale is None):
@@ -190,16 +202,10 @@ def decode(
         classifier_scale=classifier_scale,
         logit_bias=None if logit_bias is None else jnp.asarray(logit_bias),
         stop_at=stop_at,
-        refresh=refresh,
+        refresh=NEVER if refresh is None else refresh,
     )
     static = _Static(config, min(block, length), confidence, remask_rule, attend, bool(cache), implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
-
-
-def check_steps(steps):
-    """steps may be an array too, which is not read here."""
-    if isinstance(steps, int) and steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
 
 
 def banned_ids(config, more=None):

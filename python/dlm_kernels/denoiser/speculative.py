@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels import lm_head_scores, masks, unmask_topk
-from dlm_kernels.denoiser import model, sampler
+from dlm_kernels.denoiser import limits, model, sampler
 
 
 class Speculated(NamedTuple):
@@ -29,17 +29,16 @@ def decode(
 
     The guess after j steps is what the last true state's scores would commit in j steps, had they stayed as they were; or, given
     `drafter`, the parameters of a student of the same shape, what its scores of the new true state would: one pass of it more,
-    over B rows, for all guesses.
+    over B rows, for all guesses. Scores that are equal but for rounding may go either way, for a wider batch may round differently:
+    so all scores are on a canvas where nothing at all is given.
     drafts: guesses per pass, static; each widens the batch by B rows. The other arguments are as in `sampler.decode`, greedy.
     Returns Speculated. Raises ValueError for arguments that do not fit. Source: FreeDave (Wu and Zhang 2025).
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
-    for name, value in (("block", block), ("drafts", drafts)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
-    sampler.check_steps(steps)
+    limits.counts(block=block, drafts=drafts)
+    limits.numbers(1, steps=steps)
     b, length = tokens.shape
     columns = dict(start=start, first=first, stop=length if stop is None else stop)
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import masked_cross_entropy, masks, soft_embedding
-from dlm_kernels.denoiser import checkpoint, data, model
+from dlm_kernels.denoiser import checkpoint, data, limits, model
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 GOLDEN = 0.618034  # multiples of it, modulo 1, spread evenly
@@ -41,9 +41,16 @@ class TrainConfig:
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps, minutes: expected one of them, got {self.steps} and {self.minutes}")
-        for name, most in (("block_share", 1), ("uniform_share", 1), ("error_share", 0.5)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}: expected a share in [0, {most}], got {getattr(self, name)}")
+        limits.counts(rows=self.rows, length=self.length)
+        limits.numbers(1, steps=self.steps)
+        limits.numbers(0.001, minutes=self.minutes)
+        limits.numbers(0, learning_rate=self.learning_rate, save_every=self.save_every)
+        limits.numbers(0, 2**32 - 1, seed=self.seed)
+        limits.numbers(0, 0.5, error_share=self.error_share)
+        limits.numbers(0, 1, block_share=self.block_share, uniform_share=self.uniform_share)
+        both = self.block_share + self.uniform_share
+        if both > 1:
+            raise ValueError(f"block_share, uniform_share: expected at most 1 together, got {both}")
 
 
 def corrupt(tokens, key, mask_id, block_size):
@@ -293,7 +300,7 @@ def run(
     saved = clock = time.monotonic()
 
     def share():
-        return progress["step"] / train.steps if train.steps else progress["seconds"] / (60 * train.minutes)
+        return progress["step"] / train.steps if train.minutes is None else progress["seconds"] / (60 * train.minutes)
 
     while share() < 1:
         step = progress["step"]

@@ -1,0 +1,136 @@
+"""What is no sensible argument is refused by name, before anything is computed: from Python, and in one line by the command."""
+
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels import cli
+from dlm_kernels.denoiser import checkpoint, compare, correct, generate, limits, train
+from dlm_kernels.denoiser.config import DenoiserConfig
+
+NAN = float("nan")
+
+
+def test_numbers_and_counts():
+    limits.numbers(0, 1, a=0, b=1.0, c=np.array([0.5, 1]), d=(0.1, np.float32(1)), e=None, f=jnp.asarray(NAN))
+    jax.jit(lambda x: limits.numbers(0, a=x, b=(x, 1.0)))(-1.0)  # traced: not known
+    for value in (-0.1, 1.1, NAN, np.array([0.5, 2]), (0.1, 2.0), "0.5"):
+        with pytest.raises(ValueError, match=r"a: expected a number in \[0, 1\], got "):
+            limits.numbers(0, 1, a=value)
+    with pytest.raises(ValueError, match="a: expected at least 0, got inf"):
+        limits.numbers(0, a=float("inf"))
+    with pytest.raises(ValueError, match="a: expected a finite number, got -inf"):
+        limits.numbers(a=-float("inf"))
+    limits.counts(a=1)
+    for value in (0, 1.0, None):
+        with pytest.raises(ValueError, match="a: expected an int of at least 1, got "):
+            limits.counts(a=value)
+
+
+GENERATE = {
+    "--length 0": "length: expected an int of at least 1, got 0",
+    "--block -1": "block: expected an int of at least 1, got -1",
+    "--threshold nan": "threshold: expected a finite number, got nan",
+    "--edit-threshold nan": "edit_threshold: expected a finite number, got nan",
+    "--factor -1": "factor: expected at least 0, got -1.0",
+    "--entropy-budget -1": "entropy_budget: expected at least 0, got -1.0",
+    "--remask 2": "remask: expected a number in [0, 1], got 2.0",
+    "--remask-rule cap": "remask_rule: expected remask with it, got none",
+    "--temperature -1": "temperature: expected at least 0, got -1.0",
+    "--seed -1": "seed: expected a number in [0, 4294967295], got -1",
+    "--seed 99999999999999999999999": "seed: expected a number in [0, 4294967295], got 99999999999999999999999",
+    "--ban ''": "banned: expected texts of at least one character, got ''",
+    "--ban return --require 'return a'": "required: expected texts without a banned token, got 'return a'",
+    "--guidance nan": "guidance: expected a finite number, got nan",
+    "--guidance 2 --guidance-final nan": "guidance_final: expected a finite number, got nan",
+    "--guidance 2 --guidance-interval nan 1": "guidance_interval: expected a finite number, got [nan, 1.0]",
+    "--guidance 2 --guidance-refresh 0": "guidance_refresh: expected at least 1, got 0",
+    "--guidance 2 --adaptive -1": "adaptive: expected a number in [0, 1], got -1.0",
+    "--guidance 2 --adaptive 0.5 --negative-prompt y": "adaptive, negative_prompt: expected one of them, got both",
+    "--negative-prompt y": "adaptive, negative_prompt: expected a guidance other than 1 with them, got 1",
+    "--adaptive 0.5": "adaptive, negative_prompt: expected a guidance other than 1 with them, got 1",
+    "--cache --refresh 0": "refresh: expected at least 1, got 0",
+    "--refresh 4": "refresh: expected a cache that attends to all, whose keys grow old, got none",
+    "--cache --attend blocks --refresh 4": "refresh: expected a cache that attends to all, whose keys grow old, got none",
+    "--drafts 0": "drafts: expected an int of at least 1, got 0",
+    "--noise-budget -1": "noise_budget: expected at least 0, got -1.0",
+    "--noise-budget 1 --temperature 0": "temperature: expected above 0 with a noise_budget, got 0",
+    "--implementation pallas": "--implementation: expected one for this machine's cpu, got pallas, which is for a tpu",
+    "--classifier nowhere": "No such file or directory: nowhere",
+    "--html no/where.html": "--html: expected a file in a folder that is there, got no/where.html",
+}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="speaks of a CPU")
+@pytest.mark.parametrize("arguments", GENERATE)
+def test_generate(arguments, command):
+    assert command("generate", "x", "--block", "6", *shlex.split(arguments)) == (2, "", f"dlm-kernels: {GENERATE[arguments]}\n")
+
+
+OTHERS = {
+    "generate --infill 'no hole'": "--infill: expected a hole such as <mask:20> in it, got 'no hole'",
+    "generate --infill '<mask:>'": "--infill: expected a hole such as <mask:20> in it, got '<mask:>'",
+    "correct x --threshold nan": "threshold: expected a finite number, got nan",
+    "correct x --passes -1": "passes: expected at least 0, got -1",
+    "classify out --wanted TEXT --unwanted TEXT --length 0": "length: expected an int of at least 1, got 0",
+    "classify out --wanted nowhere --unwanted TEXT": "[Errno 2] No such file or directory: 'nowhere'",
+    "classify out --wanted BYTES --unwanted TEXT": "BYTES: expected UTF-8, got 'utf-8' codec can't decode byte 0xff",
+    "train out --steps 0": "steps: expected at least 1, got 0",
+    "train out --steps -1": "steps: expected at least 1, got -1",
+    "train out --minutes 0": "minutes: expected at least 0.001, got 0.0",
+    "train out --steps 1 --rows 0": "rows: expected an int of at least 1, got 0",
+    "train out --steps 1 --layers 0": "layers: expected an int of at least 1, got 0",
+    "train out --steps 1 --learning-rate nan": "learning_rate: expected at least 0, got nan",
+    "train out --steps 1 --block-share 0.7 --uniform-share 0.7": "block_share, uniform_share: expected at most 1 together, got 1.4",
+    "train TEXT --steps 1": "[Errno 17] File exists: 'TEXT'",
+    "distill out --steps 1 --guidance nan": "guidance: expected a finite number, got nan",
+    "distill out --steps 1 --temperature -1": "temperature: expected at least 0, got -1.0",
+    "classify folder --wanted TEXT --unwanted TEXT": "out: expected a file in a folder that is there, got folder",
+    "evaluate --plot no/where.svg": "--plot: expected a file in a folder that is there, got no/where.svg",
+    "evaluate --prompts 0": "prompts: expected an int of at least 1, got 0",
+    "evaluate --files 0": "files: expected an int of at least 1, got 0",
+    "evaluate --steps 0": "steps: expected an int of at least 1, got 0",
+}
+
+
+@pytest.mark.parametrize("arguments", OTHERS)
+def test_other_commands(arguments, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "TEXT").write_text("x = 1\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "BYTES").write_bytes(b"\xff\xfe")
+    status, out, err = command(*shlex.split(arguments))
+    assert (status, out) == (2, "") and f"dlm-kernels: {OTHERS[arguments]}" in err and "Traceback" not in err
+
+
+def test_files_that_are_no_checkpoints(command, saved, tmp_path):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_text("nothing")
+        with pytest.raises(ValueError, match=name):
+            checkpoint.load(tmp_path)
+    status, _, err = command("generate", "x", "--block", "6", "--classifier", str(tmp_path / "config.json"))
+    assert status == 2 and err.startswith(f"dlm-kernels: {tmp_path}/config.json: ") and err.count("\n") == 1
+
+
+def test_measures_exclude_each_other(command):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--by-steps", "--decoding"])
+
+
+def test_from_python(saved):
+    model = checkpoint.load(saved, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="length: expected an int of at least 1, got -5"):
+        generate.generate(model, ["x"], length=-5)
+    with pytest.raises(ValueError, match="threshold: expected a finite number, got nan"):
+        correct.correct(*model[:2], np.zeros((1, 4), np.int32), threshold=NAN)
+    with pytest.raises(ValueError, match="length: expected an int of at least 1, got 0"):
+        train.TrainConfig(steps=1, length=0)
+    with pytest.raises(ValueError, match="heads: expected an int of at least 1, got 0"):
+        DenoiserConfig(heads=0)
+    with pytest.raises(ValueError, match=r"models: expected \['student-2', 'student-8'\] among them"):
+        compare.decoding({"teacher": model}, ["def f(a):\n    return a\n"])
