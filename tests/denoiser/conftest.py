@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import cli
-from dlm_kernels.denoiser import checkpoint, data, model
+from dlm_kernels.denoiser import checkpoint, data, model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 TEXTS = [
@@ -59,6 +59,30 @@ def saved(tmp_path_factory):
         folder, config, sharp(config, jax.jit(model.init, static_argnums=0)(config, jax.random.key(3))), tokenizer
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def board(config):
+    """Three left-padded rows of 23: prompts of 8, 3 and 5 tokens, the last with text after its holes."""
+    random = np.random.default_rng(5)
+    tokens = np.full((3, 23), config.mask_id, np.int32)
+    for row, (start, end) in enumerate([(0, 8), (5, 8), (3, 8)]):
+        tokens[row, :start] = config.pad_id
+        tokens[row, start:end] = random.integers(3, config.vocab, end - start)
+    tokens[2, 12:17] = random.integers(3, config.vocab, 5)
+    return dict(tokens=tokens, start=np.array([0, 5, 3]), first=np.array([8, 8, 8]))
+
+
+@pytest.fixture
+def run(config, params):
+    """Decodes a board, or one row of it alone."""
+
+    def run(board, row=None, **options):
+        if row is not None:
+            board = {name: array[row : row + 1] for name, array in board.items()}
+        return jax.tree.map(np.asarray, sampler.decode(config, params, **({"block": 6} | board | options)))
+
+    return run
 
 
 @pytest.fixture
