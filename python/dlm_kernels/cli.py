@@ -311,8 +311,12 @@ def _train(options):
 
 
 def _distill(options):
-    from dlm_kernels.denoiser import checkpoint, distill, progress, train
+    import jax.numpy as jnp
 
+    from dlm_kernels.denoiser import checkpoint, data, distill, progress, train
+
+    teacher = checkpoint.find(options.model or checkpoint.SHIPPED)
+    steps = {name: getattr(options, name) for name in ("teacher_steps", "student_steps", "temperature", "guidance", "on_policy")}
     settings = train.TrainConfig(
         rows=options.rows,
         length=options.length,
@@ -323,18 +327,13 @@ def _distill(options):
         implementation=options.implementation,
     )
     with progress.Bar(options.out) as shown:
-        distill.run(
-            settings,
-            checkpoint.find(options.model or checkpoint.SHIPPED),
-            options.out,
-            teacher_steps=options.teacher_steps,
-            student_steps=options.student_steps,
-            temperature=options.temperature,
-            guidance=options.guidance,
-            on_policy=options.on_policy,
-            initial=options.initial,
-            report=shown,
-        )
+        student = distill.run(settings, teacher, options.out, initial=options.initial, report=shown, **steps)
+    loaded = checkpoint.load(teacher, dtype=jnp.float32)
+    first = checkpoint.load(options.initial, dtype=jnp.float32)[1] if options.initial else loaded[1]
+    texts = [text for _, text, held_out in data.files() if held_out]
+    told = dict(length=options.length, implementation=options.implementation)
+    before, after = distill.distance(loaded, (first, student), texts, **steps, **told)
+    print(f"nats a token from the teacher, on held-out text: {before:.3f} before, {after:.3f} now")
 
 
 def _evaluate(options):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import xml.etree.ElementTree
 
 import jax
@@ -177,6 +178,30 @@ def test_correction_counts_what_is_changed(saved):
     assert everything["noticed"] == everything["damaged"] == 1.0 and everything["repaired"] == 0.0
     with pytest.raises(ValueError, match="share: expected enough of 120 tokens"):
         evaluate.correction(uniform, texts, **(options | {"share": 0.0}))
+
+
+def test_train_and_distill(command, saved, texts, monkeypatch, tmp_path):
+    """What they leave is a model that decodes, and a log; a student is told apart from its teacher."""
+    monkeypatch.setattr(data, "files", lambda: texts)
+    few = ("--steps", "2", "--rows", "2", "--length", "16")
+    trained, student = str(tmp_path / "trained"), str(tmp_path / "student")
+    assert command("train", trained, "--initial", str(saved), *few)[0] == 0
+    assert json.loads((tmp_path / "trained" / "log.jsonl").read_text())["step"] == 2
+    status, out, _ = command("distill", student, "--student-steps", "1", "--teacher-steps", "2", "--learning-rate", "0.1", *few)
+    assert status == 0 and re.fullmatch(r"nats a token from the teacher, on held-out text: (\S+) before, (?!\1)\S+ now\n", out)
+    for folder in (trained, student):
+        made = generate.generate(checkpoint.load(folder, dtype=np.float32), ["def add("], length=6, block=6)
+        assert made.texts[0].startswith("def add(")
+
+
+def test_texts_are_judged_alike_one_by_one_and_together(saved):
+    """However long their prompts are."""
+    model = checkpoint.load(saved, dtype=np.float32)
+    headers, options = ["def mul(a, b):", "def add(a, b):\n    return" * 5], dict(length=4, exact=True, block=4, steps=2)
+    singly = [generate.generate(model, [header], **options) for header in headers]
+    assert len({made.decoded.tokens.shape for made in singly}) == 2
+    _, together = compare.written({"teacher": model}, "teacher", dict(block=4, steps=2), headers, length=4)
+    assert compare.judged({"teacher": model}, singly, length=4) == pytest.approx(together, rel=1e-5)
 
 
 def test_decoders_side_by_side(saved):

@@ -198,6 +198,17 @@ def test_a_student_learns_from_its_teacher_alone(temperature, saved, tmp_path, t
     keys = jax.random.split(jax.random.key(99), 10)
     before, after = (np.mean([loss(params, key) for key in keys]) for params in (teacher, student))
     assert after < 0.92 * before
+    texts = [text for _, text, _ in texts]
+    both = distill.distance((config, teacher, tokenizer), (teacher, student), texts, rows=8, length=16, draws=4, **steps)
+    assert both[1] < 0.95 * both[0]
+
+
+def test_the_distance_of_a_teacher_from_itself(saved):
+    """Of one that is asked for a single pass; guided, it is another's."""
+    model = checkpoint.load(saved, dtype=jnp.float32)
+    options = dict(rows=4, length=16, draws=2, teacher_steps=2, student_steps=2, on_policy=0.5)
+    assert distill.distance(model, (model[1],), ["x = 1\n" * 30], **options)[0] == pytest.approx(0, abs=1e-5)
+    assert distill.distance(model, (model[1],), ["x = 1\n" * 30], guidance=2.0, **options)[0] > 0.01
 
 
 def test_guided_states_are_mixed_with_those_without_the_prompt(config, params, random):

@@ -38,17 +38,25 @@ DECODERS = {
 
 
 def written(models, name, way, headers, *, length, implementation=None):
-    """(Generation, numbers) of `length` greedy tokens after each of the headers, in one batch.
+    """(Generation, numbers) of `length` greedy tokens after each of the headers, in one batch; numbers: see `judged`."""
+    made = generate.generate(models[name], headers, length=length, exact=True, implementation=implementation, **way)
+    return made, judged(models, [made], length=length, implementation=implementation)
 
-    models: {name: model}, of which the first judges. numbers: parse_share, of the texts, their last and perhaps unfinished line
-    left out; teacher_bits_per_token: how probable the judge finds what was written, from left to right, where low is fluent or
-    repetitive; distinct_share tells which: of a text's tokens those that are the first of their kind.
+
+def judged(models, made, *, length, implementation=None):
+    """What the `length` last tokens of each row of some Generations are worth, by the first of the models.
+
+    parse_share: of the texts, their last and perhaps unfinished line left out; teacher_bits_per_token: how probable the judge finds
+    what was written, from left to right, where low is fluent or repetitive; distinct_share tells which: of a text's tokens those
+    that are the first of their kind.
     """
     judge, *_ = models.values()
-    made = generate.generate(models[name], headers, length=length, exact=True, implementation=implementation, **way)
-    tokens = made.decoded.tokens
-    return made, {
-        "parse_share": evaluate.parse_share([text.rpartition("\n")[0] for text in made.texts]),
+    texts = [text for one in made for text in one.texts]
+    rows = [row for one in made for row in one.decoded.tokens]
+    width = max(map(len, rows))
+    tokens = np.array([np.pad(row, (width - len(row), 0), constant_values=judge[0].pad_id) for row in rows])
+    return {
+        "parse_share": evaluate.parse_share([text.rpartition("\n")[0] for text in texts]),
         "teacher_bits_per_token": evaluate.left_to_right_bits(judge, tokens, length, implementation=implementation),
         "distinct_share": float(np.mean([len(set(row)) / length for row in tokens[:, -length:].tolist()])),
     }
@@ -58,7 +66,7 @@ def decoding(models, texts, *, prompts=64, length=64, decoders=DECODERS, report=
     """What each of `decoders` takes and gives: a list of dicts, a row each; report(row) is called as they come.
 
     models: {name: model}; the first decodes where no "model" is named. passes and tokens_per_second: the mean over the headers,
-    each at batch 1; times_first: that speed over the first decoder's. The rest: see `written`.
+    each at batch 1; times_first: that speed over the first decoder's. The rest: see `judged`.
     """
     headers = evaluate.held_out_headers(texts, prompts)
     named = {way[role] for way in decoders.values() for role in ("model", "drafter") if role in way}
@@ -70,14 +78,13 @@ def decoding(models, texts, *, prompts=64, length=64, decoders=DECODERS, report=
         name = way.pop("model", next(iter(models)))
         if "drafter" in way:
             way["drafter"] = models[way["drafter"]][1]
-        _, numbers = written(models, name, way, headers, length=length, implementation=implementation)
         options = dict(length=length, exact=True, implementation=implementation, **way)
         singly = [generate.generate(models[name], [header], **options) for header in headers]
         passes, tokens, seconds = (sum(getattr(made, n) for made in singly) for n in ("passes", "tokens", "seconds"))
         row = {"decoder": decoder, "passes": round(passes / len(headers), 1), "tokens_per_pass": round(tokens / passes, 2)}
         row["tokens_per_second"] = tokens / seconds
         row["times_first"] = row["tokens_per_second"] / rows[0]["tokens_per_second"] if rows else 1.0
-        rows.append(row | numbers)
+        rows.append(row | judged(models, singly, length=length, implementation=implementation))
         if report:
             report(rows[-1])
     return rows
@@ -87,7 +94,7 @@ def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=6
     """What a model and its students write in few passes: a list of dicts, a row for each model and number of steps.
 
     The first rows are the first model's, IN_ORDER: one token a pass, and block after block. hole_of_8 and hole_of_4: see
-    `evaluate.infilling`, in as many passes as there are tokens at most. The rest: see `written`. report(row) is called as they
+    `evaluate.infilling`, in as many passes as there are tokens at most. The rest: see `judged`. report(row) is called as they
     come.
     """
     headers = evaluate.held_out_headers(texts, prompts)

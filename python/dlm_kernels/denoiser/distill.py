@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, mix_guidance, unmask_topk
-from dlm_kernels.denoiser import checkpoint, data, divergence, limits, model, train
+from dlm_kernels.denoiser import checkpoint, data, divergence, evaluate, limits, model, train
 
 
 def run(
@@ -38,6 +38,20 @@ def run(
         config, settings, out,
         initial=initial or teacher, objective=objective, given=params, batches=Rows, seed_texts=seed_texts, report=report,
     )  # fmt: skip
+
+
+def distance(teacher, students, texts, *, rows=16, length=128, draws=8, seed=1, implementation=None, **options):
+    """[`student_loss` of each of the students' parameters], on the same states of held-out texts; options as it takes them.
+
+    teacher: (config, params, tokenizer). Where students lead themselves to states, each is led to its own.
+    """
+    config, params, tokenizer = teacher
+    settings = train.TrainConfig(steps=1, implementation=implementation)
+    stream = data.stream(tokenizer, texts, config.eos_id)
+    tokens = evaluate.rows_of(stream, rows, length, np.random.default_rng(seed))
+    loss = jax.jit(lambda student, key: student_loss(config, settings, student, params, tokens, key, **options))
+    keys = jax.random.split(jax.random.key(seed), draws)
+    return [float(np.mean([loss(student, key) for key in keys])) for student in students]
 
 
 class Rows:
