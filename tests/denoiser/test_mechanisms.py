@@ -63,6 +63,9 @@ def test_the_table(saved, monkeypatch, capsys):
     assert table['`--require "return None"`', "share of texts with `return None`"] == (0, 1)
 
     bits = evaluate.left_to_right_bits(teacher, tokens(exact=True), LENGTH)
+    guided = evaluate.left_to_right_bits(teacher, tokens(exact=True, guidance=2.0), LENGTH)
+    assert table["`--infill HEADER<mask:8@2>`", "bits/token"] == pytest.approx((bits, guided), rel=1e-5)
+    assert table["`--infill HEADER<mask:4@2><mask:4>`", "bits/token"][1] not in (bits, guided)
     assert 0.5 < table["`classify`, asyncio against tkinter", "share of held-out rows right"][1] <= 1
     for scale in (10, 20):
         mechanism = f"`--classifier FILE --classifier-scale {scale}`"

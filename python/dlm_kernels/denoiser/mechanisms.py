@@ -48,8 +48,9 @@ def _measured(models, texts, files, headers, length, implementation):
     def written(**way):
         return generate.generate(teacher, headers, **dict(length=length, block=length, exact=True, **options) | way)
 
-    def judged(name="teacher", **way):
-        return compare.written(models, name, dict(block=length) | way, headers, length=length, **options)
+    def judged(name="teacher", marks="", **way):
+        prompts = [header + marks for header in headers]
+        return compare.written(models, name, dict(block=length) | way, prompts, length=length, **options)
 
     def share(text, made):
         return float(np.mean([text in whole.removeprefix(header) for whole, header in zip(made.texts, headers)]))
@@ -67,6 +68,11 @@ def _measured(models, texts, files, headers, length, implementation):
         ("`--ban self`", "self", dict(banned=generate.tokens_with(teacher[2], "self"))),
     ):
         yield mechanism, f"share of texts with `{text}`", share(text, plain), share(text, written(**way))
+
+    half = length // 2
+    for marks in (f"<mask:{length}@2>", f"<mask:{half}@2><mask:{length - half}>"):
+        its = judged(marks=marks)[1]
+        yield f"`--infill HEADER{marks}`", "bits/token", numbers["teacher_bits_per_token"], its["teacher_bits_per_token"]
 
     def package(name, held_out):
         return [text for path, text, out in files if path.startswith(f"{name}/") and out == held_out]
