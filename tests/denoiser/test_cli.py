@@ -89,8 +89,8 @@ def test_errors_are_one_line(command):
     status, out, err = command("generate")
     assert (status, out) == (2, "") and err == "dlm-kernels: expected a prompt or --infill, one of them\n"
     for arguments, message in {
-        ("--infill", "def"): "--infill: expected a hole in it, such as <mask:20>, got 'def'",
-        ("def", "--length", "-1"): "length: expected at least 0, got -1",
+        ("--infill", "def"): "--infill: expected a hole such as <mask:20> in it, got 'def'",
+        ("def", "--length", "-1"): "length: expected an int of at least 1, got -1",
         ("def", "--temperature", "-1"): "temperature: expected at least 0, got -1.0",
         ("def", "--classifier", "missing"): "missing",
     }.items():
