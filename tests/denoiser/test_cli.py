@@ -9,6 +9,7 @@ import xml.etree.ElementTree
 import jax
 import numpy as np
 import pytest
+import rich.console
 
 import dlm_kernels
 from dlm_kernels import masks
@@ -65,6 +66,7 @@ def test_html_replays_every_pass(command, tmp_path):
     numbers = json.loads(command("generate", "x</script>", *options)[1])
     page = path.read_text()
     content = page.split('id="data">')[1].split("</script>")[0]
+    assert "<" not in content  # nothing there can end the script element, whatever a token holds
     blocks, singly = json.loads(content)
     for run, passes in ((blocks, numbers["passes"]), (singly, 6)):
         words = list(run["given"])
@@ -151,6 +153,16 @@ def test_the_view_shows_every_kind_of_token(saved):
     assert view.colour(float("nan")) == "red"
 
 
+def test_the_terminal_shows_each_pass(command, monkeypatch):
+    terminal = functools.partial(rich.console.Console, force_terminal=True, width=200)
+    monkeypatch.setattr(rich.console, "Console", terminal)
+    status, out, err = command("generate", "def add(", "--block", "6", "--steps", "3", "--exact")
+    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).split("def add(")[1:]
+    assert status == 0 and err.startswith("6 tokens in 3 passes")
+    shown = [(re.search(r"pass (\d)", frame)[1], frame.count("░░")) for frame in frames]
+    assert list(dict.fromkeys(shown)) == [("1", 4), ("2", 2), ("3", 0)]
+
+
 def test_evaluate_measures_what_it_says(saved):
     """A model that knows nothing has log2(vocabulary) bits per token, and fills next to nothing right."""
     config, params, tokenizer = checkpoint.load(saved, dtype=np.float32)
@@ -165,6 +177,19 @@ def test_evaluate_measures_what_it_says(saved):
         assert bits == pytest.approx(np.log2(config.vocab) * tokens / len(text), rel=1e-4)
     scores = evaluate.infilling((config, uniform, tokenizer), [text], cases=4, hole=4, length=32, steps=2)
     assert scores["token_accuracy"] < 0.5 and scores["exact_match"] == 0
+
+
+def test_evaluate_reports_each_measure(command, monkeypatch, texts):
+    monkeypatch.setattr(data, "files", lambda: texts)
+    monkeypatch.setattr(evaluate, "bits_per_byte", lambda *_, block_size=None, **__: block_size)
+    monkeypatch.setattr(evaluate, "correction", lambda *_, threshold, **__: threshold)
+    monkeypatch.setattr(evaluate, "infilling", lambda *_, hole, steps, **__: [hole, steps])
+    status, out, _ = command("evaluate", "--steps", "2")
+    blocks = {f"bits_per_byte_in_blocks_of_{size}": size for size in (4, 16, 64)}
+    expected = {"held_out_bytes": len(texts[2][1]), "bits_per_byte": None, "autoregressive_bits_per_byte": 1} | blocks
+    expected |= {"correction_at_0.7": 0.7, "correction_at_0.9": 0.9}
+    expected |= {"hole_of_1": [1, 1], "hole_of_4": [4, 2], "hole_of_8": [8, 2]}
+    assert status == 0 and json.loads(out) == expected
 
 
 def test_correction_counts_what_is_changed(saved):

@@ -55,6 +55,14 @@ def test_end_of_text_bias_makes_texts_longer_or_shorter(saved_model):
         control.logit_bias(saved_model[0].__class__(vocab=300), {300: 1.0})
 
 
+@pytest.mark.parametrize("prompt, options", [("x", dict(exact=True)), ("x", dict(required=["return a"])), ("x<mask:12>", {})])
+def test_what_has_a_length_keeps_it(prompt, options, saved_model):
+    """However much end-of-text is wanted."""
+    made = generate.generate(saved_model, [prompt], length=12, block=6, steps=3, eos_bias=1e4, **options)
+    given = len(saved_model[2].encode("return a").ids) if "required" in options else 0
+    assert made.tokens == 12 - given and not (made.decoded.tokens == saved_model[0].eos_id).any()
+
+
 def test_style_is_read_and_not_written(saved_model):
     """With guidance 0 the stream without the style decides alone, so what comes is what comes without it."""
     options = dict(length=12, block=12, steps=4, exact=True)

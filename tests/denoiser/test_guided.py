@@ -85,6 +85,8 @@ def test_adaptive_guidance_masks_the_least_confident_anew(config):
     m = config.mask_id
     masked = guided.without_doubtful(config, 0.5, decoded, hole)  # 2 of 4; 1 of 3
     np.testing.assert_array_equal(masked, [[9, 5, m, m, m, 8], [9, m, m, m, 4, 5]])
+    one = guided.without_doubtful(config, 0.1, decoded, hole)  # of either row one at least
+    np.testing.assert_array_equal(one, [[9, 5, m, 6, m, 8], [9, m, m, m, 4, 5]])
     everything = guided.without_doubtful(config, 1.0, decoded, hole)
     np.testing.assert_array_equal(everything, np.where(hole, m, tokens))
 

@@ -145,6 +145,14 @@ def test_sampling_follows_the_key(run, board):
     assert (first != other).sum() > 10
 
 
+def test_each_block_draws_anew(config, params):
+    """Without attention all positions have the same scores, so what differs from block to block is the draw."""
+    fixed = {name: x * 0 if name.endswith(".out") else x for name, x in params.items()}
+    holes, key = np.full((1, 12), config.mask_id, np.int32), jax.random.split(jax.random.key(2), 1)
+    made = sampler.decode(config, fixed, holes, block=6, steps=1, temperature=1.0, key=key)
+    assert (np.asarray(made.tokens[0, :6]) != np.asarray(made.tokens[0, 6:])).sum() > 2
+
+
 def test_left_padding_changes_nothing(run, board):
     keys = jax.random.split(jax.random.key(2), 3)
     plain = run(board, steps=3, temperature=0.8, key=keys).tokens
@@ -214,6 +222,7 @@ def test_numbers_are_data(run, config, board):
     for name, number in numbers.items():
         once([0, 5, 3], [8, 8, 8], **(numbers | {name: (0.25, 0.75) if name == "guidance_interval" else number * 2}))
     once([2, 4, 1], [7, 8, 6], **numbers)
+    once([0, 5, 3], [8, 8, 8], **(numbers | {"guidance_scale": 2, "temperature": np.float32(1), "steps": np.int64(3)}))
     assert sampler._decode._cache_size() == before
     budgets = [dict(entropy_budget=0.5), dict(entropy_budget=2.0)]
     sizes = [run(board, **budget) and sampler._decode._cache_size() for budget in budgets]

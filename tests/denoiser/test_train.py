@@ -19,7 +19,7 @@ import safetensors.numpy
 
 import dlm_kernels
 from dlm_kernels import masks
-from dlm_kernels.denoiser import checkpoint, data, model, train
+from dlm_kernels.denoiser import checkpoint, data, model, progress, train
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 
@@ -296,6 +296,33 @@ def test_without_optax_it_says_what_to_install(monkeypatch, tmp_path, texts):
     with pytest.raises(ValueError, match=r"training needs the optax package: pip install 'dlm_kernels\[train\]'"):
         train.run(DenoiserConfig(), train.TrainConfig(steps=1), tmp_path / "out", seed_texts=texts)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_average_forgets_a_random_start(config):
+    """A step keeps 1 / 10 of it at first, later more, and at most what the settings say."""
+    settings = train.TrainConfig(steps=9, average=0.15, weight_decay=0.0)
+
+    def objective(config, train, params, given, tokens, key):
+        return (params["embed"] ** 2).sum()
+
+    params = {"embed": jnp.ones((2, 3))}
+    state = {"params": params, "average": params, "optimizer": train.optimizer(settings).init(params)}
+    state, expected = jax.tree.map(jnp.copy, state), params["embed"]
+    for step, keep in enumerate((0.1, 0.15, 0.15)):
+        state, _ = train.train_step(config, settings, objective, state, None, None, step, 0.5)
+        expected = keep * expected + (1 - keep) * state["params"]["embed"]
+        np.testing.assert_allclose(state["average"]["embed"], expected, rtol=1e-5)
+
+
+def test_progress_tells_the_speed_and_the_time_left(tmp_path):
+    """Both since the first step was through, which compiled: 6000 tokens and a fifth of the run in a minute."""
+    with progress.Bar(tmp_path) as bar:
+        bar({"step": 1, "loss": 3.0, "seconds": 5.0, "tokens": 100, "share": 0.05})
+        bar({"step": 20, "loss": 2.0, "seconds": 65.0, "tokens": 6100, "share": 0.25})
+    assert bar.bar.tasks[0].description == "step 20  loss 2.000  100 tokens/s  4 min left"
+    assert bar.bar.tasks[0].completed == 0.25
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 20 and json.loads(line)["tokens_per_second"] == 100.0
 
 
 def test_settings_say_what_is_wrong():

@@ -187,23 +187,17 @@ def decode(
         raise ValueError(f"guidance_scale: expected a scalar, [{b}] or {[b, length]}, got {list(jnp.shape(guidance_scale))}")
     if logit_bias is not None and jnp.shape(logit_bias) != (config.vocab,):
         raise ValueError(f"logit_bias: expected shape [{config.vocab}], got {list(jnp.shape(logit_bias))}")
-    banned = banned_ids(config, banned_tokens)
-    data = rules | further | dict(
-        steps=steps,
-        edit_threshold=edit_threshold,
-        remask=remask,
-        temperature=temperature,
-        key=key,
-        unconditional=unconditional,
-        guidance_scale=guidance_scale,
-        guidance_remask=guidance_remask,
-        banned=banned,
-        classifier=classifier,
-        classifier_scale=classifier_scale,
-        logit_bias=None if logit_bias is None else jnp.asarray(logit_bias),
-        stop_at=stop_at,
-        refresh=NEVER if refresh is None else refresh,
-    )
+    scales = rules | dict(
+        edit_threshold=edit_threshold, remask=remask, temperature=temperature, guidance_scale=guidance_scale,
+        guidance_final=guidance_final, guidance_interval=guidance_interval, guidance_remask=guidance_remask,
+        classifier_scale=classifier_scale, logit_bias=logit_bias,
+    )  # fmt: skip
+    refresh = NEVER if refresh is None else refresh
+    whole = dict(steps=steps, unconditional=unconditional, guidance_refresh=guidance_refresh, stop_at=stop_at, refresh=refresh)
+    data = dict(key=key, classifier=classifier, banned=banned_ids(config, banned_tokens))
+    # Of one dtype: 2, 2.0 and NumPy's would each compile a loop of its own.
+    data |= jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scales)
+    data |= jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), whole)
     static = _Static(config, min(block, length), confidence, remask_rule, attend, bool(cache), implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
 
