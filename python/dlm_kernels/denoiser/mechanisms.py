@@ -48,9 +48,8 @@ def _measured(models, texts, files, headers, length, implementation):
     def written(**way):
         return generate.generate(teacher, headers, **dict(length=length, block=length, exact=True, **options) | way)
 
-    def judged(name="teacher", marks="", **way):
-        prompts = [header + marks for header in headers]
-        return compare.written(models, name, dict(block=length) | way, prompts, length=length, **options)
+    def judged(name="teacher", **way):
+        return compare.written(models, name, dict(block=length) | way, headers, length=length, **options)
 
     def share(text, made):
         return float(np.mean([text in whole.removeprefix(header) for whole, header in zip(made.texts, headers)]))
@@ -70,9 +69,15 @@ def _measured(models, texts, files, headers, length, implementation):
         yield mechanism, f"share of texts with `{text}`", share(text, plain), share(text, written(**way))
 
     half = length // 2
-    for marks in (f"<mask:{length}@2>", f"<mask:{half}@2><mask:{length - half}>"):
-        its = judged(marks=marks)[1]
-        yield f"`--infill HEADER{marks}`", "bits/token", numbers["teacher_bits_per_token"], its["teacher_bits_per_token"]
+    marks = f"<mask:{length - half}@4><mask:{half}@1>"
+    marked = [header + marks for header in headers]
+    away = generate.generate(teacher, marked, block=length, negative_prompt="self", **options)
+    for which, part in (("first", slice(-length, -half)), ("second", slice(-half, None))):
+        shares = [
+            float(np.mean(["self" in teacher[2].decode(row) for row in made.decoded.tokens[:, part].tolist()]))
+            for made in (plain, away)
+        ]
+        yield f"`--negative-prompt self --infill HEADER{marks}`", f"share with `self` in the {which} half", *shares
 
     def package(name, held_out):
         return [text for path, text, out in files if path.startswith(f"{name}/") and out == held_out]
