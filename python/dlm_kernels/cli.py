@@ -28,7 +28,7 @@ def main(arguments=None):
 
 
 def _check_implementation(name):
-    """What the operations would say too, of the first of them, in their own words."""
+    """Refuses kernels for another kind of machine, which would only say so when they are called."""
     import jax
 
     needed, here = {"cpu": "cpu", "triton": "gpu", "pallas": "tpu"}.get(name), jax.default_backend()
@@ -291,7 +291,7 @@ def _info(options):
 
 
 def _train(options):
-    from dlm_kernels.denoiser import progress, train
+    from dlm_kernels.denoiser import checkpoint, progress, train
     from dlm_kernels.denoiser.config import DenoiserConfig
 
     settings = train.TrainConfig(
@@ -307,7 +307,8 @@ def _train(options):
         implementation=options.implementation,
     )
     with progress.Bar(options.out) as shown:
-        train.run(DenoiserConfig(layers=options.layers), settings, options.out, initial=options.initial, report=shown)
+        initial = options.initial and checkpoint.find(options.initial)
+        train.run(DenoiserConfig(layers=options.layers), settings, options.out, initial=initial, report=shown)
 
 
 def _distill(options):
@@ -316,6 +317,7 @@ def _distill(options):
     from dlm_kernels.denoiser import checkpoint, data, distill, progress, train
 
     teacher = checkpoint.find(options.model or checkpoint.SHIPPED)
+    initial = options.initial and checkpoint.find(options.initial)
     steps = {name: getattr(options, name) for name in ("teacher_steps", "student_steps", "temperature", "guidance", "on_policy")}
     settings = train.TrainConfig(
         rows=options.rows,
@@ -327,9 +329,9 @@ def _distill(options):
         implementation=options.implementation,
     )
     with progress.Bar(options.out) as shown:
-        student = distill.run(settings, teacher, options.out, initial=options.initial, report=shown, **steps)
+        student = distill.run(settings, teacher, options.out, initial=initial, report=shown, **steps)
     loaded = checkpoint.load(teacher, dtype=jnp.float32)
-    first = checkpoint.load(options.initial, dtype=jnp.float32)[1] if options.initial else loaded[1]
+    first = checkpoint.load(initial or teacher, dtype=jnp.float32)[1]
     texts = [text for _, text, held_out in data.files() if held_out]
     told = dict(length=options.length, implementation=options.implementation)
     before, after = distill.distance(loaded, (first, student), texts, **steps, **told)
