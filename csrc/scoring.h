@@ -13,7 +13,7 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kChunk = 2048;      // the most columns to take at once: they stay in first-level cache if they are read again
+constexpr int64_t kChunk = 2048;  // the most columns to take at once: they stay in first-level cache if they are read again
 constexpr int64_t kSampleChunk = 8192;  // the most to sample at once
 
 // Logits that lie ready in cache. What takes logits asks its source for them a vector at a time.
