@@ -86,7 +86,7 @@ class HeadProduct {
           const int64_t depth = std::min(kHeadDepth, depth_ - p);
           // Laid out for the first block, right before it is used, and kept for the others if there are any.
           E* kept = blocks > 1 ? room + j * depth_ + p * kPanel : room;
-          const E* right = in_place() || block == 0 ? panel(column + j, p, depth, kept) : kept;
+          const E* right = (packed_ && kInPlace) || block == 0 ? panel(column + j, p, depth, kept) : kept;
           multiply(left + p * count, kHeadDepth, 1, count, right, depth, kPanel, logits + j, kHeadColumns, p > 0);
         }
       use(block, logits);
@@ -98,9 +98,8 @@ class HeadProduct {
   static constexpr int64_t kTogether = __is_same(T, BFloat16) ? 2 : 1;  // values along the depth that lie together when packed
 
   // Whether this instruction set multiplies a packed weight where it lies.
-  bool in_place() const {
-    return packed_ && kPanel == kPackedPanel && kValues<E> == kTogether && sizeof(E) == kTogether * sizeof(T);
-  }
+  static constexpr bool kInPlace = kPanel == kPackedPanel && kValues<E> == kTogether && sizeof(E) == kTogether * sizeof(T);
+  static_assert(kInPlace || __is_same(E, float), "no other elements are unpacked");
 
   // Elements of the weight that tile() lays out.
   int64_t laid_out() const { return rows_->blocks() > 1 ? kHeadColumns * depth_ : kPanel * kHeadDepth; }
@@ -115,9 +114,9 @@ class HeadProduct {
     const int64_t steps = (d_ + kTogether - 1) / kTogether;
     const T* from = weight_ + column / kPackedPanel * steps * kPackedPanel * kTogether + column % kPackedPanel * kTogether +
                     first * kPackedPanel;
-    if (in_place()) return reinterpret_cast<const E*>(from);
-    static_assert(__is_same(E, float) || kPanel == kPackedPanel, "no other elements are unpacked");
-    if constexpr (__is_same(E, float)) {
+    if constexpr (kInPlace) {
+      return reinterpret_cast<const E*>(from);
+    } else {
       for (int64_t i = 0; i < values; i += kTogether, from += kPackedPanel * kTogether)
         for (int64_t j = 0; j < kPanel; j += kLanes) {
           float* to = room + i * kPanel + j;
@@ -129,8 +128,8 @@ class HeadProduct {
             if (i + 1 < values) store(to + kPanel, as_float(pair & 0xFFFF0000u));
           }
         }
+      return room;
     }
-    return room;
   }
 
   const T *hidden_, *weight_;

@@ -21,8 +21,8 @@ def main(arguments=None):
     try:
         _check_implementation(options.implementation)
         options.run(options)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"dlm-kernels: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        print(f"dlm-kernels: {str(error) or 'not enough memory'}", file=sys.stderr)
         return 2
     return 0
 

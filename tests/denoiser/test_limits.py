@@ -73,6 +73,7 @@ def test_generate(arguments, command):
 OTHERS = {
     "generate --infill 'no hole'": "--infill: expected a hole such as <mask:20> in it, got 'no hole'",
     "generate --infill '<mask:>'": "--infill: expected a hole such as <mask:20> in it, got '<mask:>'",
+    "generate --infill '<mask:9000000000000000>'": "not enough memory",
     "correct x --threshold nan": "threshold: expected a finite number, got nan",
     "correct x --passes -1": "passes: expected at least 0, got -1",
     "classify out --wanted TEXT --unwanted TEXT --length 0": "length: expected an int of at least 1, got 0",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import masks
-from dlm_kernels.denoiser import model, sampler
+from dlm_kernels.denoiser import checkpoint, generate, model, sampler
 
 RULES = {
     "steps": dict(steps=3),
@@ -237,6 +237,17 @@ def test_every_pass_is_reported(run, config, board):
     masked = [int((np.asarray(frame.tokens) == config.mask_id).sum()) for frame in frames]
     assert masked == sorted(masked, reverse=True) and masked[-1] == 0
     np.testing.assert_array_equal(frames[-1].tokens, decoded.tokens)
+
+
+def test_one_viewer_is_compiled_for_once_and_shown_each_measured_pass(saved):
+    model, frames = checkpoint.load(saved, dtype=np.float32), []
+    options = dict(length=6, block=6, steps=3, exact=True, on_pass=frames.append)
+    made = generate.generate(model, ["def add("], **options)
+    compiled = sampler._decode._cache_size()
+    assert [int(frame.passes) for frame in frames] == [1, 2, 3]
+    again = generate.generate(model, ["def sub("], **options)
+    assert len(frames) == made.passes + again.passes == 6
+    assert sampler._decode._cache_size() == compiled
 
 
 def test_nothing_to_do(run):

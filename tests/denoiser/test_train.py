@@ -325,6 +325,15 @@ def test_progress_tells_the_speed_and_the_time_left(tmp_path):
     assert json.loads(line)["step"] == 20 and json.loads(line)["tokens_per_second"] == 100.0
 
 
+def test_progress_tells_of_a_run_that_was_over(tmp_path):
+    with progress.Bar(tmp_path) as bar:
+        pass
+    assert bar.bar.tasks[0].description == f"{tmp_path}: had all its steps; more of them, or minutes, go on"
+    with pytest.raises(OSError), progress.Bar(tmp_path) as bar:
+        raise OSError
+    assert bar.bar.tasks[0].description == "compiling"
+
+
 def test_settings_say_what_is_wrong():
     with pytest.raises(ValueError, match="steps, minutes: expected one of them, got None and None"):
         train.TrainConfig()

@@ -115,6 +115,14 @@ CASES = {
         lambda: dlm.score_tokens(logits, temperature=1.0, noise=logits[:, :2]),
         r"noise: expected shape \[2, 3, 7\]",
     ),
+    "noise of another shape for the greedy": (
+        lambda: dlm.score_tokens(logits, noise=logits[:, :2]),
+        r"noise: expected shape \[2, 3, 7\]",
+    ),
+    "too many keys for the greedy": (
+        lambda: dlm.score_tokens(logits, key=jax.random.split(jax.random.key(0), 3)),
+        r"key: expected shape \[2, 2\]",
+    ),
     "active of integers": (lambda: dlm.score_tokens(logits, active=tokens), r"active: expected dtype bool, got int32"),
     "no rule": (lambda: dlm.unmask_topk(tokens, scores, mask_id=0), r"expected at least one of num_unmask, threshold"),
     "two orders": (
@@ -262,3 +270,8 @@ def test_message_names_the_argument(case):
     call, message = CASES[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_temperature_of_zero_needs_no_noise():
+    for zero in (0, 0.0, np.float32(0)):
+        np.testing.assert_array_equal(dlm.score_tokens(logits, temperature=zero).token, logits.argmax(-1))

@@ -1,6 +1,7 @@
 """From text to text: canvases of prompts and holes, decoded and measured."""
 
 import dataclasses
+import functools
 import re
 import time
 
@@ -176,9 +177,9 @@ def generate(
         biases[config.eos_id] = biases.get(config.eos_id, 0.0) + eos_bias
     if biases:
         options["logit_bias"] = control.logit_bias(config, biases)
-    measured = []  # whether: the rehearsal's passes are not for the viewer
+    viewer = _viewer(on_pass)
     if on_pass is not None:
-        options["on_pass"] = lambda decoded: on_pass(decoded) if measured else None
+        options["on_pass"] = viewer
     decode = sampler.decode
     if drafter is not None and drafts is None:
         raise ValueError("drafter: expected drafts with it, got none")
@@ -198,14 +199,16 @@ def generate(
     options |= dict(banned_tokens=np.array(banned, np.int32))
     asked = time.perf_counter()
     # Numbers of passes are data: this compiles the very loop that is measured next.
+    viewer.shows = False
     rehearsal = options | ({} if steps is None else {"steps": 1})
     jax.block_until_ready(decode(config, params, board.tokens, **rehearsal))
     jax.effects_barrier()
     ready = time.perf_counter()
-    measured.append(True)
+    viewer.shows = True
     decoded = decode(config, params, board.tokens, **(options | ({} if steps is None else {"steps": steps})))
     decoded = jax.tree.map(np.asarray, jax.block_until_ready(decoded))
     end = time.perf_counter()
+    jax.effects_barrier()
     made = (board.tokens == config.mask_id) & (decoded.tokens != config.pad_id)
     return Generation(
         texts=[tokenizer.decode(row[begin + prefix :].tolist()) for begin, row in zip(board.start, decoded.tokens)],
@@ -215,6 +218,21 @@ def generate(
         seconds=end - ready,
         compile_seconds=ready - asked,
     )
+
+
+class _Viewer:
+    """Calls on_pass for the passes that are measured, not for those of the rehearsal."""
+
+    def __init__(self, on_pass):
+        self.on_pass, self.shows = on_pass, False
+
+    def __call__(self, decoded):
+        if self.shows:
+            self.on_pass(decoded)
+
+
+# The same one for the same function: a loop is compiled for the function that it calls.
+_viewer = functools.lru_cache(maxsize=8)(_Viewer)
 
 
 def _away_from(config, tokenizer, board, prefix, adaptive, negative_prompt):

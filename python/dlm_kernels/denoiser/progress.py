@@ -13,9 +13,9 @@ class Bar:
     """Call it with what `train.run` reports; use it in a `with` statement."""
 
     def __init__(self, out):
-        folder = pathlib.Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = open(folder / "log.jsonl", "a")
+        self.out = pathlib.Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = open(self.out / "log.jsonl", "a")
         columns = (
             BarColumn(),
             TextColumn("{task.percentage:.0f}%"),
@@ -30,7 +30,9 @@ class Bar:
         self.bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
+        if self.first is None and error is None:
+            self.bar.update(self.task, completed=1.0, description=f"{self.out}: had all its steps; more of them, or minutes, go on")
         self.bar.stop()
         self.log.close()
 

@@ -111,7 +111,8 @@ def decode(
       guidance_interval: (low, high), each a scalar or [B]: guide only while the share of the block's holes that are still
         masked is within them, both inclusive.
       guidance_remask: adaptive guidance (A-CFG), in the place of `unconditional`: the unconditional stream keeps the given
-        tokens and masks this share of the decoded ones anew, at least one, the least confident (when written) first.
+        tokens and masks this share of the decoded ones anew, at least one, the least confident (when written) first. With a cache
+        the blocks before stay, in that stream, as they were read when it last computed their keys.
       guidance_refresh: compute the unconditional stream anew in every so many passes of a block only, and keep its hidden states
         for those between. Default: every pass, in one batch with the conditional stream.
       banned_tokens: int32 [M], never chosen. The mask always is, and the pad unless it is end-of-text too.

@@ -1,5 +1,6 @@
 """Scoring tokens and unmasking the most confident: the inner step of a diffusion sampler."""
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -138,17 +139,19 @@ def sampling_operands(b, length, temperature, key, noise, active, banned_tokens,
         operands["banned"] = checks.ints("banned_tokens", banned_tokens, "M")
     if confidence == "random" and key is None:
         raise ValueError("key: expected a key for confidence='random', got None")
-    if isinstance(temperature, (int, float)):
+    if noise is not None:
+        noise = checks.shaped("noise", checks.floats("noise", noise, "BLV"), (b, length, v), "the shape of the logits")
+    counters = None if key is None else _counters(key, b, length)
+    if isinstance(temperature, numbers.Real):
         if not temperature >= 0:
             raise ValueError(f"temperature: expected 0 or more, got {temperature}")
         if temperature == 0:
             return operands
     operands["temperature"] = checks.per_row("temperature", temperature, b, length).reshape(-1)
     if noise is not None:
-        noise = checks.shaped("noise", checks.floats("noise", noise, "BLV"), (b, length, v), "the shape of the logits")
         operands["noise"] = noise.astype(jnp.float32).reshape(-1, v)
-    elif key is not None:
-        operands["key_data"], operands["counter_row"] = _counters(key, b, length)
+    elif counters is not None:
+        operands["key_data"], operands["counter_row"] = counters
     else:
         raise ValueError(f"key, noise: expected one of them for temperature {temperature}, got neither")
     return operands
