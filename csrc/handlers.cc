@@ -198,6 +198,39 @@ ffi::Error masked_cross_entropy_backward(ffi::ThreadPool pool, Operand hidden, O
   });
 }
 
+DivergenceArgs divergence_args(const Operand& hidden, const Operand& weight, const Operand& target_hidden,
+                               const Operand& target_weight, const Operand& active) {
+  DivergenceArgs args{};
+  args.dtype = dtype(hidden);
+  args.r = hidden.dimensions()[0], args.d = hidden.dimensions()[1], args.v = weight.dimensions()[0];
+  args.e = target_hidden.dimensions()[1];
+  args.hidden = hidden.untyped_data(), args.weight = weight.untyped_data();
+  args.target_hidden = target_hidden.untyped_data(), args.target_weight = target_weight.untyped_data();
+  args.active = optional<bool>(active);
+  return args;
+}
+
+ffi::Error masked_divergence_forward(ffi::ThreadPool pool, Operand hidden, Operand weight, Operand target_hidden,
+                                     Operand target_weight, Operand active, Output loss, Output lse, Output target_lse) {
+  return guarded([&] {
+    DivergenceArgs args = divergence_args(hidden, weight, target_hidden, target_weight, active);
+    args.loss = data<float>(loss), args.lse = data<float>(lse), args.target_lse = data<float>(target_lse);
+    kernels().masked_divergence_forward(args, XlaParallel(pool));
+  });
+}
+
+ffi::Error masked_divergence_backward(ffi::ThreadPool pool, Operand hidden, Operand weight, Operand target_hidden,
+                                      Operand target_weight, Operand active, Operand lse, Operand target_lse, Operand dloss,
+                                      Output dhidden, Output dweight) {
+  return guarded([&] {
+    DivergenceArgs args = divergence_args(hidden, weight, target_hidden, target_weight, active);
+    args.lse = static_cast<float*>(lse.untyped_data()), args.target_lse = static_cast<float*>(target_lse.untyped_data());
+    args.dloss = optional<float>(dloss);
+    args.dhidden = data<void>(dhidden), args.dweight = data<void>(dweight);
+    kernels().masked_divergence_backward(args, XlaParallel(pool));
+  });
+}
+
 auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 // Appends Count operands, or results, to a binding. A binding cannot be moved, only extended, hence no base case that returns it.
@@ -230,6 +263,8 @@ XLA_FFI_DEFINE_HANDLER(LmHeadScores, lm_head_scores,
                             .Attr<std::string_view>("logits_dtype").Attr<int64_t>("vocabulary")));
 XLA_FFI_DEFINE_HANDLER(CrossEntropyForward, masked_cross_entropy_forward, (bind_arrays<4, 2>().Attr<float>("soft_cap")));
 XLA_FFI_DEFINE_HANDLER(CrossEntropyBackward, masked_cross_entropy_backward, (bind_arrays<6, 2>().Attr<float>("soft_cap")));
+XLA_FFI_DEFINE_HANDLER(DivergenceForward, masked_divergence_forward, (bind_arrays<5, 3>()));
+XLA_FFI_DEFINE_HANDLER(DivergenceBackward, masked_divergence_backward, (bind_arrays<8, 2>()));
 
 }  // namespace
 
@@ -244,6 +279,8 @@ const std::vector<Handler>& handlers() {
       {"lm_head_scores", LmHeadScores},
       {"masked_cross_entropy_forward", CrossEntropyForward},
       {"masked_cross_entropy_backward", CrossEntropyBackward},
+      {"masked_divergence_forward", DivergenceForward},
+      {"masked_divergence_backward", DivergenceBackward},
   };
   return all;
 }

@@ -46,6 +46,8 @@ class HeadRows {
 // [ceil(V / kPackedPanel)][ceil(D / kTogether)][kPackedPanel][kTogether] with zeros behind V and D.
 template <typename T>
 class HeadProduct {
+  using E = Element<T>;
+
  public:
   HeadProduct(const void* hidden, const void* weight, bool packed, int64_t v, int64_t d)
       : hidden_(static_cast<const T*>(hidden)), weight_(static_cast<const T*>(weight)), packed_(packed), v_(v), d_(d) {}
@@ -65,43 +67,44 @@ class HeadProduct {
     });
   }
 
-  // What tile() takes of a Scratch, in bytes.
+  // What a tile takes of a Scratch, in bytes.
   int64_t scratch() const {
     return (int64_t)sizeof(E) * laid_out() + 4 * kHeadRows * kHeadColumns + 128;
   }
 
-  // Calls use(block, logits) for every block of rows: logits[i][j] = hidden of the block's row i . weight[column + j] for
-  // j < n <= kHeadColumns; something for j from n up to the next multiple of kPanel. logits: [rows, kHeadColumns], to write to.
-  // A logit's sum has one order, whatever tile it falls in.
-  template <typename Use>
-  void tile(int64_t column, int64_t n, Scratch& scratch, Use&& use) const {
-    const int64_t blocks = rows_->blocks(), parts = (depth_ + kHeadDepth - 1) / kHeadDepth;
-    float* logits = scratch.take<float>(kHeadRows * kHeadColumns);
-    E* room = scratch.take<E>(laid_out());
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t count = rows_->count(block);
-      const E* left = left_ + rows_->first(block) * parts * kHeadDepth;
-      for (int64_t p = 0; p < depth_; p += kHeadDepth)  // which of all the block's rows stays in second-level cache
-        for (int64_t j = 0; j < n; j += kPanel) {
-          const int64_t depth = std::min(kHeadDepth, depth_ - p);
-          // Laid out for the first block, right before it is used, and kept for the others if there are any.
-          E* kept = blocks > 1 ? room + j * depth_ + p * kPanel : room;
-          const E* right = (packed_ && kInPlace) || block == 0 ? panel(column + j, p, depth, kept) : kept;
-          multiply(left + p * count, kHeadDepth, 1, count, right, depth, kPanel, logits + j, kHeadColumns, p > 0);
-        }
-      use(block, logits);
-    }
+  // The logits of a tile, a block of rows at a time.
+  struct Tile {
+    int64_t column, n;  // columns [column, column + n), n <= kHeadColumns
+    float* logits;      // [rows of the block, kHeadColumns], to write to
+    E* room;            // [laid_out()]
+  };
+  Tile tile(int64_t column, int64_t n, Scratch& scratch) const {
+    return {column, n, scratch.take<float>(kHeadRows * kHeadColumns), scratch.take<E>(laid_out())};
+  }
+
+  // tile.logits[i][j] = hidden of the block's row i . weight[column + j] for j < n; something for j from n up to the next multiple
+  // of kPanel. All blocks in order, from the first. A logit's sum has one order, whatever tile it falls in.
+  void fill(const Tile& tile, int64_t block) const {
+    const int64_t parts = (depth_ + kHeadDepth - 1) / kHeadDepth, count = rows_->count(block);
+    const E* left = left_ + rows_->first(block) * parts * kHeadDepth;
+    for (int64_t p = 0; p < depth_; p += kHeadDepth)  // which of all the block's rows stays in second-level cache
+      for (int64_t j = 0; j < tile.n; j += kPanel) {
+        const int64_t depth = std::min(kHeadDepth, depth_ - p);
+        // Laid out for the first block, right before it is used, and kept for the others if there are any.
+        E* kept = rows_->blocks() > 1 ? tile.room + j * depth_ + p * kPanel : tile.room;
+        const E* right = (packed_ && kInPlace) || block == 0 ? panel(tile.column + j, p, depth, kept) : kept;
+        multiply(left + p * count, kHeadDepth, 1, count, right, depth, kPanel, tile.logits + j, kHeadColumns, p > 0);
+      }
   }
 
  private:
-  using E = Element<T>;
   static constexpr int64_t kTogether = __is_same(T, BFloat16) ? 2 : 1;  // values along the depth that lie together when packed
 
   // Whether this instruction set multiplies a packed weight where it lies.
   static constexpr bool kInPlace = kPanel == kPackedPanel && kValues<E> == kTogether && sizeof(E) == kTogether * sizeof(T);
   static_assert(kInPlace || __is_same(E, float), "no other elements are unpacked");
 
-  // Elements of the weight that tile() lays out.
+  // Elements of the weight that are laid out for a tile.
   int64_t laid_out() const { return rows_->blocks() > 1 ? kHeadColumns * depth_ : kPanel * kHeadDepth; }
 
   // Elements [p, p + depth) of columns [column, column + kPanel): [depth][kPanel], where they lie or else laid out in `room`.

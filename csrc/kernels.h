@@ -1,7 +1,7 @@
 // What every kernel takes, and the table of kernels that each instruction set fills.
 //
 // Letters as in the Python API: B batch, T queries, S keys, N query heads, K kv heads (N = K * G), H head size, L sequence,
-// R rows, V vocabulary, D width. Arrays are dense and row-major; sizes and offsets are int64.
+// R rows, V vocabulary, D width (of a target E). Arrays are dense and row-major; sizes and offsets are int64.
 #pragma once
 
 #include <cstdint>
@@ -99,6 +99,20 @@ struct CrossEntropyArgs {
   void *dhidden, *dweight;             // [R,D], [V,D]
 };
 
+struct DivergenceArgs {
+  DType dtype;                         // of hidden, weight, the target's and the gradients
+  int64_t r, d, e, v;
+  const void* hidden;                  // [R,D]
+  const void* weight;                  // [V,D]
+  const void* target_hidden;           // [R,E]
+  const void* target_weight;           // [V,E]
+  const bool* active;                  // [R]
+  float* loss;                         // [R], forward
+  float *lse, *target_lse;             // [R], written by forward, read by backward
+  const float* dloss;                  // [R], backward only, as all below
+  void *dhidden, *dweight;             // [R,D], [V,D]
+};
+
 struct Kernels {
   const char* isa;
   void (*attention_forward)(const AttentionArgs&, const Parallel&);
@@ -110,6 +124,8 @@ struct Kernels {
   void (*lm_head_scores)(const HeadArgs&, const Parallel&);
   void (*masked_cross_entropy_forward)(const CrossEntropyArgs&, const Parallel&);
   void (*masked_cross_entropy_backward)(const CrossEntropyArgs&, const Parallel&);
+  void (*masked_divergence_forward)(const DivergenceArgs&, const Parallel&);
+  void (*masked_divergence_backward)(const DivergenceArgs&, const Parallel&);
 };
 
 // The table for this machine: the best instruction set it has, or the one that DLM_KERNELS_ISA names. Throws

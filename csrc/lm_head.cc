@@ -39,12 +39,14 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
   product.take(rows, parallel);
   parallel(parts, [&](int64_t part) {
     Scratch& scratch = thread_scratch();
-    for (int64_t tile = part * run; tile < std::min(tiles, (part + 1) * run); ++tile) {
+    for (int64_t index = part * run; index < std::min(tiles, (part + 1) * run); ++index) {
       scratch.reset(product.scratch());
-      const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
-      product.tile(column, n, scratch, [&](int64_t block, float* logits) {
+      const int64_t column = index * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
+      const auto tile = product.tile(column, n, scratch);
+      for (int64_t block = 0; block < rows.blocks(); ++block) {
+        product.fill(tile, block);
         for (int64_t i = 0; i < rows.count(block); ++i) {
-          float* row_logits = logits + i * kHeadColumns;
+          float* row_logits = tile.logits + i * kHeadColumns;
           const int64_t row = rows[rows.first(block) + i];
           const RowScorer scorer(args.scoring, row, args.v, floors[row]);
           if (args.round_logits) round_logits(args.logits_dtype, row_logits, n);
@@ -53,7 +55,7 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
           scorer.take(statistics, Plain<float>{row_logits}, n, column);
           if (scorer.may_win(statistics.greatest)) scorer.sample(statistics, Plain<float>{row_logits}, n, column);
         }
-      });
+      }
     }
   });
   merge_parts(args.scoring, args.r, parts, partial, parallel);

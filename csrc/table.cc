@@ -18,6 +18,8 @@ void combine_guidance(const MixArgs&, const Parallel&);
 void lm_head_scores(const HeadArgs&, const Parallel&);
 void masked_cross_entropy_forward(const CrossEntropyArgs&, const Parallel&);
 void masked_cross_entropy_backward(const CrossEntropyArgs&, const Parallel&);
+void masked_divergence_forward(const DivergenceArgs&, const Parallel&);
+void masked_divergence_backward(const DivergenceArgs&, const Parallel&);
 
 }  // namespace DLM_ISA
 
@@ -33,6 +35,8 @@ const Kernels DLM_JOIN(kernels_, DLM_ISA) = {
     DLM_ISA::lm_head_scores,
     DLM_ISA::masked_cross_entropy_forward,
     DLM_ISA::masked_cross_entropy_backward,
+    DLM_ISA::masked_divergence_forward,
+    DLM_ISA::masked_divergence_backward,
 };
 
 }  // namespace dlm

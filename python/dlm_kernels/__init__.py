@@ -5,6 +5,7 @@ The operations are those of `__all__`; `masks` builds attention masks, and `expl
 
 from dlm_kernels import masks
 from dlm_kernels.ops.attention import attention
+from dlm_kernels.ops.divergence import masked_divergence
 from dlm_kernels.ops.explain import explain
 from dlm_kernels.ops.guidance import combine_guidance, mix_guidance
 from dlm_kernels.ops.lm_head import PackedHead, lm_head_scores, masked_cross_entropy, pack_lm_head
@@ -22,6 +23,7 @@ __all__ = [
     "explain",
     "lm_head_scores",
     "masked_cross_entropy",
+    "masked_divergence",
     "masks",
     "mix_guidance",
     "pack_lm_head",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_kernels.denoiser import checkpoint, distill, divergence, model, train
+from dlm_kernels.denoiser import checkpoint, distill, model, train
 
 states = jax.jit(distill.teacher_states, static_argnums=0, static_argnames=("passes", "temperature"))
 
@@ -25,48 +25,6 @@ def log_softmax(logits):
 
 def log_p(config, params, hidden):
     return log_softmax(np.asarray(hidden, np.float64) @ np.asarray(model.head_weight(config, params), np.float64).T)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("rows", [1, 5, 8])
-def test_divergence_against_the_whole_logits(rows, reverse, random, monkeypatch):
-    """Chunks of 4: rows of one chunk, of a chunk and a part, of two. One row counts for nothing, and of 8 more than a chunk."""
-    monkeypatch.setattr(divergence, "CHUNK", 4)
-    h, t = (random.normal(size=(rows, d)).astype(np.float32) for d in (6, 7))
-    w, u = (random.normal(size=(11, d)).astype(np.float32) for d in (6, 7))
-    weights = random.uniform(0.5, 2, rows).astype(np.float32)
-    weights[rows // 2] *= rows == 1  # zero, unless it is the only one
-    weights[1:6] *= rows < 8
-
-    def dense(h, w):
-        q, p = jax.nn.log_softmax(h @ w.T), jax.nn.log_softmax(t @ u.T)
-        return jnp.sum(weights[:, None] * (jnp.exp(q) * (q - p) if reverse else jnp.exp(p) * (p - q)))
-
-    def ours(h, w, t=t, u=u):
-        return divergence.divergence(h, w, t, u, weights, reverse=reverse)
-
-    value, gradients = jax.value_and_grad(ours, (0, 1))(h, w)
-    expected, expected_gradients = jax.value_and_grad(dense, (0, 1))(h, w)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for got, want in zip(gradients, expected_gradients):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    for target in jax.grad(ours, (2, 3))(h, w, t, u):
-        assert not np.asarray(target).any()
-
-
-def test_divergence_keeps_no_logits():
-    """Value and gradients of 8192 rows take less memory beside their own than a quarter of one model's logits."""
-    h, w, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8192, 16), (4096, 16), (8192,)))
-    compiled = jax.jit(jax.value_and_grad(divergence.divergence, (0, 1))).lower(h, w, h, w, weights).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 8192 * 4096 * 4 / 4
-
-
-def test_divergence_says_what_does_not_fit():
-    h, w = jnp.ones((3, 2)), jnp.ones((5, 2))
-    with pytest.raises(ValueError, match="expected 3 rows as hidden has, got 4"):
-        divergence.divergence(h, w, jnp.ones((4, 2)), w, jnp.ones(3))
-    with pytest.raises(ValueError, match="target_weight: expected 5 entries, got 6"):
-        divergence.divergence(h, w, h, jnp.ones((6, 2)), jnp.ones(3))
 
 
 def test_the_target_is_the_state_at_the_pass_that_reveals_it(config, params, random):

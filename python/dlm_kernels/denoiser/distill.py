@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels import lm_head_scores, masks, mix_guidance, unmask_topk
-from dlm_kernels.denoiser import checkpoint, data, divergence, evaluate, limits, model, train
+from dlm_kernels import lm_head_scores, masked_divergence, masks, mix_guidance, unmask_topk
+from dlm_kernels.denoiser import checkpoint, data, evaluate, limits, model, train
 
 
 def run(
@@ -106,11 +106,10 @@ def student_loss(
         guidance=guidance, prompt=None if guidance == 1 else ~span, **options,
     )  # fmt: skip
     hidden = model.hidden_states(config, params, noisy, **options)
-    masked = (noisy == config.mask_id).reshape(-1)
-    return divergence.divergence(
-        hidden.reshape(-1, config.d_model), model.head_weight(config, params),
-        target.reshape(-1, config.d_model), model.head_weight(config, teacher),
-        masked / jnp.maximum(masked.sum(), 1),
+    masked = noisy == config.mask_id
+    return masked_divergence(
+        hidden, model.head_weight(config, params), target, model.head_weight(config, teacher),
+        masked / jnp.maximum(masked.sum(), 1), implementation=settings.implementation,
     )  # fmt: skip
 
 

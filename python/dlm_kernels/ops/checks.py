@@ -117,6 +117,17 @@ def number(name, value):
     raise ValueError(f"{name}: expected a number, not traced, got {value!r}")
 
 
+def head(name, hidden, weight_name, shape, dtype):
+    """That a weight of this shape and dtype is an LM head's for hidden states [B, L, D]."""
+    v, d = shape
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a width of at least 1, got shape {list(hidden.shape)}")
+    if v == 0 or d != hidden.shape[-1]:
+        raise ValueError(f"{weight_name}: expected shape [V, {hidden.shape[-1]}] with V of at least 1, got {[v, d]}")
+    if dtype != hidden.dtype:
+        raise ValueError(f"{weight_name}: expected {name}'s dtype {hidden.dtype}, got {dtype}")
+
+
 def soft_cap(value):
     if value is not None and not number("logits_soft_cap", value) > 0:
         raise ValueError(f"logits_soft_cap: expected None or a number above 0, got {value!r}")

@@ -122,7 +122,7 @@ def lm_head_scores(
     b, length, d = hidden.shape
     head = weight if isinstance(weight, PackedHead) else PackedHead(checks.floats("weight", weight, "VD"), "rows", *weight.shape)
     v = head.vocabulary
-    _check_weight(hidden, (v, head.width), head.array.dtype)
+    checks.head("hidden", hidden, "weight", (v, head.width), head.array.dtype)
     leaf, packed = SCORES, {}
     if head.layout == "panels":
         leaf, packed = PACKED_SCORES, dict(vocabulary=v)
@@ -152,16 +152,6 @@ def lm_head_scores(
     return unmask.token_scores(results, b, length, confidence, key, active)
 
 
-def _check_weight(hidden, shape, dtype):
-    v, d = shape
-    if hidden.shape[-1] == 0:
-        raise ValueError(f"hidden: expected a width of at least 1, got shape {list(hidden.shape)}")
-    if v == 0 or d != hidden.shape[-1]:
-        raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}] with V of at least 1, got {[v, d]}")
-    if dtype != hidden.dtype:
-        raise ValueError(f"weight: expected hidden's dtype {hidden.dtype}, got {dtype}")
-
-
 def masked_cross_entropy(
     hidden, weight, targets, weights, *, reduction="sum", logits_soft_cap=None, implementation=None
 ):
@@ -183,9 +173,8 @@ def masked_cross_entropy(
     Source: LLaDA and MDLM's loss; fused as Cut Cross-Entropy (Wijmans et al. 2024) does.
     """
     dispatch.check(implementation)
-    hidden = checks.floats("hidden", hidden, "BLD")
-    weight = checks.floats("weight", weight, "VD")
-    _check_weight(hidden, weight.shape, weight.dtype)
+    hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")
+    checks.head("hidden", hidden, "weight", weight.shape, weight.dtype)
     b, length, d = hidden.shape
     targets = checks.shaped("targets", checks.ints("targets", targets, "BL"), (b, length), "batch, length of hidden")
     weights = checks.shaped("weights", checks.numbers("weights", weights), (b, length), "batch, length of hidden")

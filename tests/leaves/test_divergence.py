@@ -1,0 +1,86 @@
+"""The divergence between two LM heads against the float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_kernels import cpu_kernels
+from dlm_kernels.reference import divergence as reference
+
+# (R, D, E, V): one of each; below and above the kernels' tiles of rows and columns; and of depth, of the target alone and of both.
+SHAPES = [(1, 1, 1, 1), (3, 16, 24, 50), (65, 100, 36, 1003), (200, 36, 1101, 260)]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def operands(r, d, e, v, dtype):
+    keys = jax.random.split(jax.random.key(r + v), 4)
+    hidden, target_hidden = (jax.random.normal(key, (r, n)).astype(dtype) for key, n in zip(keys, (d, e)))
+    weight, target_weight = ((3 * n**-0.5 * jax.random.normal(key, (v, n))).astype(dtype) for key, n in zip(keys[2:], (d, e)))
+    active = jnp.arange(r) % 5 != 2
+    if r > 3:
+        hidden, target_hidden = hidden.at[2].set(jnp.nan), target_hidden.at[2].set(jnp.nan)
+    return hidden, weight, target_hidden, target_weight, active
+
+
+def as_numpy(arrays):
+    return [np.asarray(x) for x in arrays]
+
+
+def rounding(hidden, weight):
+    """How far float32 sums over the width may move a logit, as in test_lm_head."""
+    magnitudes = np.abs(np.asarray(hidden, np.float64)) @ np.abs(np.asarray(weight, np.float64)).T
+    return hidden.shape[1] ** 0.5 * 2**-24 * np.nanmax(magnitudes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_divergence_and_gradient(leaf, shape, dtype):
+    hidden, weight, target_hidden, target_weight, active = arrays = operands(*shape, dtype)
+    got = leaf("divergence", "masked_divergence_forward")(*arrays)
+    expected = reference.masked_divergence_forward(*as_numpy(arrays))
+    error = 2e-6 + 4 * (rounding(hidden, weight) + rounding(target_hidden, target_weight))
+    np.testing.assert_array_equal(got[0][~np.asarray(active)], 0)
+    for result, want in zip(got, expected, strict=True):
+        np.testing.assert_allclose(result[np.asarray(active)], want[np.asarray(active)], rtol=2e-6, atol=error)
+    dloss = jax.random.normal(jax.random.key(4), (shape[0],))
+    more = (*arrays, *got[1:], dloss)
+    wanted = reference.masked_divergence_backward(*as_numpy(more))
+    # The result's rounding; in bfloat16 the logits' gradients are rounded too where the matrix instructions take no other dtype.
+    roundings = 2 if leaf.package == "cpu_kernels" and cpu_kernels.isa() == "avx512_bf16" else 1
+    tolerance = {"float32": 2e-5, "bfloat16": roundings * 2**-8, "float16": 2**-10}[dtype]
+    for result, want, factor in zip(leaf("divergence", "masked_divergence_backward")(*more), wanted, (weight, hidden), strict=True):
+        assert result.dtype == hidden.dtype
+        # q - p may cancel to nothing, the rounding of each does not.
+        scale = max(np.abs(want).max(), np.nanmax(np.abs(np.asarray(factor, np.float64))) * np.abs(dloss).max())
+        np.testing.assert_allclose(np.asarray(result, np.float64), want, rtol=0, atol=tolerance * scale)
+
+
+def test_of_itself_it_is_nothing(leaf):
+    hidden, weight, *_ = operands(7, 16, 16, 300, "float32")
+    arrays = hidden, weight, hidden, weight, jnp.arange(7) != 2
+    loss, lse, target_lse = leaf("divergence", "masked_divergence_forward")(*arrays)
+    np.testing.assert_allclose(loss, 0, atol=2e-6)
+    for gradient in leaf("divergence", "masked_divergence_backward")(*arrays, lse, target_lse, jnp.ones(7)):
+        np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_what_the_target_excludes_counts_for_nothing(leaf):
+    """A target of a single token, a logit of 1000 above the others: its log-probability of the model, negated."""
+    model = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
+    target = np.zeros((2, 300), np.float32)
+    target[[0, 1], [7, 299]] = 1000
+    identity = np.eye(300, dtype=np.float32)
+    got = leaf("divergence", "masked_divergence_forward")(model, identity, target, identity, np.ones(2, bool))[0]
+    np.testing.assert_allclose(got, np.log(np.exp(model).sum(1)) - model[[0, 1], [7, 299]], rtol=1e-5)
+
+
+def test_a_row_of_nan_is_its_own_affair(leaf):
+    for broken in (0, 2):
+        arrays = [np.array(x) for x in operands(3, 16, 16, 50, "float32")]
+        arrays[4][:] = True
+        clean = leaf("divergence", "masked_divergence_forward")(*arrays)[0]
+        arrays[broken][1, 3] = np.nan
+        loss = leaf("divergence", "masked_divergence_forward")(*arrays)[0]
+        assert np.isnan(loss[1])
+        np.testing.assert_array_equal(loss[[0, 2]], clean[[0, 2]])
