@@ -66,3 +66,16 @@ def cross_entropy(hidden, weight, targets, weights):
     logits = head(np.asarray(hidden[:, rows], np.float64), weight)[0]
     loss = scores(logits)[3] - logits[np.arange(len(logits)), targets[0, rows]]
     return (weights[0, rows] * loss).sum()
+
+
+def divergence(hidden, weight, target_hidden, target_weight, weights):
+    """The sum over rows of weights * KL(target || model); hidden states [1, R, D], weights [1, R]."""
+    rows = weights[0] != 0
+    log_q, log_p = (
+        logits - scores(logits)[3][:, None]
+        for logits in (
+            head(np.asarray(hidden[:, rows], np.float64), weight)[0],
+            head(np.asarray(target_hidden[:, rows], np.float64), target_weight)[0],
+        )
+    )
+    return (weights[0, rows] * (np.exp(log_p) * (log_p - log_q)).sum(-1)).sum()

@@ -8,6 +8,7 @@ from bench import (
     apart,
     attention,
     cross_entropy,
+    divergence,
     end_to_end,
     guidance,
     harness,
@@ -20,7 +21,7 @@ from bench import (
     unmask,
 )
 
-OPERATIONS = (attention, unmask, lm_head, guidance, cross_entropy, scale, end_to_end)
+OPERATIONS = (attention, unmask, lm_head, guidance, cross_entropy, divergence, scale, end_to_end)
 # To aim for. None is the device's usual run: a CPU leaves out what is too large for it, the others leave out nothing.
 MINUTES = {"quick": 2, None: 14, "full": 60}
 

@@ -102,7 +102,7 @@ def test_measure_times_only_what_is_right_and_there():
     )
     row = harness.measure(case, 0.05)
     ours, jnp_ = (row["contenders"][name]["times"] for name in (OURS, "jnp"))
-    assert len(ours) == len(jnp_) >= 3 and min(ours + jnp_) > 0
+    assert len(ours) == len(jnp_) >= 2 and min(ours + jnp_) > 0
     assert row["contenders"]["absent"] == dict(missing="not here")
     assert row["contenders"]["failing"] == dict(missing="RuntimeError: no such instruction")
     assert row["contenders"]["wrong"]["missing"].startswith("wrong: differs by 0.5")

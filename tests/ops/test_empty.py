@@ -59,6 +59,13 @@ def test_guidance_loss_and_soft_embedding(implementation, b, length):
     assert loss(logits, weight) == 0 and loss(logits, weight, "none").shape == (b, length)
     assert (jax.grad(loss, 1)(logits, weight) == 0).all()
 
+    def divergence(hidden, weight, reduction="sum"):
+        ones = jnp.ones((b, length))
+        return dlm.masked_divergence(hidden, weight, logits, weight, ones, reduction=reduction, implementation=implementation)
+
+    assert divergence(logits, weight) == 0 and divergence(logits, weight, "none").shape == (b, length)
+    assert (jax.grad(divergence, 1)(logits, weight) == 0).all()
+
 
 @implementations
 def test_no_streams_and_no_active_rows(implementation):
@@ -72,8 +79,12 @@ def test_no_streams_and_no_active_rows(implementation):
         zeros = jnp.zeros((2, 3))
         return dlm.masked_cross_entropy(hidden, weight, zeros.astype(int) - 1, zeros, implementation=implementation)
 
-    value, gradients = jax.value_and_grad(loss, (0, 1))(hidden, weight)
-    assert value == 0 and all((gradient == 0).all() for gradient in gradients)
+    def divergence(hidden, weight):
+        return dlm.masked_divergence(hidden, weight, hidden, weight, jnp.zeros((2, 3)), implementation=implementation)
+
+    for function in (loss, divergence):
+        value, gradients = jax.value_and_grad(function, (0, 1))(hidden, weight)
+        assert value == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
 @implementations
@@ -96,6 +107,10 @@ def test_smallest_and_largest_vocabulary(implementation, v):
         np.testing.assert_array_equal(done.tokens, best)
     loss = dlm.masked_cross_entropy(hidden, weight, best, np.ones((1, 2)), reduction="none", implementation=implementation)
     np.testing.assert_allclose(loss, total - logits.max(-1), rtol=1e-5, atol=1e-5)
+    even = dlm.masked_divergence(
+        hidden, weight, hidden, 0 * weight, np.ones((1, 2)), reduction="none", implementation=implementation
+    )
+    np.testing.assert_allclose(even, total - logits.mean(-1) - np.log(v), rtol=1e-5, atol=1e-5)
     mixed = dlm.mix_guidance(jnp.asarray(logits, jnp.float32), jnp.zeros((1, 2, v)), 2.0, implementation=implementation)
     np.testing.assert_allclose(mixed, 2 * logits, rtol=1e-6, atol=1e-6)
 
@@ -112,6 +127,7 @@ def test_an_unknown_implementation_is_refused():
         lambda name: dlm.unmask_step(logits, tokens, mask_id=0, num_unmask=1, implementation=name),
         lambda name: dlm.lm_head_scores(hidden, weight, implementation=name),
         lambda name: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 0)), implementation=name),
+        lambda name: dlm.masked_divergence(hidden, weight, hidden, weight, jnp.ones((2, 0)), implementation=name),
         lambda name: dlm.soft_embedding(hidden, weight, implementation=name),
     ):
         with pytest.raises(ValueError, match="implementation: expected one of"):

@@ -227,6 +227,34 @@ CASES = {
         lambda: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 3)), reduction="mean"),
         r"reduction: expected one of 'sum', 'none'",
     ),
+    "a target of another batch": (
+        lambda: dlm.masked_divergence(hidden, weight, hidden[:1], weight, jnp.ones((2, 3))),
+        r"target_hidden: expected shape \[2, 3, 8\]",
+    ),
+    "a target of another vocabulary": (
+        lambda: dlm.masked_divergence(hidden, weight, hidden, weight[:5], jnp.ones((2, 3))),
+        r"target_weight: expected shape \[7, 8\] \(as many entries as weight\), got \[5, 8\]",
+    ),
+    "a target's head of another width": (
+        lambda: dlm.masked_divergence(hidden, weight, hidden, weight[:, :5], jnp.ones((2, 3))),
+        r"target_weight: expected shape \[V, 8\] with V of at least 1, got \[7, 5\]",
+    ),
+    "a target of another dtype": (
+        lambda: dlm.masked_divergence(hidden, weight, *(x.astype(jnp.float16) for x in (hidden, weight)), jnp.ones((2, 3))),
+        r"target_hidden: expected hidden's dtype float32, got float16",
+    ),
+    "a target's head of another dtype": (
+        lambda: dlm.masked_divergence(hidden, weight, hidden, weight.astype(jnp.float16), jnp.ones((2, 3))),
+        r"target_weight: expected target_hidden's dtype float32, got float16",
+    ),
+    "divergence with weights of another shape": (
+        lambda: dlm.masked_divergence(hidden, weight, hidden, weight, jnp.ones(3)),
+        r"weights: expected shape \[2, 3\]",
+    ),
+    "divergence of another reduction": (
+        lambda: dlm.masked_divergence(hidden, weight, hidden, weight, jnp.ones((2, 3)), reduction="mean"),
+        r"reduction: expected one of 'sum', 'none'",
+    ),
     "lengths of one row": (lambda: masks.padding(3, 4), r"lengths: expected shape \[B\], got \[\]"),
     "lengths that are no integers": (lambda: masks.padding(jnp.ones(2), 4), r"lengths: expected an integer .*got dtype float32"),
     "temperature of a truth value": (

@@ -66,6 +66,20 @@ OPERATIONS = {
         ),
         (normal(7, 4, 6, 40), jax.random.randint(KEY, (4, 6), 0, 301)),
     ),
+    "masked_divergence": (
+        lambda hidden, target: dlm_kernels.masked_divergence(
+            hidden, normal(8, 301, 40), target, normal(9, 301, 24), jnp.ones(hidden.shape[:2]), reduction="none"
+        ),
+        (normal(7, 4, 6, 40), normal(10, 4, 6, 24)),
+    ),
+    "gradient of masked_divergence": (
+        jax.grad(
+            lambda hidden, target: dlm_kernels.masked_divergence(
+                hidden, normal(8, 301, 40), target, normal(9, 301, 24), jnp.ones(hidden.shape[:2])
+            )
+        ),
+        (normal(7, 4, 6, 40), normal(10, 4, 6, 24)),
+    ),
     "soft_embedding": (lambda hidden: dlm_kernels.soft_embedding(hidden, normal(8, 301, 40)), (normal(7, 4, 6, 40),)),
 }
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -130,16 +144,21 @@ def test_sharded_batch(name):
     assert "not pallas: within shard_map it takes check_vma=False" in str(dlm_kernels.explain(checked, *arrays))
 
 
-def test_gradients_of_what_devices_share():
-    hidden, weight, targets = normal(1, 4, 6, 40), normal(2, 301, 40), jax.random.randint(KEY, (4, 6), 0, 301)
+@pytest.mark.parametrize("loss", ["masked_cross_entropy", "masked_divergence"])
+def test_gradients_of_what_devices_share(loss):
+    hidden, weight, targets = normal(1, 4, 6, 40), normal(2, 301, 40), (jax.random.randint(KEY, (4, 6), 0, 301),)
+    if loss == "masked_divergence":
+        targets = normal(3, 4, 6, 24), normal(4, 301, 24)
     mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
 
-    def gradients(hidden, weight, targets):
-        return jax.grad(lambda *x: dlm_kernels.masked_cross_entropy(*x, targets, jnp.ones(targets.shape)), (0, 1))(hidden, weight)
+    def gradients(hidden, weight, *targets):
+        ones = jnp.ones(hidden.shape[:2])
+        return jax.grad(lambda *x: getattr(dlm_kernels, loss)(*x, *targets, ones), (0, 1))(hidden, weight)
 
     split, whole = PartitionSpec("data"), PartitionSpec()
-    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=(split, whole, split), out_specs=(split, whole))
-    for got, expected in zip(jax.jit(mapped)(hidden, weight, targets), gradients(hidden, weight, targets), strict=True):
+    in_specs = (split, whole, split, whole)[: 2 + len(targets)]
+    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=in_specs, out_specs=(split, whole))
+    for got, expected in zip(jax.jit(mapped)(hidden, weight, *targets), gradients(hidden, weight, *targets), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -221,3 +240,20 @@ def test_gradient_under_jit_and_vmap():
     for i in range(3):
         alone = jax.grad(loss, (0, 1))(hidden[i], weight, targets[i])
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), [g[i] for g in gradient], list(alone))
+
+
+@pytest.mark.parametrize("wrt", range(5))
+def test_gradient_of_divergence(wrt):
+    """Against automatic differentiation of the naive code: of the model and the weights; the target is a constant."""
+    hidden, weight, target, target_weight = normal(1, 2, 5, 16), normal(2, 50, 16), normal(3, 2, 5, 24), normal(4, 50, 24)
+    weights = jnp.abs(normal(5, 2, 5)).at[0, 3].set(0)
+
+    def naive(hidden, weight, target, target_weight, weights):
+        p, q = (jax.nn.log_softmax(jnp.einsum("bld,vd->blv", h, w)) for h, w in ((target, target_weight), (hidden, weight)))
+        kl = jnp.where(weights == 0, 0, jnp.sum(jnp.exp(p) * (p - q), -1))
+        return jnp.sum(weights * kl)
+
+    arrays = hidden, weight, target, target_weight, weights
+    np.testing.assert_allclose(dlm_kernels.masked_divergence(*arrays), naive(*arrays), rtol=1e-5)
+    got, expected = (jax.grad(function, wrt)(*arrays) for function in (dlm_kernels.masked_divergence, naive))
+    np.testing.assert_allclose(got, jnp.zeros_like(got) if wrt in (2, 3) else expected, rtol=1e-4, atol=1e-5)

@@ -291,6 +291,7 @@ def implementations(config, block=64, length=128, dtype=jnp.float32, *, every=Fa
         logits = shaped(1, block, config.vocab)
         tokens, positions = shaped(1, block, dtype=jnp.int32), shaped(1, block)
         attention, loss = calls["attention"], (dlm_kernels.masked_cross_entropy, (hidden, weight, tokens, positions), {})
+        divergence = dlm_kernels.masked_divergence, (hidden, weight, hidden, weight, positions), {}
         calls |= {
             "gradient of attention": (jax.grad(lambda *x, mask: attention[0](*x, mask=mask).sum(), (0, 1, 2)), *attention[1:]),
             "combine_guidance": (dlm_kernels.combine_guidance, (shaped(2, *logits.shape), shaped(2)), {}),
@@ -298,6 +299,8 @@ def implementations(config, block=64, length=128, dtype=jnp.float32, *, every=Fa
             "unmask_step": (dlm_kernels.unmask_step, (logits, tokens), dict(mask_id=config.mask_id, num_unmask=1)),
             "masked_cross_entropy": loss,
             "gradient of masked_cross_entropy": (jax.grad(loss[0], (0, 1)), *loss[1:]),
+            "masked_divergence": divergence,
+            "gradient of masked_divergence": (jax.grad(divergence[0], (0, 1)), *divergence[1:]),
             "soft_embedding": (dlm_kernels.soft_embedding, (hidden, weight), {}),
         }
     taken = {}

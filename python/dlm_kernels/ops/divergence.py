@@ -19,9 +19,7 @@ BACKWARD = dispatch.Leaf(
 )
 
 
-def masked_divergence(
-    hidden, weight, target_hidden, target_weight, weights, *, reduction="sum", implementation=None
-):
+def masked_divergence(hidden, weight, target_hidden, target_weight, weights, *, reduction="sum", implementation=None):
     """KL divergence of the LM head's distribution from a target's, such as a teacher's, where weights are not zero.
 
         p = log_softmax(jnp.einsum("ble,ve->blv", target_hidden, target_weight))        # never in memory
@@ -29,8 +27,8 @@ def masked_divergence(
         return jnp.sum(weights * jnp.sum(exp(p) * (p - q), -1))
 
     Arguments:
-      hidden: [B, L, D]; weight: [V, D], not packed. target_hidden: [B, L, E]; target_weight: [V, E]. One dtype, float32, bfloat16 or
-        float16; a temperature t is hidden states divided by it.
+      hidden: [B, L, D]; weight: [V, D], not packed. target_hidden: [B, L, E]; target_weight: [V, E]. One dtype, float32, bfloat16
+        or float16. Distributions at a temperature are those of hidden states divided by it.
       weights: float [B, L], zero where a position has no loss; rows of weight zero are not computed.
       reduction: "sum", or "none" for weights * divergence of every position.
       implementation: "cpu", "triton", "pallas", "xla" or None.

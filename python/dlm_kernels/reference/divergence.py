@@ -4,8 +4,9 @@ import numpy as np
 
 
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
-    """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E]; active bool [R]. Returns loss [R], 0 where inactive, lse
-    and target_lse [R], -inf where inactive; float64.
+    """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E]; active bool [R].
+
+    Returns loss [R], 0 where inactive, lse and target_lse [R], -inf where inactive; float64.
     """
     loss = np.zeros(len(hidden))
     lse, target_lse = np.full((2, len(hidden)), -np.inf)
@@ -18,7 +19,7 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
 
 
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
-    """dloss [R]; lse and target_lse are computed anew; the others as in the forward. Returns dhidden [R,D], dweight [V,D], float64."""
+    """dloss [R]; lse and target_lse are computed anew. Returns dhidden [R,D], dweight [V,D], float64."""
     dhidden, dweight = np.zeros(hidden.shape), np.zeros(weight.shape)
     for row in np.flatnonzero(active):
         q, _ = _log_softmax(hidden[row], weight)
