@@ -9,7 +9,7 @@ from dlm_kernels import cpu_kernels
 from dlm_kernels.reference import divergence as reference
 
 # (R, D, E, V): one of each; below and above the kernels' tiles of rows and columns; and of depth, of the target alone and of both.
-SHAPES = [(1, 1, 1, 1), (3, 16, 24, 50), (65, 100, 36, 1003), (200, 36, 1101, 260)]
+SHAPES = [(1, 1, 1, 1), (3, 16, 24, 50), (65, 100, 36, 1003), (250, 36, 1101, 260)]
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
