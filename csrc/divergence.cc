@@ -66,8 +66,10 @@ struct Divergence {
       const TargetSum* part = &target_parts[i * tiles];
       const ExpSum target_all = merged(tiles, [&](int64_t tile) { return part[tile]; });
       double gap = 0;
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        gap += part[tile].gap * std::exp((double)part[tile].greatest - target_all.greatest);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const double share = std::exp((double)part[tile].greatest - target_all.greatest);
+        if (share != 0) gap += part[tile].gap * share;  // the gap may be infinite
+      }
       args.lse[rows[i]] = (float)all.logsumexp();
       args.target_lse[rows[i]] = (float)target_all.logsumexp();
       args.loss[rows[i]] = (float)(gap / target_all.total + all.logsumexp() - target_all.logsumexp());

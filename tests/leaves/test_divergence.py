@@ -75,6 +75,15 @@ def test_what_the_target_excludes_counts_for_nothing(leaf):
     np.testing.assert_allclose(got, np.log(np.exp(model).sum(1)) - model[[0, 1], [7, 299]], rtol=1e-5)
 
 
+def test_it_counts_for_nothing_where_the_model_excludes_it_too(leaf):
+    """A logit of -inf, beside the target's only token and far from it."""
+    model, target = np.random.default_rng(0).normal(size=(300, 1)).astype(np.float32), np.zeros((300, 1), np.float32)
+    model[[8, 299]], target[7] = -np.inf, 1000
+    one = np.ones((1, 1), np.float32)
+    got = leaf("divergence", "masked_divergence_forward")(one, model, one, target, np.ones(1, bool))[0]
+    np.testing.assert_allclose(got, np.log(np.exp(model).sum()) - model[7], rtol=1e-5)
+
+
 def test_a_row_of_nan_is_its_own_affair(leaf):
     for broken in (0, 2):
         arrays = [np.array(x) for x in operands(3, 16, 16, 50, "float32")]

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlm_kernels.triton_kernels import attention, guidance, launch, lm_head, unmask
+from dlm_kernels.triton_kernels import attention, divergence, guidance, launch, lm_head, unmask
 
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "uint32": "u32", "bool": "i1"}
 
@@ -89,6 +89,15 @@ def vocabulary_cases():
         yield f"loss {dtype}", lambda a=loss: lm_head.masked_cross_entropy_forward(*a, logits_soft_cap=30.0)
         gradient = (*loss, per_row, per_row)
         yield f"loss gradient {dtype}", lambda a=gradient: jax.eval_shape(loss_gradient, *a)
+        for h in (few, hidden):
+            r = h.shape[0]
+            divergence_of = (h, weight, array(r, 2 * d, dtype=dtype), array(v, 2 * d, dtype=dtype), array(r, dtype="bool"))
+            of_rows = (*divergence_of, array(r), array(r), array(r))
+            yield f"divergence {dtype} R={r}", lambda a=divergence_of: divergence.masked_divergence_forward(*a)
+            yield (
+                f"divergence gradient {dtype} R={r}",
+                lambda a=of_rows: jax.eval_shape(divergence.masked_divergence_backward, *a),
+            )
         yield f"mix {dtype}", lambda a=(logits, logits, per_row): guidance.mix_guidance(*a)
         stacked = array(3, rows, v, dtype=dtype), array(3, rows)
         yield f"combine {dtype}", lambda a=stacked: guidance.combine_guidance(*a)

@@ -23,6 +23,7 @@ from dlm_kernels import (
     combine_guidance,
     lm_head_scores,
     masked_cross_entropy,
+    masked_divergence,
     masks,
     mix_guidance,
     score_tokens,
@@ -57,6 +58,11 @@ def loss_gradient(hidden, weight, targets):
     return jax.grad(lambda *x: masked_cross_entropy(*x, targets, jnp.ones((B, L))), (0, 1))(hidden, weight)
 
 
+def divergence_gradient(hidden, weight, target_hidden, target_weight):
+    target = target_hidden, target_weight
+    return jax.grad(lambda *x: masked_divergence(*x, *target, jnp.ones((B, L))), (0, 1))(hidden, weight)
+
+
 LOGITS, TOKENS, SCALE = array(B, L, V), array(B, L, dtype="int32"), array(B, dtype="float32")
 HIDDEN, WEIGHT = array(B, L, D), array(V, D)
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -74,6 +80,7 @@ OPERATIONS = {
     "lm_head_scores": (lm_head_scores, HIDDEN, WEIGHT),
     "lm_head_scores at a temperature": (lambda h, w, key: lm_head_scores(h, w, temperature=1.0, key=key), HIDDEN, WEIGHT, KEY),
     "masked_cross_entropy gradient": (loss_gradient, HIDDEN, WEIGHT, TOKENS),
+    "masked_divergence gradient": (divergence_gradient, HIDDEN, WEIGHT, array(B, L, 2 * D), array(V, 2 * D)),
 }
 
 

@@ -35,6 +35,7 @@ def test_compiles(arch):
         allowed = [spill for (kernel, case), spill in SPILL.items() if kernel == row["kernel"] and case in row["case"]]
         assert row["stack"] <= sum(allowed), row
     if arch == 90:
-        for kernel in ("_forward_kernel", "_scores_kernel", "_loss_kernel", "_dlogits_kernel", "_product_kernel"):
+        heads = "_scores_kernel", "_loss_kernel", "_dlogits_kernel", "_divergence_kernel", "_divergence_dlogits_kernel"
+        for kernel in ("_forward_kernel", *heads, "_product_kernel"):
             halves = [row for row in rows if row["kernel"] == kernel and "float32" not in row["case"]]
             assert halves and all(row["tensor_core"] == "wgmma" for row in halves), halves

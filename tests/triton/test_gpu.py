@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_kernels import attention, explain, lm_head_scores, masked_cross_entropy, masks, score_tokens, unmask_step
+from dlm_kernels import (
+    attention,
+    explain,
+    lm_head_scores,
+    masked_cross_entropy,
+    masked_divergence,
+    masks,
+    score_tokens,
+    unmask_step,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -93,3 +102,29 @@ def test_the_head_and_the_loss(rows):
         np.testing.assert_allclose(got.logsumexp, expected.logsumexp, rtol=1e-5)
         loss = jax.grad(lambda h, name: masked_cross_entropy(h, weight, targets, weights, implementation=name))
         np.testing.assert_allclose(loss(hidden, "triton"), loss(hidden, "xla"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rows", [40, 300])  # below and above the 64 that the smaller tiles are for
+def test_the_divergence_and_its_gradients(dtype, rows):
+    keys = jax.random.split(jax.random.key(6), 4)
+    shapes = (1, rows, 512), (20000, 512), (1, rows, 768), (20000, 768)
+    arrays = [(jax.random.normal(key, shape) / (16 if len(shape) == 2 else 1)).astype(dtype) for key, shape in zip(keys, shapes)]
+    weights = jnp.where(jnp.arange(rows) % 3 == 1, 0, 1.0)[None]
+
+    def results(name, hidden, weight, *target):
+        def loss(hidden, weight):
+            each = masked_divergence(hidden, weight, *target, weights, reduction="none", implementation=name)
+            return jnp.sum(each), each
+
+        gradients, each = jax.grad(loss, (0, 1), has_aux=True)(hidden, weight)
+        return each, *gradients
+
+    with jax.default_matmul_precision("highest"):
+        exact = results("xla", *(x.astype(jnp.float32) for x in arrays))
+    mine, again, plain = (results(name, *arrays) for name in ("triton", "triton", "xla"))
+    for got, repeated, other, truth in zip(mine, again, plain, exact):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(repeated, np.float32))
+        error = [np.linalg.norm(np.asarray(x, np.float32) - truth) / np.linalg.norm(truth) for x in (got, other)]
+        # The logits' gradients are rounded too, to be multiplied.
+        assert error[0] <= max(2 * error[1], 2e-5)

@@ -65,12 +65,7 @@ def _loss_merge_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active + row) != 0:
-        lane = tl.arange(0, BLOCK)
-        tops = tl.load(top + row * spans + lane, mask=lane < spans, other=float("-inf"))
-        totals = tl.load(total + row * spans + lane, mask=lane < spans, other=0.0)
-        best = tl.max(tops, 0)
-        base = tl.where(best == float("-inf"), 0.0, best)
-        value = base + tl.log(tl.sum(totals * tl.exp(tops - base), 0))
+        _, _, value = scores.merged(top, total, row, spans, BLOCK)
         target = tl.load(targets + row)
         known = (target >= 0) & (target < vocabulary)
         tl.store(lse + row, value)
@@ -221,14 +216,11 @@ def supports_masked_cross_entropy_backward(hidden, weight, targets, active, lse,
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
     """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
-    rows, width = hidden.shape
-    vocabulary = weight.shape[0]
-    dtype = dtype_name(hidden)
+    rows, dtype = hidden.shape[0], dtype_name(hidden)
     tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64)
-    dhidden, dweight = None, []
-    for first in range(0, vocabulary, _CHUNK):
-        chunk = min(_CHUNK, vocabulary - first)
-        (dlogits,) = launch(
+
+    def logit_gradients(first, chunk):
+        return launch(
             _dlogits_kernel,
             head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(chunk, tiles["BLOCK_V"])),
             inputs={
@@ -239,7 +231,22 @@ def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *
             constants={**tiles, "SOFT_CAP": logits_soft_cap},
             num_warps=num_warps,
             num_stages=num_stages,
-        )  # fmt: skip
+        )[0]  # fmt: skip
+
+    return head_gradients(hidden, weight, active, logit_gradients)
+
+
+def head_gradients(hidden, weight, active, logit_gradients):
+    """dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight.
+
+    logit_gradients(first, chunk) -> [R, chunk] in hidden's dtype, of the tokens from `first` on; zeros where active is False.
+    """
+    rows, width = hidden.shape
+    vocabulary, dtype = weight.shape[0], dtype_name(hidden)
+    dhidden, dweight = None, []
+    for first in range(0, vocabulary, _CHUNK):
+        chunk = min(_CHUNK, vocabulary - first)
+        dlogits = logit_gradients(first, chunk)
         last = first + chunk == vocabulary
         weights = weight[first : first + chunk]
         dhidden = _product(

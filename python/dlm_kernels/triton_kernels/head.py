@@ -20,15 +20,17 @@ def grouped(blocks: int, others: int, most: int) -> tuple[int, int, int]:
     return min(blocks, most), others, triton.cdiv(blocks, most)
 
 
-def grid(hidden, block: int, spans: int) -> tuple[int, int, int]:
+def grid(hidden, block: int, spans: int, target_width: int = 0) -> tuple[int, int, int]:
     """Blocks of rows by spans of the vocabulary: a group's hidden states stay in L2, and the weights pass by once for each group.
+
+    target_width: of the target's hidden states, where a program reads those too.
 
     2048 rows of LLaDA, 17 MB, are one group: 132 programs in flight are 8 spans, and all 988, 1.04 GB, are read once. 8192 rows
     would not stay in L2 from one span to the next, and would be read anew for every two, 33 GB; in 4 groups the weights are
     read 4 times.
     """
     rows, width = hidden.shape
-    row_bytes = width * (4 if dtype_name(hidden) == "float32" else 2)
+    row_bytes = (width + target_width) * (4 if dtype_name(hidden) == "float32" else 2)
     return grouped(triton.cdiv(rows, block), spans, max(1, _RESIDENT // (row_bytes * block)))
 
 

@@ -35,6 +35,24 @@ def second_of(value, top, axis: tl.constexpr):
 
 
 @triton.jit
+def merged(
+    top, total,  # float32 [R, SPANS]
+    row,  # int64
+    spans,  # SPANS
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK], how much each span of a row counts; and the row's sum of exp(value - its greatest) and its log-sum-exp."""
+    lane = tl.arange(0, BLOCK)
+    tops = tl.load(top + row * spans + lane, mask=lane < spans, other=float("-inf"))
+    totals = tl.load(total + row * spans + lane, mask=lane < spans, other=0.0)
+    best = tl.max(tops, 0)
+    base = tl.where(best == float("-inf"), 0.0, best)
+    share = tl.exp(tops - base)
+    whole = tl.sum(totals * share, 0)
+    return share, whole, base + tl.log(whole)
+
+
+@triton.jit
 def _merge_kernel(
     top, total, moment, second,  # float32 [R, SPANS]
     token,  # int32 [R, SPANS]
