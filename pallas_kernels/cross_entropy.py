@@ -13,14 +13,18 @@ LANES = 128
 GROUP = 16  # rows whose statistics are in registers at once
 
 
-def _parts(values, body):
-    """body(rows, columns) for every [GROUP, 128] of the [ROWS, COLUMNS] tile `values`."""
+def to_gradient(values, first, vocabulary, gradient):
+    """Sets the tile `values` [ROWS, COLUMNS], of the tokens from `first` on, to gradient(rows, columns, token) for [GROUP, 128]."""
     rows, columns = values.shape
 
     def over_rows(i, carry):
         at = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
         for chunk in range(columns // LANES):
-            body(at, pl.ds(chunk * LANES, LANES))
+            lanes = pl.ds(chunk * LANES, LANES)
+            token = first + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+            value = gradient(at, lanes, token)
+            # Past the vocabulary the weight's tile holds anything.
+            values[at, lanes] = jnp.where(token < vocabulary, value, 0.0) if vocabulary % columns else value
         return carry
 
     jax.lax.fori_loop(0, rows // GROUP, over_rows, 0)
@@ -111,28 +115,30 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
         compiler_params=chips.parameters("arbitrary", "parallel", "arbitrary"),
         name="masked_cross_entropy_forward",
     )(head.live(active, r, rows), hidden, weight, targets[:, None])
-    greatest = jnp.max(top, axis=1)
-    base = jnp.where(greatest == -jnp.inf, 0.0, greatest)
-    lse = jnp.where(active, base + jnp.log(jnp.sum(total * jnp.exp(top - base[:, None]), axis=1)), -jnp.inf)
+    lse = jnp.where(active, logsumexp(top, total), -jnp.inf)
     known = (targets >= 0) & (targets < v)
     return jnp.where(active, jnp.where(known, lse - jnp.sum(chosen, axis=1), jnp.nan), 0.0), lse
 
 
-def _to_gradient(values, targets, lse, dloss, first, soft_cap, vocabulary):
-    """Turns the logits in values [ROWS, COLUMNS], of the tokens from `first` on, into the loss's gradient by them."""
+def logsumexp(top, total):
+    """float32 [R] of the statistics [R, LANES]: of each lane the greatest logit and the sum of exp(logit - top)."""
+    greatest = jnp.max(top, axis=1)
+    base = jnp.where(greatest == -jnp.inf, 0.0, greatest)
+    return base + jnp.log(jnp.sum(total * jnp.exp(top - base[:, None]), axis=1))
 
-    def change(rows, at):
-        value, slope = values[rows, at], 1.0
+
+def _slopes(values, first, vocabulary, targets, lse, dloss, *, soft_cap):
+    """Turns the logits in `values` into the loss's gradient by them. targets, lse, dloss: [ROWS, 1]."""
+
+    def gradient(rows, columns, token):
+        value, slope = values[rows, columns], 1.0
         if soft_cap is not None:
             bent = jnp.tanh(value * (1 / soft_cap))
             value, slope = soft_cap * bent, 1 - bent * bent
-        index = first + at.start + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         probability = jnp.exp(value - lse[rows, :])
-        gradient = (probability - jnp.where(index == targets[rows, :], 1.0, 0.0)) * (dloss[rows, :] * slope)
-        # Past the vocabulary the weight's tile holds anything.
-        values[rows, at] = jnp.where(index < vocabulary, gradient, 0.0) if vocabulary % values.shape[1] else gradient
+        return (probability - jnp.where(token == targets[rows, :], 1.0, 0.0)) * (dloss[rows, :] * slope)
 
-    _parts(values, change)
+    to_gradient(values, first, vocabulary, gradient)
 
 
 def _product(gradient, factor, contracted):
@@ -148,16 +154,11 @@ def _dhidden_kernel(
     live,  # int32 [row tiles] in SMEM, 0 where no row is active
     hidden,  # [ROWS, D], finite
     weight,  # [COLUMNS, D]
-    targets,  # int32 [ROWS, 1]
-    lse,  # float32 [ROWS, 1], finite
-    dloss,  # float32 [ROWS, 1], 0 where inactive
-    dhidden,  # [ROWS, D], out
-    values,  # float32 [ROWS, COLUMNS], scratch
-    total,  # float32 [ROWS, D], scratch
-    *,
-    soft_cap,
+    *refs,  # what `slopes` takes; dhidden [ROWS, D], out; float32 [ROWS, COLUMNS] and [ROWS, D], scratch
+    slopes,
     vocabulary,
 ):
+    *inputs, dhidden, values, total = refs
     step = pl.program_id(1)
     first = step * weight.shape[0]
 
@@ -168,7 +169,7 @@ def _dhidden_kernel(
     @pl.when(live[pl.program_id(0)] != 0)
     def _():
         head.products(hidden, weight, values)
-        _to_gradient(values, targets, lse, dloss, first, soft_cap, vocabulary)
+        slopes(values, first, vocabulary, *inputs)
         factor = weight[...]
         if vocabulary % weight.shape[0]:
             # Zero times what lies past the vocabulary may be NaN.
@@ -189,16 +190,11 @@ def _dweight_kernel(
     live,  # int32 [row tiles] in SMEM, 0 where no row is active
     hidden,  # [ROWS, D], finite
     weight,  # [COLUMNS, D]
-    targets,  # int32 [ROWS, 1]
-    lse,  # float32 [ROWS, 1], finite
-    dloss,  # float32 [ROWS, 1], 0 where inactive
-    dweight,  # [COLUMNS, D], out
-    values,  # float32 [ROWS, COLUMNS], scratch
-    total,  # float32 [COLUMNS, D], scratch
-    *,
-    soft_cap,
+    *refs,  # what `slopes` takes; dweight [COLUMNS, D], out; float32 [ROWS, COLUMNS] and [COLUMNS, D], scratch
+    slopes,
     vocabulary,
 ):
+    *inputs, dweight, values, total = refs
     step = pl.program_id(1)
     first = pl.program_id(0) * weight.shape[0]
 
@@ -209,7 +205,7 @@ def _dweight_kernel(
     @pl.when(live[step] != 0)
     def _():
         head.products(hidden, weight, values)
-        _to_gradient(values, targets, lse, dloss, first, soft_cap, vocabulary)
+        slopes(values, first, vocabulary, *inputs)
 
         def product(part):
             total[...] += _product(values[part, :], hidden[part, :], (0, 0))
@@ -222,48 +218,67 @@ def _dweight_kernel(
 
 
 def supports_masked_cross_entropy_backward(hidden, weight, **_):
-    kept = [_kept(by_weight, weight.dtype.itemsize) for by_weight in (False, True)]
-    return chips.refuse(hidden) or head.refuse(weight, *kept[0]) or head.refuse(weight, *kept[1])
+    return chips.refuse(hidden) or refuse(weight)
 
 
-def _kept(by_weight, itemsize):
-    """row_bytes and column_bytes, see head.tiles: two blocks of what is read, and of the result two and a float32 sum."""
-    result = 2 * itemsize + 4
-    return (2 * itemsize, 2 * itemsize + result) if by_weight else (2 * itemsize + result, 2 * itemsize)
+def _kept(by_weight, itemsize, beside):
+    """row_bytes, column_bytes, tile_bytes and `beside` of head.tiles: two blocks of what is read, and of the result two and a sum.
+
+    beside: the width of each other head, of which there is no result.
+    """
+    read, result = 2 * itemsize, 2 * itemsize + 4
+    others = [(width, read, read) for width in beside]
+    return read + result * (not by_weight), read + result * by_weight, head.TILE_BYTES, others
 
 
-def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
-    """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight.
+def refuse(weight, beside=()):
+    """Why `gradients` does not take this weight, beside others of such widths, or None."""
+    kept = [_kept(by_weight, weight.dtype.itemsize, beside) for by_weight in (False, True)]
+    return head.refuse(weight, *kept[0]) or head.refuse(weight, *kept[1])
+
+
+def gradients(name, slopes, hidden, weight, active, of_rows, beside=()):
+    """dhidden [R,D] and dweight [V,D] of a loss, in the dtypes of hidden and weight.
+
+    slopes(values, first, vocabulary, *of_rows, *beside), within a kernel, turns the logits `values` of a tile, its first token
+    `first`, into the loss's gradient by them, as `to_gradient` does.
+    of_rows: arrays [R], of which it has [ROWS, 1]. beside: hidden states [R,E] and weight [V,E] of another head, or nothing.
 
     Each of the two is summed in VMEM and written once, by a pass of its own: over the weight for each tile of rows, over the rows
     for each tile of the weight.
     """
     (r, d), v, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
+    by_row, by_token = [hidden, *(x[:, None] for x in of_rows), *beside[:1]], [weight, *beside[1:]]
     # Zero times a NaN of an inactive row would be NaN.
-    hidden = jnp.where(active[:, None], hidden, jnp.zeros_like(hidden))
-    lse, dloss = jnp.where(active, lse, 0.0), jnp.where(active, dloss, 0.0)
+    by_row = [jnp.where(active[:, None], x, jnp.zeros_like(x)) for x in by_row]
 
     def gradient(of, kernel, by_weight):
-        rows, columns = head.tiles(r, v, d, itemsize, *_kept(by_weight, itemsize))
+        rows, columns = head.tiles(r, v, d, itemsize, *_kept(by_weight, itemsize, [x.shape[1] for x in by_token[1:]]))
         row_tiles, tiles = pl.cdiv(r, rows), pl.cdiv(v, columns)
-        padding = row_tiles * rows - r
-        padded = [jnp.pad(x[:, None], ((0, padding), (0, 0))) for x in (targets, lse, dloss)]
-        of_rows = (lambda i, j, live: (j, 0)) if by_weight else (lambda i, j, live: (i, 0))
-        of_weight = (lambda i, j, live: (i, 0)) if by_weight else (lambda i, j, live: (j * live[i], 0))
-        column = pl.BlockSpec((rows, 1), of_rows)
-        result, size, at = (columns, v, of_weight) if by_weight else (rows, row_tiles * rows, of_rows)
+        padded = [jnp.pad(x, ((0, row_tiles * rows - r), (0, 0))) for x in by_row]
+        at_row = (lambda i, j, live: (j, 0)) if by_weight else (lambda i, j, live: (i, 0))
+        at_token = (lambda i, j, live: (i, 0)) if by_weight else (lambda i, j, live: (j * live[i], 0))
+        row_specs = [pl.BlockSpec((rows, x.shape[1]), at_row) for x in by_row]
+        token_specs = [pl.BlockSpec((columns, x.shape[1]), at_token) for x in by_token]
+        result, size, at = (columns, v, at_token) if by_weight else (rows, row_tiles * rows, at_row)
         return pl.pallas_call(
-            functools.partial(kernel, soft_cap=logits_soft_cap, vocabulary=v),
+            functools.partial(kernel, slopes=slopes, vocabulary=v),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=(tiles, row_tiles) if by_weight else (row_tiles, tiles),
-                in_specs=[pl.BlockSpec((rows, d), of_rows), pl.BlockSpec((columns, d), of_weight), column, column, column],
+                in_specs=[row_specs[0], token_specs[0], *row_specs[1:], *token_specs[1:]],
                 out_specs=pl.BlockSpec((result, d), at),
                 scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32), pltpu.VMEM((result, d), jnp.float32)],
             ),
             out_shape=jax.ShapeDtypeStruct((size, d), hidden.dtype),
             compiler_params=chips.parameters("parallel", "arbitrary"),
-            name=f"masked_cross_entropy_backward_{of}",
-        )(head.live(active, r, rows), jnp.pad(hidden, ((0, padding), (0, 0))), weight, *padded)
+            name=f"{name}_{of}",
+        )(head.live(active, r, rows), padded[0], weight, *padded[1:], *by_token[1:])
 
     return gradient("hidden", _dhidden_kernel, False)[:r], gradient("weight", _dweight_kernel, True)
+
+
+def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
+    """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
+    slopes = functools.partial(_slopes, soft_cap=logits_soft_cap)
+    return gradients("masked_cross_entropy_backward", slopes, hidden, weight, active, (targets, lse, dloss))

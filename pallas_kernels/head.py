@@ -1,4 +1,4 @@
-"""What the LM head's scores and its loss share: the tiles of hidden rows and of the weight, and their products."""
+"""What the LM head's scores and its losses share: the tiles of hidden rows and of the weight, and their products."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,14 @@ PART = 256  # rows multiplied at a time, for the code of a product grows with it
 TILE_BYTES, STREAMED_TILE_BYTES = 4 * chips.MIB, 6 * chips.MIB
 
 
-def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES):
+def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES, beside=()):
     """(rows, columns): hidden rows held at a time and rows of the weight in a tile, as many as the chip's VMEM holds.
 
     row_bytes, column_bytes: what a kernel keeps for each element of a hidden row, and of a row of the weight.
+    beside: (d, row_bytes, column_bytes) of each other head that goes through in the same tiles.
     """
-    depth, wide = chips.round_up(d, LANES), chips.chip().mxu
+    heads = [(chips.round_up(width, LANES), *kept) for width, *kept in ((d, row_bytes, column_bytes), *beside)]
+    depth, wide = sum(width for width, *_ in heads), chips.chip().mxu
     columns = tile_bytes // (depth * itemsize) // wide * wide
     columns = chips.tile(v, min(max(columns, wide), MOST_COLUMNS), wide)
 
@@ -30,7 +32,7 @@ def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES):
 
     def fits(rows):
         # Besides the two: the logits, and up to seven statistics twice.
-        return depth * (rows * row_bytes + columns * column_bytes) + 4 * rows * (columns + 14 * LANES) <= chips.chip().budget
+        return _bytes(heads, rows, columns) + 4 * rows * (len(heads) * columns + 14 * LANES) <= chips.chip().budget
 
     count = pl.cdiv(r, MOST_ROWS)
     while not fits(split(count)) and split(count) > 16:
@@ -48,12 +50,17 @@ def resident(shape, index):
     return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(1))
 
 
-def refuse(weight, row_bytes, column_bytes, tile_bytes=TILE_BYTES):
+def _bytes(heads, rows, columns):
+    """Of so many rows of hidden states and of the weight, of all heads."""
+    return sum(width * (rows * row_bytes + columns * column_bytes) for width, row_bytes, column_bytes in heads)
+
+
+def refuse(weight, row_bytes, column_bytes, tile_bytes=TILE_BYTES, beside=()):
     """Why no kernel takes this weight, or None."""
     v, d = weight.shape
-    rows, columns = tiles(1, v, d, weight.dtype.itemsize, row_bytes, column_bytes, tile_bytes)
-    if d * (rows * row_bytes + columns * column_bytes) > chips.chip().budget:
-        return f"VMEM holds no {columns} rows of a weight of width {d}"
+    rows, columns = tiles(1, v, d, weight.dtype.itemsize, row_bytes, column_bytes, tile_bytes, beside)
+    if _bytes([(d, row_bytes, column_bytes), *beside], rows, columns) > chips.chip().budget:
+        return f"VMEM holds no {columns} rows of a weight of width {d}" + "".join(f" and of one of {e}" for e, *_ in beside)
     return None
 
 

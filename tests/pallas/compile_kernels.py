@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from dlm_kernels.pallas_kernels import attention, chips, guidance, lm_head, unmask  # noqa: E402
+from dlm_kernels.pallas_kernels import attention, chips, divergence, guidance, lm_head, unmask  # noqa: E402
 
 F32, BF16, INT, BOOL = jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_
 # Rows, model width, vocabulary.
@@ -105,6 +105,11 @@ def head_cases(model, r, d, v):
             yield f"{name} loss", functools.partial(lm_head.masked_cross_entropy_forward, **static), loss
             gradient = functools.partial(lm_head.masked_cross_entropy_backward, **static)
             yield f"{name} gradient", gradient, (*loss, per_row, per_row)
+            # From another model of the kind, and what a narrower student has from it.
+            student = head if rows == r else (((rows, 1024), dtype), ((v, 1024), dtype))
+            both = (*student, *head, ((rows,), BOOL))
+            yield f"{name} divergence", divergence.masked_divergence_forward, both
+            yield f"{name} divergence gradient", divergence.masked_divergence_backward, (*both, *[per_row] * 3)
 
 
 def attention_cases():

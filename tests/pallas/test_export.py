@@ -13,6 +13,7 @@ from dlm_kernels.denoiser.config import DenoiserConfig
 
 LOGITS = jax.ShapeDtypeStruct((2, 8, 1000), jnp.float32)
 HIDDEN, WEIGHT = jax.ShapeDtypeStruct((2, 8, 64), jnp.float32), jax.ShapeDtypeStruct((1000, 64), jnp.float32)
+NARROW, NARROW_WEIGHT = jax.ShapeDtypeStruct((2, 8, 48), jnp.float32), jax.ShapeDtypeStruct((1000, 48), jnp.float32)
 TOKENS, PER_TOKEN = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), jnp.float32)
 STEP = dict(mask_id=999, num_unmask=2, threshold=0.9)
 QUERY, KEY = jax.ShapeDtypeStruct((2, 48, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 96, 2, 64), jnp.bfloat16)
@@ -37,6 +38,11 @@ OPERATIONS = {
     "masked_cross_entropy and its gradient": (
         jax.grad(dlm_kernels.masked_cross_entropy, (0, 1)),
         (HIDDEN, WEIGHT, TOKENS, PER_TOKEN),
+    ),
+    "masked_divergence": (dlm_kernels.masked_divergence, (HIDDEN, WEIGHT, NARROW, NARROW_WEIGHT, PER_TOKEN)),
+    "masked_divergence and its gradient": (
+        jax.grad(dlm_kernels.masked_divergence, (0, 1)),
+        (NARROW, NARROW_WEIGHT, HIDDEN, WEIGHT, PER_TOKEN),
     ),
     "mix_guidance": (lambda c, u: dlm_kernels.mix_guidance(c, u, 1.5), (LOGITS, LOGITS)),
 }

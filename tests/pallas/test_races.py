@@ -15,8 +15,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas
 from jax.experimental.pallas import tpu as pltpu
 
-from dlm_kernels.pallas_kernels import attention, attention_backward, chips, guidance, head, lm_head, unmask
+from dlm_kernels.pallas_kernels import attention, attention_backward, chips, divergence, guidance, head, lm_head, unmask
 from dlm_kernels.reference import attention as attention_reference
+from dlm_kernels.reference import divergence as divergence_reference
 from dlm_kernels.reference import guidance as guidance_reference
 from dlm_kernels.reference import lm_head as lm_head_reference
 from dlm_kernels.reference import unmask as unmask_reference
@@ -164,6 +165,18 @@ def test_masked_cross_entropy(run, head_operands):
     more = *arrays, lse, normal(3, 20)
     wanted = lm_head_reference.masked_cross_entropy_backward(*as_numpy(more), logits_soft_cap=None)
     for result, want in zip(run(lm_head.masked_cross_entropy_backward, *more, logits_soft_cap=None), wanted, strict=True):
+        CLOSE(result, want)
+
+
+def test_masked_divergence(run, head_operands):
+    hidden, weight, active = head_operands
+    arrays = hidden, weight, normal(4, 20, 24), normal(5, 300, 24), active
+    got = run(divergence.masked_divergence_forward, *arrays)
+    for result, want in zip(got, divergence_reference.masked_divergence_forward(*as_numpy(arrays)), strict=True):
+        CLOSE(result, want)
+    more = *arrays, *got[1:], normal(3, 20)
+    wanted = divergence_reference.masked_divergence_backward(*as_numpy(more))
+    for result, want in zip(run(divergence.masked_divergence_backward, *more), wanted, strict=True):
         CLOSE(result, want)
 
 

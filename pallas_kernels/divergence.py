@@ -1,0 +1,154 @@
+"""The divergence of an LM head's distribution from another's, and its gradients: of neither head are logits in memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dlm_kernels.pallas_kernels import chips, cross_entropy, head
+
+LANES, GROUP = cross_entropy.LANES, cross_entropy.GROUP
+
+
+def _forward_kernel(
+    live,  # int32 [row tiles] in SMEM, 0 where no row is active
+    hidden,  # [ROWS, D]
+    weight,  # [COLUMNS, D]
+    target_hidden,  # [ROWS, E]
+    target_weight,  # [COLUMNS, E]
+    top,  # float32 [ROWS, 128], out: the greatest logit of each lane
+    total,  # float32 [ROWS, 128], out: the sum of exp(logit - top)
+    target_top,  # float32 [ROWS, 128], out: of the target's logits
+    target_total,  # float32 [ROWS, 128], out
+    gap,  # float32 [ROWS, 128], out: the sum of exp(target - target_top) * (target - logit)
+    values,  # float32 [ROWS, COLUMNS], scratch
+    targets,  # float32 [ROWS, COLUMNS], scratch
+    *,
+    tiles,
+    vocabulary,
+):
+    step = pl.program_id(2)
+    tile = pl.program_id(1) * pl.num_programs(2) + step
+    columns = values.shape[1]
+
+    @pl.when(step == 0)
+    def _():
+        for greatest in (top, target_top):
+            greatest[...] = jnp.full(greatest.shape, -jnp.inf, jnp.float32)
+        for sums in (total, target_total, gap):
+            sums[...] = jnp.zeros(sums.shape, jnp.float32)
+
+    def accumulate(i, carry):
+        rows = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
+        greatest, target_greatest = top[rows, :], target_top[rows, :]
+        for chunk in range(columns // LANES):
+            at = pl.ds(chunk * LANES, LANES)
+            value, target = values[rows, at], targets[rows, at]
+            if vocabulary % columns:
+                index = tile * columns + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+                value, target = (jnp.where(index < vocabulary, x, -jnp.inf) for x in (value, target))
+                values[rows, at], targets[rows, at] = value, target
+            greatest, target_greatest = jnp.maximum(greatest, value), jnp.maximum(target_greatest, target)
+        # A lane of nothing but -inf would be NaN.
+        base, target_base = (jnp.where(x == -jnp.inf, 0.0, x) for x in (greatest, target_greatest))
+        add = total[rows, :] * jnp.exp(top[rows, :] - base)
+        scale = jnp.exp(target_top[rows, :] - target_base)
+        target_add, gap_add = target_total[rows, :] * scale, _counted(scale, gap[rows, :])
+        for chunk in range(columns // LANES):
+            at = pl.ds(chunk * LANES, LANES)
+            value, target = values[rows, at], targets[rows, at]
+            p = jnp.exp(target - target_base)
+            add += jnp.exp(value - base)
+            target_add += p
+            gap_add += _counted(p, target - value)
+        top[rows, :], total[rows, :] = greatest, add
+        target_top[rows, :], target_total[rows, :], gap[rows, :] = target_greatest, target_add, gap_add
+        return carry
+
+    # The last part of the vocabulary may have fewer tiles than the others.
+    @pl.when((live[pl.program_id(0)] != 0) & (tile < tiles))
+    def _():
+        head.products(hidden, weight, values)
+        head.products(target_hidden, target_weight, targets)
+        jax.lax.fori_loop(0, values.shape[0] // GROUP, accumulate, 0)
+
+
+def _counted(p, gap):
+    """p * gap: what the target excludes counts for nothing, where the gap is infinite too."""
+    return jnp.where(p == 0, 0.0, p * gap)
+
+
+def _streamed(weight, target_weight):
+    """See head.tiles: of both heads hidden rows stay and the weight goes by."""
+    row_bytes, column_bytes, tile_bytes = head.streamed(weight.dtype.itemsize)
+    return row_bytes, column_bytes, tile_bytes, [(target_weight.shape[1], row_bytes, column_bytes)]
+
+
+def supports_masked_divergence_forward(hidden, weight, target_weight, **_):
+    return chips.refuse(hidden) or head.refuse(weight, *_streamed(weight, target_weight))
+
+
+def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
+    """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E], all one dtype; active bool [R].
+
+    Returns loss, lse and target_lse, float32 [R]; 0, -inf and -inf where inactive. Rows cost nothing where a tile has none active.
+    """
+    (r, d), (v, e) = hidden.shape, target_weight.shape
+    rows, columns = head.tiles(r, v, d, hidden.dtype.itemsize, *_streamed(weight, target_weight))
+    tiles, cores = pl.cdiv(v, columns), chips.chip().cores
+    steps = pl.cdiv(tiles, cores)
+
+    def tile(i, part, step, live):
+        return jnp.minimum(part * steps + step, tiles - 1) * live[i]
+
+    def of_head(width):
+        return [
+            head.resident((rows, width), lambda i, part, step, live: (i, 0)),
+            pl.BlockSpec((columns, width), lambda *at: (tile(*at), 0)),
+        ]
+
+    top, total, target_top, target_total, gap = pl.pallas_call(
+        functools.partial(_forward_kernel, tiles=tiles, vocabulary=v),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(r, rows), cores, steps),
+            in_specs=of_head(d) + of_head(e),
+            out_specs=[pl.BlockSpec((rows, LANES), lambda i, part, step, live: (i, part))] * 5,
+            scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)] * 2,
+        ),
+        out_shape=[jax.ShapeDtypeStruct((r, cores * LANES), jnp.float32)] * 5,
+        compiler_params=chips.parameters("arbitrary", "parallel", "arbitrary"),
+        name="masked_divergence_forward",
+    )(head.live(active, r, rows), hidden, weight, target_hidden, target_weight)
+    lse, target_lse = cross_entropy.logsumexp(top, total), cross_entropy.logsumexp(target_top, target_total)
+    scale = jnp.exp(target_top - jnp.max(target_top, axis=1, keepdims=True))
+    mean_gap = jnp.sum(_counted(scale, gap), axis=1) / jnp.sum(target_total * scale, axis=1)
+    loss = jnp.where(active, mean_gap + lse - target_lse, 0.0)
+    return loss, jnp.where(active, lse, -jnp.inf), jnp.where(active, target_lse, -jnp.inf)
+
+
+def _slopes(values, first, vocabulary, lse, target_lse, dloss, target_hidden, target_weight):
+    """Turns the logits in `values` into the loss's gradient by them. lse, target_lse, dloss: [ROWS, 1]."""
+
+    def with_targets(targets):
+        head.products(target_hidden, target_weight, targets)
+
+        def gradient(rows, columns, token):
+            q, p = jnp.exp(values[rows, columns] - lse[rows, :]), jnp.exp(targets[rows, columns] - target_lse[rows, :])
+            return (q - p) * dloss[rows, :]
+
+        cross_entropy.to_gradient(values, first, vocabulary, gradient)
+
+    pl.run_scoped(with_targets, pltpu.VMEM(values.shape, jnp.float32))
+
+
+def supports_masked_divergence_backward(hidden, weight, target_weight, **_):
+    return chips.refuse(hidden) or cross_entropy.refuse(weight, beside=[target_weight.shape[1]])
+
+
+def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
+    """lse, target_lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
+    target, of_rows = (target_hidden, target_weight), (lse, target_lse, dloss)
+    return cross_entropy.gradients("masked_divergence_backward", _slopes, hidden, weight, active, of_rows, target)
