@@ -180,6 +180,17 @@ def test_masked_divergence(run, head_operands):
         CLOSE(result, want)
 
 
+def test_a_core_with_fewer_tiles_counts_none_twice(run, head_operands):
+    """Three whole tiles over two cores, of which no mask past the vocabulary hides a fourth."""
+    hidden, active = head_operands[0], jnp.ones(20, bool)
+    weight, target_weight, tokens = normal(1, 384, 40) / 3, normal(2, 384, 40) / 3, jnp.arange(20) * 19
+    arrays = hidden, weight, tokens, active
+    wanted = lm_head_reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=None)
+    CLOSE(run(lm_head.masked_cross_entropy_forward, *arrays, logits_soft_cap=None), wanted)
+    arrays = hidden, weight, hidden, target_weight, active
+    CLOSE(run(divergence.masked_divergence_forward, *arrays), divergence_reference.masked_divergence_forward(*as_numpy(arrays)))
+
+
 def test_guidance(run):
     streams, scale = normal(0, 3, guidance.ROWS + 5, guidance.COLUMNS + 100), jnp.linspace(-0.5, 3, guidance.ROWS + 5)
     CLOSE(run(guidance.mix_guidance, *streams[:2], scale)[0], guidance_reference.mix_guidance(*as_numpy((*streams[:2], scale))))
