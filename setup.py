@@ -37,7 +37,7 @@ class BuildKernels(build_ext):
         wanted = os.environ.get("DLM_KERNELS_SANITIZE")
         sanitize = SANITIZE if wanted else []
         sets = ["portable"] if wanted == "portable" else [*INSTRUCTION_SETS]
-        only = [("DLM_PORTABLE_ONLY", None)] if sets == ["portable"] else []
+        only = [("DLM_ISA", "portable")] if sets == ["portable"] else []
 
         def compile_for(isa, name):
             flags = [*FLAGS, *INSTRUCTION_SETS.get(isa, []), *(sanitize if name in SANITIZED else [])]

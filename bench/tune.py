@@ -24,7 +24,7 @@ from unittest import mock
 import jax
 import pybind11
 
-from bench import attention, cross_entropy, harness, lm_head, machine, unmask
+from bench import attention, cross_entropy, harness, lm_head, machine, report, unmask
 from bench.harness import OURS, Contender
 from dlm_kernels import cpu_kernels
 
@@ -114,6 +114,8 @@ def run(only=None, compile_only=False):
     """Tunes the sizes whose names contain `only`, all without it, and writes the header; the kernels are to be built anew."""
     text = HEADER.read_text()
     present, times_of = values(text), measured(text)
+    if not any((only or "").lower() in name.lower() for name in SIZES):
+        raise report.Unusable(f"--only: expected a part of one of {', '.join(SIZES)}, got {only!r}")
     chosen, build = dict(present), Build(machine.ROOT / "build" / "tune")
     for name, size in SIZES.items():
         if (only or "").lower() not in name.lower():
@@ -176,18 +178,6 @@ def register(module, prefix):
 class Build:
     """csrc/ compiled for this processor's instruction set alone."""
 
-    # In the place of dispatch.cc, which would ask for every instruction set.
-    DISPATCH = """
-        #include "kernels.h"
-        #include "scratch.h"
-        namespace dlm {
-        extern const Kernels kernels_ISA;
-        const Kernels& kernels() { return kernels_ISA; }
-        std::vector<std::string> available_isas() { return {"ISA"}; }
-        Scratch& thread_scratch() { thread_local Scratch scratch; return scratch; }
-        }
-    """
-
     def __init__(self, folder):
         self.folder, self.isa = folder, cpu_kernels.isa()
         with mock.patch("setuptools.setup"):
@@ -217,7 +207,7 @@ class Build:
     def _copy(self, sizes):
         """csrc/ with the header of `sizes`, in a folder named by its contents."""
         texts = {path.name: path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cc", ".h")}
-        texts |= {"tiles.h": header(sizes, {}, "trial"), "dispatch.cc": self.DISPATCH.replace("ISA", self.isa)}
+        texts |= {"tiles.h": header(sizes, {}, "trial")}
         folder = self.folder / hashlib.sha256(repr((texts, self.compiler)).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

@@ -9,12 +9,14 @@
 
 namespace dlm {
 
+// With DLM_ISA, as the kernels have it, the module holds that instruction set alone, and runs where its builder knows that it can.
+#if defined(DLM_ISA)
+extern const Kernels DLM_JOIN(kernels_, DLM_ISA);
+#else
 extern const Kernels kernels_portable;
-#if defined(__x86_64__) && !defined(DLM_PORTABLE_ONLY)
-#define DLM_X86
-#endif
-#if defined(DLM_X86)
+#if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
 #endif
 
 namespace {
@@ -26,7 +28,9 @@ struct Candidate {
 
 // Best first.
 std::vector<Candidate> candidates() {
-#if defined(DLM_X86)
+#if defined(DLM_ISA)
+  return {{&DLM_JOIN(kernels_, DLM_ISA), true}};
+#elif defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -11,6 +11,10 @@
 #include "parallel.h"
 #include "types.h"
 
+// kernels_ and DLM_ISA joined are the name of an instruction set's table; in two steps, that DLM_ISA is replaced first.
+#define DLM_JOIN_(a, b) a##b
+#define DLM_JOIN(a, b) DLM_JOIN_(a, b)
+
 namespace dlm {
 
 struct AttentionArgs {

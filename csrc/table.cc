@@ -1,8 +1,6 @@
 // The table of this instruction set's kernels.
 #include "kernels.h"
 
-#define DLM_JOIN_(a, b) a##b
-#define DLM_JOIN(a, b) DLM_JOIN_(a, b)
 #define DLM_TEXT_(a) #a
 #define DLM_TEXT(a) DLM_TEXT_(a)
 
