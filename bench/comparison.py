@@ -3,41 +3,66 @@
 import statistics
 
 from bench import report
+from bench.harness import OURS
+
+# A change counts if it is more than this share,
+LEAST_CHANGE = 0.03
+# and more than so often the medians' own uncertainty, the quartiles' distance by the root of the rounds, of both files together:
+# of files of the same code one row in a hundred is as far apart by chance where it has three rounds, fewer where it has more.
+UNCERTAINTIES = 4
+# Of fewer rounds nobody knows the noise.
+LEAST_ROUNDS = 3
 
 
 def compare(before, after):
     """(text, whether something is slower): changes of our times beyond noise.
 
     The measure is our time over the fastest peer's of the same round, where both files have that peer, since that does not change
-    when the machine is busy or another one; else our time itself. Beyond noise: the quartiles do not overlap, and by over 3%.
+    when the machine is busy or another one; else our time itself.
     """
-    old = {(row["operation"], row["case"]): row for row in before["rows"]}
+    old, new = ({(row["operation"], row["case"]): row for row in result["rows"]} for result in (before, after))
     lines, slower = [], False
-    for row in after["rows"]:
-        name = (row["operation"], row["case"])
-        if name not in old or not (pair := _comparable(old[name], row)):
-            lines.append(f"{', '.join(name)}: not in both")
-            continue
-        what, a, b = pair
-        change = statistics.median(b) / statistics.median(a) - 1
-        (a1, a3), (b1, b3) = _quartiles(a), _quartiles(b)
-        if abs(change) > 0.03 and (b1 > a3 or b3 < a1):
-            slower |= change > 0
-            lines.append(f"{', '.join(name)}: {'SLOWER' if change > 0 else 'faster'} by {abs(change):.1%} ({what})")
+    for name in old | new:
+        said, worse = _judge(old[name], new[name]) if name in old and name in new else ("not in both", False)
+        slower |= worse
+        if said:
+            lines.append(f"{', '.join(name)}: {said}")
     return "\n".join(lines) or "no change beyond noise", slower
 
 
+def _judge(old, new):
+    """(what to say of two rows of a case, or None; whether the second is slower)."""
+    reasons = [row["contenders"][OURS].get("missing") for row in (old, new)]
+    if any(reasons):
+        if all(reasons):
+            return "ours ran in neither", False
+        return f"ours ran only {'after' if reasons[0] else 'before'} ({reasons[0] or reasons[1]})", reasons[0] is None
+    what, a, b = _comparable(old, new)
+    gap = statistics.median(b) - statistics.median(a)
+    change = gap / statistics.median(a)
+    if min(len(a), len(b)) < LEAST_ROUNDS:
+        return f"{change:+.1%} ({what}), of too few rounds to tell noise, {len(a)} and {len(b)}", False
+    if abs(change) <= LEAST_CHANGE or abs(gap) <= UNCERTAINTIES * (_uncertainty(a) + _uncertainty(b)):
+        return None, False
+    return f"{'SLOWER' if change > 0 else 'faster'} by {abs(change):.1%} ({what})", change > 0
+
+
 def _comparable(old, new):
-    names = [name for name in report.peers_of(new) if name in old["contenders"]]
-    if shared := [name for name in names if report.ratios(old, name) and report.ratios(new, name)]:
-        best = max(shared, key=lambda name: statistics.median(1 / r for r in report.ratios(old, name)))
-        return f"against {best}", [1 / r for r in report.ratios(old, best)], [1 / r for r in report.ratios(new, best)]
-    times = [row["contenders"][report.base(row)].get("times") for row in (old, new)]
-    return ("time", *times) if all(times) else None
+    """(what is compared, its value in each round of `old`, and of `new`): more is slower."""
+    shared = [name for name in report.peers_of(new) if name in old["contenders"] and not name.startswith("ours")]
+    inverse = {name: [[1 / ratio for ratio in report.ratios(row, name)] for row in (old, new)] for name in shared}
+    # A peer that was timed once, at its first call, is no measure.
+    inverse = {name: pair for name, pair in inverse.items() if all(_rounds(row, name) > 1 for row in (old, new))}
+    if inverse:
+        best = max(inverse, key=lambda name: statistics.median(inverse[name][0]))
+        return f"against {best}", *inverse[best]
+    return "time", *(row["contenders"][OURS]["times"] for row in (old, new))
 
 
-def _quartiles(values):
-    if len(values) < 2:
-        return values[0], values[0]
+def _rounds(row, name):
+    return len(row["contenders"][name].get("times", []))
+
+
+def _uncertainty(values):
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
+    return (third - first) / len(values) ** 0.5
