@@ -175,7 +175,7 @@ def _multiplied(config, block, positions):
 
 
 def _torch(name, config, **options):
-    if not peers.installed("torch"):
+    if not machine.installed("torch"):
         return peers.torch_peer(None)
     from bench import torch_llada
 

@@ -115,6 +115,11 @@ def input_sets(case, cache_bytes):
 
 def measure(case, seconds, quick=False):
     """The row of `case`: times per call of each contender over `seconds` of rounds, or the reason that there are none."""
+    with jax.default_matmul_precision(None if machine.platform_name() == "cpu" else machine.FULL):
+        return _measure(case, seconds, quick)
+
+
+def _measure(case, seconds, quick):
     # JAX makes arrays while Python goes on: the first contender would wait for gigabytes of random weights.
     sets = jax.block_until_ready(input_sets(case, machine.cache_bytes()))
     expected = None if case.oracle is None else case.oracle(*sets[0])
@@ -200,15 +205,16 @@ def _rounds(ready, calls, seconds, least, between):
     between() is called after each.
     """
     times = {name: [] for name in ready}
-    began, turn = time.perf_counter(), 2
+    began, turn, working = time.perf_counter(), 2, 0.0
     for done in range(200 if ready else 0):
-        elapsed = time.perf_counter() - began
-        if elapsed > seconds and done >= (least if elapsed < SLOW_SECONDS else 2):
+        start = time.perf_counter()
+        if start - began > seconds and done >= (least if working < SLOW_SECONDS else 2):
             break
         for name, call in ready.items():
             time.sleep(REST_SECONDS)
             times[name].append(sum(_seconds(call, turn + i) for i in range(calls[name])) / calls[name])
         turn += max(calls.values())
+        working += time.perf_counter() - start  # without what between() takes, which on a busy machine is as long
         between()
     return times
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import peers
+from bench import machine
 from bench.harness import Contender, Timed
 from dlm_kernels.denoiser import sampler
 
@@ -33,7 +33,7 @@ def program():
 def why_missing():
     if program() is None:
         return "llama-diffusion-cli is not on the path, nor named by LLAMA_DIFFUSION_CLI"
-    return peers.why_missing("gguf")
+    return machine.why_missing("gguf")
 
 
 def peer(config, *, length, block, steps):

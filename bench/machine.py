@@ -2,7 +2,9 @@
 
 import ctypes
 import functools
+import importlib
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -19,6 +21,8 @@ import numpy as np
 
 PACKAGES = ("dlm_kernels", "jax", "jaxlib", "numpy", "torch", "triton", "jax_triton", "tokamax")
 M_ARENA_MAX = -8  # of glibc's mallopt
+# Accelerators' float32 products as the CPU and torch compute them: by default XLA would round their operands to fewer bits.
+FULL = "highest"
 ROOT = Path(__file__).resolve().parent.parent
 if platform.libc_ver()[0] == "glibc":
     # malloc_trim, which `peak_bytes` needs, gives all of the main arena back, but of the threads' own arenas only parts.
@@ -64,6 +68,24 @@ def describe():
     )
 
 
+@functools.cache
+def why_missing(package):
+    """None where the Python package can be imported, and torch, which shares arrays with JAX, works on JAX's device."""
+    if importlib.util.find_spec(package) is None:
+        return f"the Python package {package} is not installed"
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:  # as where a package that it needs is missing
+        return f"the Python package {package} cannot be imported: {error}"
+    if package == "torch" and platform_name() != "cpu" and not (platform_name() == "cuda" and module.cuda.is_available()):
+        return f"this torch, {module.__version__}, does not work on the {platform_name().upper()} that JAX is on"
+    return None
+
+
+def installed(package):
+    return why_missing(package) is None
+
+
 def commit():
     """The commit measured, with -dirty where the tree holds changes to code."""
     git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
@@ -103,9 +125,11 @@ class Memory:
         total, successor = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
         self.size = 4 * length
         self.read, self.copy = [lambda: total(array)], [lambda: successor(array)]
-        if _torch() is not None:
-            tensor = _torch().from_dlpack(array)
-            target = _torch().empty_like(tensor)
+        if installed("torch"):
+            import torch
+
+            tensor = torch.from_dlpack(array)
+            target = torch.empty_like(tensor)
             self.read.append(tensor.sum)
             self.copy.append(lambda: target.copy_(tensor))
         if on_cpu:
@@ -128,9 +152,11 @@ def rates(seconds=0.15):
     """The memory's, and the best seen of floating-point operations/s in a product, by dtype."""
     shapes = [(512, 4096, 8192), (2048, 2048, 2048)] if platform_name() == "cpu" else [(8192, 8192, 8192)]
     products = {"float32": [(_jnp_product, jnp.float32)], "bfloat16": [(_jnp_product, jnp.bfloat16)]}
-    if _torch() is not None:
+    if installed("torch"):
+        import torch
+
         for dtype in products:
-            products[dtype].append((_torch_product, getattr(_torch(), dtype)))
+            products[dtype].append((_torch_product, getattr(torch, dtype)))
     result = Memory().rates(seconds)
     for dtype, makers in products.items():
         result[dtype] = max(
@@ -141,17 +167,10 @@ def rates(seconds=0.15):
     return result
 
 
-def _torch():
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch
-
-
 def _jnp_product(shape, dtype):
     m, k, n = shape
-    a, b, product = jnp.ones((m, k), dtype), jnp.ones((n, k), dtype), jax.jit(lambda a, b: a @ b.T)
+    a, b = jnp.ones((m, k), dtype), jnp.ones((n, k), dtype)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision=FULL))
     return lambda: product(a, b)
 
 
@@ -199,6 +218,13 @@ def peak_bytes(call, function=None):
     before = _status("VmRSS")
     result = call()
     return result, max(0, _status("VmHWM") - before)
+
+
+def give_back():
+    """To the GPU what torch's allocator has kept, which JAX could not take."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _status(field):

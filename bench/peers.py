@@ -1,45 +1,28 @@
 """What one would use instead of our kernels: PyTorch's attention, and published samplers' steps rewritten from their semantics."""
 
 import functools
-import importlib
-import importlib.util
 
 import jax
 
+from bench import machine
 from bench.harness import Contender
-
-PACKAGES = ("torch", "tokamax")
-
-
-@functools.cache
-def why_missing(package):
-    """None where `package` can be imported."""
-    if importlib.util.find_spec(package) is None:
-        return f"the Python package {package} is not installed"
-    try:
-        importlib.import_module(package)
-    except ImportError as error:  # as where a package that it needs is missing
-        return f"the Python package {package} cannot be imported: {error}"
-    return None
-
-
-def installed(package):
-    return why_missing(package) is None
 
 
 def torch_peer(function, prepare=None, compiled=False):
     """`function` on torch tensors that share the inputs' memory, through torch.compile if so; or the reason there is none."""
-    if not installed("torch"):
-        return Contender(function, missing=why_missing("torch"))
+    if not machine.installed("torch"):
+        return Contender(function, missing=machine.why_missing("torch"))
     import torch
 
     def tensors(*inputs):
         shared = jax.tree.map(torch.from_dlpack, inputs)
         return shared if prepare is None else prepare(*shared)
 
-    # Loading torch's compiler takes ten seconds, so not before a contender asks for it.
+    # Loading torch's compiler takes ten seconds, so not before a contender asks for it. It compiles one function for eight kinds
+    # of inputs and runs it as it is for more, and several cases are of one function; each begins anew.
     @functools.cache
     def compiler():
+        torch.compiler.reset()
         return torch.compile(function, dynamic=False)
 
     return Contender(
@@ -115,7 +98,7 @@ def why_no_attention(name):
     """Why jax.nn's cuDNN, or tokamax, is no contender here; None where it is one."""
     if name == "cuDNN" and jax.default_backend() != "gpu":
         return "cuDNN needs an NVIDIA GPU"
-    return why_missing("tokamax") if name == "tokamax" else None
+    return machine.why_missing("tokamax") if name == "tokamax" else None
 
 
 def tokamax_attention(query, key, value, mask=None):
