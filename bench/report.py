@@ -21,8 +21,42 @@ def replace(path, text):
     os.replace(part, path)
 
 
+class Unusable(ValueError):
+    """What the user gave, a file or a name, says what is wrong with it in one line."""
+
+
+FIELDS = {"operation", "case", "read", "written", "flops", "dtype", "sweep", "tokens", "headline", "component", "contenders"}
+FIELDS |= {"commit", "rates"}
+
+
+def read(path):
+    """A file of rows, of the benchmarks or of the static cycles."""
+    try:
+        result = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # no JSON, or no text
+        raise Unusable(f"{path}: expected the results of a run, got what is no JSON: {error}") from None
+    rows = result.get("rows") if isinstance(result, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise Unusable(f"{path}: expected the results of a run, got JSON without rows")
+    return result
+
+
 def load(path):
-    return json.loads(Path(path).read_text())
+    """A file of the benchmarks' results, all of whose rows can be shown and compared."""
+    result = read(path)
+    if not isinstance(result.get("machine"), dict):
+        raise Unusable(f"{path}: expected the results of python -m bench, got no machine")
+    for i, row in enumerate(result["rows"]):
+        if lacking := FIELDS - row.keys():
+            raise Unusable(f"{path}: expected {', '.join(sorted(lacking))} in every row, got none in rows[{i}]")
+        for name in (OURS, *row["contenders"]):
+            each = row["contenders"].get(name, {})
+            times = each.get("times")
+            if "missing" not in each and not (times and all(isinstance(t, int | float) and t > 0 for t in times)):
+                raise Unusable(f"{path}: expected times above 0 or why there are none, got {times} of {name} in rows[{i}]")
+    return result
 
 
 def base(row):
@@ -243,6 +277,17 @@ def absences(rows):
     return "Not measured:\n\n" + "\n".join(lines) + "\n" if lines else "Every peer ran in every case.\n"
 
 
+def nowhere(rows):
+    """{reason: names} of who was measured in no row at all."""
+    ran = {name for row in rows for name, result in row["contenders"].items() if "missing" not in result}
+    reasons = {}
+    for row in rows:
+        for name, result in row["contenders"].items():
+            if name not in ran:
+                reasons.setdefault(result["missing"], {})[name] = None
+    return reasons
+
+
 def head(result):
     about, rows = result["machine"], result["rows"]
     rates = {name: max(row["rates"][name] for row in rows) for name in rows[0]["rates"]}
@@ -256,7 +301,7 @@ def head(result):
         f"contender or a bare product reached). What memory alone limits is held against what it gave between the rounds.\n"
         + "Times marked (jnp): our kernel did not run, and the package's plain jax.numpy version stands in its place.\n"
         * plain
-        + "".join(f"Missing peer: {reason}.\n" for reason in result["missing"].values())
+        + "".join(f"Missing: {', '.join(names)} ({reason}).\n" for reason, names in nowhere(rows).items())
     )
 
 
@@ -267,16 +312,19 @@ def write(path):
     path = Path(path)
     result = load(path)
     names = plots.draw(result, path.with_suffix(""))
-    images = "".join(f"![{name}]({path.stem}/{name}.svg)\n" for name in names)
+    path.with_suffix(".md").write_text(page(path.stem, result, names))
+    return path.with_suffix(".md")
+
+
+def page(name, result, plots):
+    images = "".join(f"![{plot}]({name}/{plot}.svg)\n" for plot in plots)
     rows = result["rows"]
-    text = (
-        f"# {path.stem}\n\n{head(result)}\n{table(rows)}\n"
+    return (
+        f"# {name}\n\n{head(result)}\n{table(rows)}\n"
         f"## Slower than a peer, or without one\n\n{losses(rows)}\n{absences(rows)}\n"
         f"## Where a pass's time goes\n\n{passes(rows)}\n"
         f"## Cost against size\n\n{scaling(rows)}\n## The first call\n\n{compiling(rows)}\n{images}"
     )
-    path.with_suffix(".md").write_text(text)
-    return path.with_suffix(".md")
 
 
 def readme_block():

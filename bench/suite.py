@@ -12,10 +12,8 @@ from bench import (
     end_to_end,
     guidance,
     harness,
-    llama_cpp,
     lm_head,
     machine,
-    peers,
     report,
     scale,
     unmask,
@@ -28,18 +26,23 @@ MINUTES = {"quick": 2, None: 14, "full": 60}
 
 def run(grid, only, minutes, out):
     """Writes the results file, its table and its plots; the exit status is 1 where our own kernel gave no valid time."""
-    minutes = minutes or MINUTES[grid]
+    end = time.monotonic() + 60 * (minutes or MINUTES[grid])
     grid = grid or ("main" if machine.platform_name() == "cpu" else "full")
     path = out or report.RESULTS / f"{machine.device_name()}{'-quick' * (grid == 'quick')}.json"
     every = [case for module in OPERATIONS for case in module.cases()]
-    cases = [case for case in harness.chosen(every, grid) if (only or "").lower() in f"{case.operation} {case.name}".lower()]
-    # Those of the README first, in case the time is up before the rest.
-    cases.sort(key=lambda case: not (case.headline or case.quick))
+    whole = harness.chosen(every, grid)
+    cases = [case for case in whole if (only or "").lower() in f"{case.operation} {case.name}".lower()]
+    if not cases:
+        raise report.Unusable(f"--only: expected a part of a case's operation and name, got {only!r}")
+    # Those of the README first and the largest last, in case the time is up before.
+    cases.sort(key=lambda case: (not (case.headline or case.quick), case.full))
+    # A part of a run takes its part of the run's time, unless it was given time of its own.
+    left_out = 0 if minutes else len(whole) - len(cases)
     # Until a case has run anew its row of before stays, so that a run that is stopped loses nothing.
     known = {(case.operation, case.name) for case in every}
     rows = [row for row in report.load(path)["rows"] if key(row) in known] if path.exists() else []
     ran, rates, setup, failed = [], {}, 0.0, False
-    commit, end = machine.commit(), time.monotonic() + 60 * minutes
+    commit = machine.commit()
     for i, case in enumerate(cases):
         if time.monotonic() > end:
             print(f"{case.operation}: {case.name}: left out, the time is up", flush=True)
@@ -50,7 +53,7 @@ def run(grid, only, minutes, out):
             rates = _greatest(machine.rates(), rates)
         # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far; and not all of
         # it, for the last cases are the heaviest.
-        seconds = max(0.5, 0.3 * ((end - time.monotonic()) / (len(cases) - i) - setup / max(1, i)))
+        seconds = max(0.5, 0.3 * ((end - time.monotonic()) / (left_out + len(cases) - i) - setup / max(1, i)))
         began = time.monotonic()
         try:
             measure = harness.measure if case.apart is None else apart.measure
@@ -63,9 +66,11 @@ def run(grid, only, minutes, out):
         rates = _greatest(harness.achieved(row), rates)
         ran = [dict(each, rates=rates | each["memory"]) for each in [*ran, row]]
         _write(path, [row for row in rows if key(row) not in map(key, ran)] + ran)
-        failed |= "missing" in row["contenders"][harness.OURS]
+        # Arguments that our kernel says it does not take are none of its failures.
+        failed |= "cannot run" not in row["contenders"][harness.OURS].get("missing", "cannot run")
         print(f"{report.line(row, rates | row['memory'])} [{time.monotonic() - began:.1f} s]", flush=True)
         gc.collect()
+        machine.give_back()
     print(f"{path}\n{report.write(path)}")
     return int(failed)
 
@@ -75,7 +80,7 @@ def key(row):
 
 
 def _write(path, rows):
-    result = dict(machine=machine.describe(), missing=_missing(), rows=sorted(rows, key=_order))
+    result = dict(machine=machine.describe(), rows=sorted(rows, key=_order))
     path.parent.mkdir(parents=True, exist_ok=True)
     report.replace(path, json.dumps(_rounded(result), indent=1) + "\n")
 
@@ -86,11 +91,6 @@ def _order(row):
 
 def _greatest(new, old):
     return old | {name: max(rate, old.get(name, 0)) for name, rate in new.items()}
-
-
-def _missing():
-    reasons = {name: peers.why_missing(name) for name in peers.PACKAGES} | {"llama.cpp": llama_cpp.why_missing()}
-    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _rounded(value):

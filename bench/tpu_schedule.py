@@ -21,6 +21,7 @@ import numpy as np
 
 from bench import machine, report, tpu_bundles, tpu_report
 from bench.harness import OURS
+from bench.tpu_hardware import HARDWARE
 from dlm_kernels.pallas_kernels import attention, chips
 from dlm_kernels.xla import attention as xla_attention
 from dlm_kernels.xla import lm_head as xla_lm_head
@@ -28,29 +29,6 @@ from dlm_kernels.xla import unmask as xla_unmask
 
 PALLAS = OURS, "splash", "flash"
 BF16, INT = jnp.bfloat16, jnp.int32
-
-
-@dataclasses.dataclass(frozen=True)
-class Hardware:
-    """A TensorCore. Bandwidth, and the products behind the clock: jax/_src/pallas/mosaic/tpu_info.py of JAX 0.10.2."""
-
-    kind: str  # JAX's name
-    bandwidth: float  # bytes a second from HBM
-    products: float  # bfloat16 multiply-adds a second
-    rate: int  # bfloat16 multiply-adds a cycle: of 128 x 128 x 4 units, or 256 x 256 x 2 that take two rows a cycle
-    delay_slots: int  # as the compiler's listings have them
-
-    @property
-    def clock(self):
-        return self.products / self.rate
-
-
-HARDWARE = {
-    "v5e": Hardware("TPU v5 lite", 8.2e11, 1.97e14 / 2, 4 * 128**2, 4),
-    "v5p": Hardware("TPU v5", 2.46e12 / 2, 4.59e14 / 4, 4 * 128**2, 4),
-    "v6e": Hardware("TPU v6 lite", 1.64e12, 9.2e14 / 2, 4 * 256**2, 4),
-    "7x": Hardware("TPU7x", 7.4e12 / 2, 2.31e15 / 4, 4 * 256**2, 6),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +181,11 @@ def run(chip, only=None, pallas=False, out=None):
     known = chips.CHIPS[hardware.kind]
     device = topologies.get_topology_desc(platform="tpu", topology_name=known.topology).devices[0]
     chips.chip = lambda: known
-    path, every, commit = out or report.RESULTS / f"tpu-static-{chip}.json", list(cases()), machine.commit()
-    rows = {row["case"]: row for row in report.load(path)["rows"]} if path.exists() else {}
+    every, commit = list(cases()), machine.commit()
+    if not any((only or "") in case.name for case in every):
+        raise report.Unusable(f"--only: expected a part of a case's name, got {only!r}")
+    path = out or report.RESULTS / f"tpu-static-{chip}.json"
+    rows = {row["case"]: row for row in report.read(path)["rows"]} if path.exists() else {}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     try:
         for case in every:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Callable
 from unittest import mock
 
 import jax
 
-from bench import attention, harness, lm_head, machine
+from bench import attention, harness, lm_head, machine, report
 from bench.harness import OURS, Contender
 from dlm_kernels.triton_kernels import tiles
 
@@ -81,11 +82,16 @@ def fastest(name, kernel, case):
     # What does not fit the chip's memory or registers fails, and is missing from the row.
     row = harness.measure(dataclasses.replace(case, contenders=contenders), seconds=5.0)
     times = {name: statistics.median(result["times"]) for name, result in row["contenders"].items() if "times" in result}
+    if not times:
+        raise RuntimeError(f"{case.name}: {row['contenders']['own']['missing']}")
     best = min(times, key=times.get)
-    return own.asked, tried[best] if best != "own" and times[best] < 0.98 * times["own"] else None
+    # The kernel's own may not fit this chip.
+    return own.asked, tried[best] if best != "own" and times[best] < 0.98 * times.get("own", math.inf) else None
 
 
 def run(only=None):
+    if not any((only or "").lower() in name for name in KERNELS):
+        raise report.Unusable(f"--only: expected a part of one of {', '.join(KERNELS)}, got {only!r}")
     table = dict(tiles.MEASURED)
     for name, kernel in KERNELS.items():
         if (only or "").lower() not in name:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dlm_kernels
-from bench import apart, comparison, harness, machine, peers, report, scale, suite, unmask
+from bench import apart, harness, machine, peers, report, scale, suite, tpu_report, unmask
 from bench.harness import OURS, Case, Contender
 from dlm_kernels.denoiser import model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
@@ -23,6 +23,16 @@ def test_readme_is_what_the_results_files_say():
     text = (machine.ROOT / "README.md").read_text()
     block = text[text.index(report.BEGIN) : text.index(report.END) + len(report.END)]
     assert block == report.readme_block(), "run `python -m bench readme`"
+
+
+def test_the_tables_are_what_the_results_files_say():
+    for path in report.RESULTS.glob("*.json"):
+        text = path.with_suffix(".md").read_text()
+        if path.stem.startswith("tpu-static-"):
+            assert text == tpu_report.table(report.read(path)), path.stem
+        else:
+            plots = [name for name in ("roofline", "ratios", "sweeps") if (path.with_suffix("") / f"{name}.svg").exists()]
+            assert text == report.page(path.stem, report.load(path), plots), f"run `python -m bench report {path}`"
 
 
 def test_the_header_of_tile_sizes_is_as_tune_writes_it():
@@ -126,26 +136,6 @@ def test_peak_bytes_is_what_a_call_holds_at_one_time():
     assert len(result) == 60 << 20
     if peak is not None:
         assert 59 << 20 <= peak <= 63 << 20
-
-
-def result(ours, theirs):
-    contenders = {OURS: dict(times=ours), "peer": dict(times=theirs)}
-    return dict(rows=[dict(operation="attention", case="a", contenders=contenders)])
-
-
-# The second file: slower by 50% with the peer unchanged; the same on a machine half as fast; within the spread; faster.
-@pytest.mark.parametrize(
-    "ours, theirs, slower, word",
-    [
-        ([1.5, 1.52, 1.48], [2.0, 2.0, 2.0], True, "SLOWER by 50.0% (against peer)"),
-        ([2.0, 2.04, 1.96], [4.0, 4.0, 4.0], False, "no change"),
-        ([1.0, 1.2, 0.9], [2.0, 2.0, 2.0], False, "no change"),
-        ([0.5, 0.51, 0.49], [2.0, 2.0, 2.0], False, "faster by 50.0% (against peer)"),
-    ],
-)
-def test_compare_tells_what_changed_beyond_noise(ours, theirs, slower, word):
-    text, found = comparison.compare(result([1.0, 1.02, 0.98], [2.0, 2.0, 2.0]), result(ours, theirs))
-    assert word in text and found == slower
 
 
 # Rows that no rule makes even, a vocabulary that divides nothing; every third position is unmasked already.

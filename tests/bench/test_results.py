@@ -1,0 +1,214 @@
+"""What results files say: ratios, ceilings, noise, who is missing; and what the command line refuses, in one line."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bench import __main__ as command
+from bench import comparison, harness, machine, report, suite
+from bench.harness import GREEDY, OURS, Case
+
+RATES = dict(read=100.0, copy=80.0, float32=1000.0, bfloat16=4000.0)
+
+
+def row(ours, read=400, written=0, flops=0, dtype="float32", **theirs):
+    contenders = {OURS: ours} | {name.replace("_", " "): each for name, each in theirs.items()}
+    contenders = {name: dict(missing=each) if isinstance(each, str) else dict(times=each) for name, each in contenders.items()}
+    return dict(
+        dict(operation="attention", case="a", read=read, written=written, flops=flops, dtype=dtype, sweep=None, tokens=0),
+        **dict(headline=True, component=None, contenders=contenders, commit="0", rates=RATES),
+    )
+
+
+def result(*rows):
+    about = dict(kind="a machine", threads=2, versions=dict(jax="0"))
+    return dict(machine=about, rows=[dict(each, case=str(i)) for i, each in enumerate(rows)])
+
+
+# Above 1 ours is faster; each ratio is of one round, so what slows a whole round changes none.
+def test_a_ratio_is_of_one_round_and_above_1_where_ours_is_faster():
+    burst = row([1.0, 10.0, 2.0], peer=[3.0, 30.0, 2.0])
+    assert report.ratios(burst, "peer") == [3, 3, 1]
+    assert report.ratios(row([1.0, 2.0], peer=[8.0]), "peer") == [8, 4]
+    assert report.ratios(row([1.0], peer="not here"), "peer") == []
+    plain = row("no such kernel", jnp=[1.0, 2.0], peer=[3.0, 1.0])
+    assert report.base(plain) == "jnp" and report.ratios(plain, "peer") == [3, 0.5] and report.peers_of(plain) == ["peer"]
+
+
+# Bytes at the bandwidth of reading, or of copying where more than a tenth is written; products at their dtype's rate.
+@pytest.mark.parametrize(
+    "work, seconds",
+    [
+        (dict(read=400), 4.0),
+        (dict(read=400, written=40), 4.4),
+        (dict(read=400, written=80), 6.0),
+        (dict(read=400, flops=3999), 4.0),
+        (dict(read=400, flops=8000), 8.0),
+        (dict(read=400, flops=8000, dtype="bfloat16"), 4.0),
+    ],
+)
+def test_the_floor_is_what_the_machine_needs_at_least(work, seconds):
+    assert report.floor(row([1.0], **work), RATES) == pytest.approx(seconds)
+    assert report.roofline(row([16.0, 8.0, 1.0], **work), RATES) == pytest.approx(seconds / 8)
+    assert report.roofline(row("not here", jnp="neither", **work), RATES) is None
+
+
+def test_the_matrix_rate_is_at_least_the_fastest_contenders():
+    assert harness.achieved(row([4.0, 2.0], flops=100, peer=[1.0, 5.0], absent="not here")) == {"float32": 100}
+    assert harness.achieved(row("wrong", flops=100)) == {}
+
+
+def test_rows_slower_than_the_fastest_peer_are_listed():
+    rows = [
+        row([2.0, 2.0], near=[2.2, 2.2], best=[1.0, 1.6], far=[9.0, 9.0]),
+        row([1.0, 1.0], best=[1.1, 1.1]),
+        dict(row([2.0], best=[3.0], other="wrong"), contenders={OURS: dict(times=[2.0]), GREEDY: dict(times=[1.0])}),
+    ]
+    assert report.slower_than_best_peer(rows) == [(rows[0], "best", pytest.approx(0.65))]
+    assert "1 of 3 cases" in report.losses(rows) and "best 1.54x faster than ours" in report.losses(rows)
+    assert report.losses(rows[1:]) == "No case is slower than its fastest peer.\n"
+
+
+def test_the_exponent_of_a_sweep_is_that_of_its_medians():
+    rows = [dict(row([n**1.5, n**1.5, 9e9], peer=[3.0]), sweep=["length", n]) for n in (16, 1, 4)]
+    [(_, axis, curves)] = report.sweeps(rows)
+    points, times, exponent = curves[OURS]
+    assert axis == "length" and points == (1, 4, 16) and times == (1, 8, 64)
+    assert exponent == pytest.approx(1.5) and curves["peer"][2] == pytest.approx(0)
+
+
+def test_a_pass_of_all_layers_is_extrapolated_from_those_measured():
+    parts = dict(layers=0.3, head=0.2, unmask=0.1)
+    of = dict(body="LLaDA-8B", block=32, layers=2, whole=8)
+    rows = [dict(row([time]), component=dict(of, part=part)) for part, time in parts.items()]
+    cells = report.passes(rows).splitlines()[2]
+    assert "1.5 s (extrapolated from 2 of 8) | 80% | 5.33 |" in cells
+
+
+# What ran somewhere is not missing, whatever it was that did not run elsewhere; a run of a part changes nothing else.
+def test_who_is_missing_is_what_the_rows_say():
+    here, there = row([1.0], peer="not installed", other="no GPU"), row([1.0], peer=[2.0], other="no GPU")
+    assert "Missing: peer (not installed)" in report.head(result(here))
+    assert "Missing: other (no GPU)." in report.head(result(here, there)) and "peer" not in report.head(result(here, there))
+    assert "- peer: not installed (attention, 0)" in report.absences(result(here, there)["rows"])
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, slower, words",
+    [
+        ([1.5, 1.52, 1.48], [2.0, 2.0, 2.0], True, "SLOWER by 50.0% (against peer)"),
+        ([0.5, 0.51, 0.49], [2.0, 2.0, 2.0], False, "faster by 50.0% (against peer)"),
+        # The same, on a machine half as fast.
+        ([2.0, 2.04, 1.96], [4.0, 4.0, 4.0], False, "no change"),
+        # Apart by less than the medians are sure of, though every time is greater than each of before.
+        ([1.11, 1.03, 1.19], [2.0, 2.0, 2.0], False, "no change"),
+        # Surely other, and by too little to matter.
+        ([1.02, 1.02, 1.02] * 40, [2.0, 2.0, 2.0] * 40, False, "no change"),
+        ([1.5, 1.5], [2.0, 2.0], False, "+50.0% (against peer), of too few rounds to tell noise, 3 and 2"),
+        # A peer timed once is no measure; our time is.
+        ([1.5, 1.52, 1.48], [9.0], True, "SLOWER by 50.0% (time)"),
+        ("it failed", [2.0, 2.0, 2.0], True, "ours ran only before (it failed)"),
+    ],
+)
+def test_compare_tells_what_changed_beyond_noise(ours, theirs, slower, words):
+    before, after = row([1.0, 1.02, 0.98], peer=[2.0, 2.0, 2.0]), row(ours, peer=theirs)
+    text, found = comparison.compare(result(before), result(after))
+    assert words in text and found == slower
+
+
+def test_compare_takes_the_fastest_peer_of_before_that_is_not_ours_too():
+    def file(scale, fast):
+        times = dict(slow=[9.0] * 3, fast=[fast] * 3) | {"ours,_autoregressive": [scale] * 3}
+        return result(row([scale] * 3, **times))
+
+    assert comparison.compare(file(1.0, 2.0), file(1.5, 2.0)) == ("attention, 0: SLOWER by 50.0% (against fast)", True)
+    assert comparison.compare(file(1.0, 2.0), file(1.0, 4.0)) == ("attention, 0: faster by 50.0% (against fast)", False)
+
+
+def test_compare_tells_which_rows_are_in_one_file_alone():
+    one, two = result(row([1.0] * 3)), result(row([1.0] * 3), row([1.0] * 3))
+    assert comparison.compare(one, two) == comparison.compare(two, one) == ("attention, 1: not in both", False)
+
+
+# Two cases of 40: rounds of as long as in the whole run, and none is left out however long the first took.
+@pytest.mark.parametrize("minutes, most", [(None, 0.3 * 14 * 60 / 40), (20.0, 0.3 * 20 * 60 / 2)])
+def test_a_part_of_a_run_takes_a_part_of_its_time(monkeypatch, tmp_path, minutes, most):
+    def measure(case, seconds, quick):
+        given.append(seconds)
+        return dict(row([1.0]), operation=case.operation, case=case.name, memory={})
+
+    given, module = [], type(sys)("bench.attention")
+    module.cases = lambda: [Case("attention", f"{'a' if i < 2 else 'b'}{i}", None, {}, read=1) for i in range(40)]
+    monkeypatch.setattr(suite, "OPERATIONS", [module])
+    monkeypatch.setattr(harness, "measure", measure)
+    monkeypatch.setattr(machine, "rates", lambda: RATES)
+    out = tmp_path / "results.json"
+    assert suite.run(None, "attention A", minutes, out) == 0
+    assert len(given) == 2 and given[0] == pytest.approx(most, rel=0.01)
+    assert [each["case"] for each in report.load(out)["rows"]] == ["a0", "a1"]
+
+
+def test_the_help_starts_nothing():
+    look = "import sys, bench.__main__; print(*{'jax', 'numpy', 'libtpu', 'torch'} & sys.modules.keys())"
+    made = subprocess.run([sys.executable, "-c", look], cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--minutes", "0"], "--minutes: expected more than 0, got 0"),
+        (["--minutes", "nan"], "--minutes: expected more than 0, got nan"),
+        (["--out", "results"], "--out: expected a name that ends in .json, got 'results'"),
+        (["--only", "no such case"], "--only: expected a part of a case's operation and name, got 'no such case'"),
+        (["--only", "attention", "readme"], "--only: readme takes none before its name"),
+        (["--quick", "tune"], "--quick: tune takes none before its name"),
+        (["tune", "--only", "nothing"], "--only: expected a part of one of "),
+        (["report", "results.md"], "file: expected a name that ends in .json, got 'results.md'"),
+        (["report", "no-such.json"], "no-such.json: No such file or directory"),
+    ],
+)
+def test_a_bad_command_line_is_told_in_one_line(capsys, arguments, words):
+    if arguments[0] == "tune":
+        pytest.importorskip("pybind11")
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def without(result, field):
+    result = copy.deepcopy(result)
+    del result["rows"][-1][field]
+    return result
+
+
+GOOD = result(row([1.0], peer="not here"), row([1.0]))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "is no JSON"),
+        (json.dumps(GOOD)[:-9], "is no JSON"),
+        (b"\xff\xfe", "is no JSON"),
+        ("[]", "JSON without rows"),
+        (json.dumps(dict(GOOD, rows=[])), "JSON without rows"),
+        (json.dumps(dict(rows=GOOD["rows"])), "got no machine"),
+        (json.dumps(without(GOOD, "contenders")), "expected contenders in every row, got none in rows[1]"),
+        (json.dumps(result(row([]))), "got [] of dlm_kernels in rows[0]"),
+        (json.dumps(result(row([1.0], peer=[1.0, 0.0]))), "got [1.0, 0.0] of peer in rows[0]"),
+    ],
+)
+def test_a_damaged_results_file_is_told_in_one_line(capsys, tmp_path, text, words):
+    path, good = tmp_path / "a.json", tmp_path / "good.json"
+    good.write_text(json.dumps(GOOD))
+    assert command.main(["compare", str(good), str(good)]) == 0
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command.main(["compare", str(good), str(path)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and str(path) in error and words in error
