@@ -182,8 +182,9 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     s, k = key.shape[1:3]
     m = n // k * t
     tiles = choose_tiles(k, m, s, h, query.dtype, bounds is not None)
-    if scale < 0:
-        query, scale = -query, -scale
+    if scale <= 0:
+        # Logits are compared before they are scaled; and zero times the -inf of a key that is not seen would be NaN.
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
     grid = b, k // tiles.heads, pl.cdiv(m, tiles.rows), pl.cdiv(s, tiles.keys)
     masked, shared = bounds is not None or s % tiles.keys != 0, bounds is None or len(bounds) == 1
     arrays = [attention_tiles.by_head(query, k, tiles.rows_last)]

@@ -111,3 +111,18 @@ def test_rows_do_not_depend_on_the_batch(leaf):
             np.testing.assert_array_equal(one[0], all_rows[b])
     for again in (forward(query, key, value, bounds, None, **options) for _ in range(3)):
         np.testing.assert_array_equal(again[0], together[0])
+
+
+# Logits of zero for the keys that are seen; the order of the logits turned around.
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("queries", [3, 133])
+def test_a_scale_not_above_zero(leaf, queries, scale):
+    query, key, value, _, _, _ = operands((1, queries, 70, 2, 1, 64, 0, None), "float32")
+    bounds = np.zeros((1, queries, 2), np.int32)
+    bounds[:, :-1] = 30, 60  # the last sees nothing
+    for cap in (None, 5.0):
+        options = dict(scale=scale, logits_soft_cap=cap)
+        out, lse = leaf("attention", "attention_forward")(query, key, value, bounds, None, **options)
+        expected_out, expected_lse = reference.attention_forward(query, key, value, bounds, None, **options)
+        close(out, expected_out, "float32")
+        close(lse, expected_lse, "float32")
