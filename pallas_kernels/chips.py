@@ -32,19 +32,33 @@ CHIPS = {
     "TPU v6 lite": Chip("v6e:2x2", 128 * MIB, 256, 1, (4, 2)),
     "TPU7x": Chip("tpu7x:2x2x1", 64 * MIB, 256, 1, (4, 2)),  # each of a chip's two cores is a device
 }
+# Other names that JAX knows the same chips by.
+ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite", "TPU7": "TPU7x"}
+# Their 16 MiB of VMEM hold less than the tiles here take at least.
+TOO_SMALL = "TPU v2", "TPU v3", "TPU v4", "TPU v4 lite"
 # What every generation above can hold: for a chip the table does not know, and where there is none (export on another host).
 UNKNOWN = Chip("", 64 * MIB, 128, 1, (4, 2))
 
 
+def kind():
+    """What JAX calls the chip of this process, or None."""
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+
+
 def chip():
     """The chip of this process, or `UNKNOWN`."""
-    if jax.default_backend() != "tpu":
-        return UNKNOWN
-    return CHIPS.get(jax.devices()[0].device_kind, UNKNOWN)
+    return CHIPS.get(ALIASES.get(kind(), kind()), UNKNOWN)
+
+
+def refuse_chip():
+    """Why no kernel runs on the chip of this process, or None."""
+    return f"it takes more VMEM than a {kind()} has" if kind() in TOO_SMALL else None
 
 
 def refuse(array):
-    """Why no kernel takes arrays of this dtype, or None."""
+    """Why no kernel takes arrays of this dtype on this chip, or None."""
+    if reason := refuse_chip():
+        return reason
     if array.dtype not in ("float32", "bfloat16"):
         return f"it takes float32 and bfloat16, the dtypes of the TPU's units, not {array.dtype}"
     return None

@@ -69,7 +69,7 @@ def _topk_kernel(
 def supports_unmask_topk(tokens, **_):
     if tokens.shape[1] > MOST_POSITIONS:
         return f"it ranks a row of positions in VMEM, at most {MOST_POSITIONS}, not {tokens.shape[1]}"
-    return None
+    return chips.refuse_chip()
 
 
 def unmask_topk(

@@ -10,6 +10,7 @@ from jax import export
 import dlm_kernels
 from dlm_kernels.denoiser import model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
+from dlm_kernels.pallas_kernels import chips
 
 LOGITS = jax.ShapeDtypeStruct((2, 8, 1000), jnp.float32)
 HIDDEN, WEIGHT = jax.ShapeDtypeStruct((2, 8, 64), jnp.float32), jax.ShapeDtypeStruct((1000, 64), jnp.float32)
@@ -70,3 +71,20 @@ def test_decoding_exported_for_the_tpu_carries_every_kernel_of_a_step():
     exported = export.export(jax.jit(decode), platforms=["tpu"])(params, tokens)
     kernels = set(re.findall(r'kernel_name = "(\w+)"', exported.mlir_module()))
     assert {"attention_forward", "lm_head_scores", "unmask_topk"} <= kernels
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_tpu_with_too_little_memory_takes_xla(monkeypatch, name):
+    monkeypatch.setattr(chips, "kind", lambda: "TPU v4")
+    function, arrays = OPERATIONS[name]
+    choices = dlm_kernels.explain(function, *arrays)
+    assert choices and all("tpu" not in choice.implementations for choice in choices)
+    assert all(choice.refused["pallas"] == "it takes more VMEM than a TPU v4 has" for choice in choices)
+
+
+def test_a_chip_is_known_by_each_of_its_names(monkeypatch):
+    for name, topology in (("TPU v5p", "v5p"), ("TPU v5", "v5p"), ("TPU v5e", "v5e"), ("TPU v6e", "v6e"), ("TPU7", "tpu7x")):
+        monkeypatch.setattr(chips, "kind", lambda name=name: name)
+        assert chips.chip().topology.startswith(topology)
+    monkeypatch.setattr(chips, "kind", lambda: "TPU of a year to come")
+    assert chips.chip() == chips.UNKNOWN and chips.refuse_chip() is None
