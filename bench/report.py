@@ -61,7 +61,8 @@ def load(path):
 
 def base(row):
     """Who the ratios are against: our kernel, or where it did not run the package's plain version, which runs in its place."""
-    return OURS if row["contenders"][OURS].get("times") else "jnp"
+    plain = (name for name in row["contenders"] if name.startswith("jnp"))
+    return OURS if row["contenders"][OURS].get("times") else next(plain, OURS)
 
 
 def ratios(row, peer):
@@ -117,7 +118,7 @@ def table(rows):
             ours, jnp = (row["contenders"].get(name, {}) for name in (base(row), "jnp"))
             cells = [
                 row["case"],
-                _times(ours) + " (jnp)" * (base(row) == "jnp"),
+                _times(ours) + " (jnp)" * (base(row) != OURS),
                 *(_ratio(row, name) for name in names),
                 _share(row),
                 f"{_memory(ours)}, {_memory(jnp)}",
@@ -293,7 +294,7 @@ def head(result):
     rates = {name: max(row["rates"][name] for row in rows) for name in rows[0]["rates"]}
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    plain = any(base(row) == "jnp" for row in rows)
+    plain = any(base(row) != OURS for row in rows)
     return (
         f"{about['kind']}, {about['threads']} threads; {versions}; commit {commits}.\n"
         f"Ceilings, measured in the same run: read {rates['read'] / 1e9:.1f} GB/s, copy {rates['copy'] / 1e9:.1f} GB/s, "
