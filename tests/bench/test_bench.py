@@ -104,6 +104,8 @@ def test_measure_times_only_what_is_right_and_there():
             OURS: Contender(jax.jit(lambda x: 2 * x)),
             "jnp": Contender(lambda x: np.asarray(x) * 2),
             "wrong": Contender(lambda x: x),
+            "a little wrong": Contender(lambda x: x * (2 + 6e-4)),
+            "rounded": Contender(lambda x: x * (2 + 1e-4)),
             "absent": Contender(None, missing="not here"),
             "failing": Contender(fails),
         },
@@ -116,13 +118,47 @@ def test_measure_times_only_what_is_right_and_there():
     assert row["contenders"]["absent"] == dict(missing="not here")
     assert row["contenders"]["failing"] == dict(missing="RuntimeError: no such instruction")
     assert row["contenders"]["wrong"]["missing"].startswith("wrong: differs by 0.5")
+    assert row["contenders"]["a little wrong"]["missing"] == "wrong: differs by 0.0003, more than 0.0001"
+    assert len(row["contenders"]["rounded"]["times"]) == len(ours)
+
+
+# Of 4000 bytes ten sets are four times a cache of 10000; a set that fills it is enough by itself.
+def test_inputs_have_left_the_cache_when_they_come_again():
+    case = Case("doubling", "1000", lambda rng: (rng.standard_normal(1000).astype("float32"),), {}, read=4000)
+    sets = harness.input_sets(case, 10000)
+    assert len(sets) == 10 and len({float(x[0]) for (x,) in sets}) == 10
+    assert len(harness.input_sets(case, 1000)) == 1
+
+
+# A time is of one call of several; in a round all begin at the same inputs, and the next goes on behind them.
+def test_contenders_take_turns_on_the_same_inputs():
+    turns = {"one": [], "two": []}
+
+    def call(name, turn):
+        turns[name].append(turn)
+        return harness.Timed(len(name) + turn, 0.0)
+
+    ready = {name: functools.partial(call, name) for name in turns}
+    times = harness._rounds(ready, {"one": 1, "two": 2}, 0.0, 3, lambda: None)
+    assert turns == {"one": [2, 4, 6], "two": [2, 3, 4, 5, 6, 7]}
+    assert times == {"one": [5, 7, 9], "two": [5.5, 7.5, 9.5]}
+
+
+@pytest.mark.parametrize("headline, quick, least", [(False, False, 3), (True, False, 7), (True, True, 2)])
+def test_a_case_has_a_least_number_of_rounds(monkeypatch, headline, quick, least):
+    seen = []
+    monkeypatch.setattr(harness, "_rounds", lambda ready, calls, seconds, least, between: seen.append(least) or {})
+    contenders = {OURS: Contender(lambda x: x), "jnp": Contender(lambda x: x)}
+    harness.measure(Case("nothing", "1", lambda rng: (jnp.ones(1),), contenders, read=4, flops=1, headline=headline), 0.01, quick)
+    assert seen == [least]
 
 
 def test_a_case_may_have_only_slow_contenders(monkeypatch):
     monkeypatch.setattr(harness, "SLOW_SECONDS", 0.0)
-    slow = Contender(lambda x: x + 1)
+    calls = []
+    slow = Contender(lambda x: calls.append(x) or x + 1)
     row = harness.measure(Case("adding", "1", lambda rng: (jnp.ones(1),), {OURS: slow, "jnp": slow}, read=4), 0.01)
-    assert [len(result["times"]) for result in row["contenders"].values()] == [1, 1]
+    assert [len(result["times"]) for result in row["contenders"].values()] == [1, 1] and len(calls) == 2
 
 
 def test_peak_bytes_is_what_a_call_holds_at_one_time():
