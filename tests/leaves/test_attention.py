@@ -126,3 +126,37 @@ def test_a_scale_not_above_zero(leaf, queries, scale):
         expected_out, expected_lse = reference.attention_forward(query, key, value, bounds, None, **options)
         close(out, expected_out, "float32")
         close(lse, expected_lse, "float32")
+
+
+# A tile of keys of which no row sees more than one is not skipped; that one's value is the result, whatever the logits.
+@pytest.mark.parametrize("queries", [3, 133])
+def test_each_row_sees_one_key(leaf, queries):
+    query, key, value, _, dout, options = operands((1, queries, 200, 2, 1, 64, 0, None), "float32")
+    seen = np.arange(queries) + 60
+    bounds = np.stack([seen, seen + 1], -1)[None].astype(np.int32)
+    out, lse = leaf("attention", "attention_forward")(query, key, value, bounds, None, **options)
+    close(out, np.broadcast_to(value[:, seen], out.shape).astype(np.float64), "float32")
+    saved = out, lse, dout, np.zeros_like(lse)
+    dquery, dkey, dvalue = leaf("attention", "attention_backward")(query, key, value, bounds, None, *saved, **options)
+    wanted = np.zeros(value.shape)
+    wanted[:, seen] = np.asarray(dout, np.float64).sum(2, keepdims=True)
+    close(dvalue, wanted, "float32")
+    # A softmax of one logit does not change with it.
+    assert max(np.abs(dquery).max(), np.abs(dkey).max()) < 1e-5
+
+
+# What one row sees whole another may see in part, and a third not at all.
+@pytest.mark.parametrize("queries", [3, 133])
+def test_one_row_sees_all_keys(leaf, queries):
+    query, key, value, _, dout, options = operands((1, queries, 256, 1, 1, 64, 0, None), "float32")
+    bounds = np.full((1, queries, 2), (5, 77), np.int32)
+    bounds[:, 0], bounds[:, -1] = (0, 256), 0
+    out, lse = leaf("attention", "attention_forward")(query, key, value, bounds, None, **options)
+    expected_out, expected_lse = reference.attention_forward(query, key, value, bounds, None, **options)
+    close(out, expected_out, "float32")
+    close(lse, expected_lse, "float32")
+    saved = out, lse, dout, np.zeros_like(lse)
+    gradients = leaf("attention", "attention_backward")(query, key, value, bounds, None, *saved, **options)
+    expected = reference.attention_backward(query, key, value, bounds, None, None, None, *saved[2:], **options)
+    for got, want in zip(gradients, expected, strict=True):
+        close(got, want, "float32")
