@@ -54,13 +54,13 @@ class KeyIntervals:
 
 def bounds(mask, key_length):
     """`mask` as the kernels want it: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order, empty ones as stop == start."""
-    clip = functools.partial(jnp.clip, min=0, max=key_length)
-    start = clip(mask.start).astype(jnp.int32)
-    stop = jnp.maximum(clip(mask.stop), start).astype(jnp.int32)
-    if mask.start2 is None:
+    ends = (mask.start, mask.stop, mask.start2, mask.stop2)
+    ends = (jnp.clip(end, 0, key_length).astype(jnp.int32) for end in ends if end is not None)
+    start, stop, *second = jnp.broadcast_arrays(*ends)
+    stop = jnp.maximum(stop, start)
+    if not second:
         return jnp.stack([start, stop], axis=-1)
-    start2 = clip(mask.start2).astype(jnp.int32)
-    stop2 = jnp.maximum(clip(mask.stop2), start2).astype(jnp.int32)
+    start2, stop2 = second[0], jnp.maximum(*second)
     empty, empty2 = stop == start, stop2 == start2
     swap = ~empty2 & (empty | (start2 < start))
     start, stop, start2, stop2 = (

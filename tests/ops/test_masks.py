@@ -1,5 +1,7 @@
 """Masks against their definitions, position by position, in Python loops."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,3 +123,10 @@ def test_the_greatest_int_is_every_key():
     ids = np.array([[0, 0, 1, 1, 1]])
     got = dense(masks.block_causal(5, all_keys, segment_ids=ids), 5)
     np.testing.assert_array_equal(got, ids[:, :, None] == ids[:, None])
+
+
+@pytest.mark.parametrize("second", [{}, dict(start2=jnp.full((1, 3), 5), stop2=jnp.full((1, 3), 6))])
+def test_ends_of_one_row_stand_for_all_rows(second):
+    mask = masks.KeyIntervals(jnp.zeros((1, 3), int), jnp.array([[1, 2, 3], [4, 0, 2]]), **second)
+    whole = masks.KeyIntervals(*(None if x is None else jnp.broadcast_to(x, (2, 3)) for x in dataclasses.astuple(mask)))
+    np.testing.assert_array_equal(masks.bounds(mask, 7), masks.bounds(whole, 7))
