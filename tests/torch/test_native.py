@@ -4,6 +4,7 @@
 layouts, masks, scalars, keys, autograd.
 """
 
+import functools
 import os
 
 import jax
@@ -125,3 +126,69 @@ def test_bad_arguments_are_told_as_jax_tells_them(native):
         native.attention(query, query, query, mask=torch.ones(3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="requires_grad"):
         native.mix_guidance(query[0].requires_grad_(), query[0], 1.0)
+    with pytest.raises(ValueError, match=r"query: expected dtype float32, bfloat16 or float16, got float64"):
+        native.attention(query.double(), query.double(), query.double())
+    with pytest.raises(ValueError, match="at most 8192 positions, and tokens has 8193"):
+        tokens = torch.zeros(1, 8193, dtype=torch.int32)
+        native.unmask_topk(tokens, dlm_kernels.TokenScores(tokens, *[torch.zeros(1, 8193)] * 3), mask_id=0, num_unmask=1)
+    packed = dlm_kernels.pack_lm_head(jnp.ones((40, 16)), implementation="cpu")
+    with pytest.raises(ValueError, match=r"as \[V, D\], not packed"):
+        native.lm_head_scores(query[0], packed)
+
+
+def test_arrays_of_numpy_and_jax_beside_tensors_are_taken(native):
+    logits, tokens = draw(0, B, L, V), np.full((B, L), 39)
+    options = dict(
+        num_unmask=np.array([1, 2]), candidates=np.arange(L)[None] + np.zeros((B, 1)) < 4, banned_tokens=np.array([3, 99]),
+        noise=draw(1, B, L, V), temperature=np.float32(0.5), mask_id=jnp.int32(39),
+    )  # fmt: skip
+    expected = dlm_kernels.unmask_step(jnp.asarray(logits), jnp.asarray(tokens), **options, implementation="xla")
+    same(native.unmask_step(torch.tensor(logits), tokens, **options), expected)
+    assert expected.unmasked.any()
+    greedy = options | dict(temperature=np.float32(0))
+    expected = dlm_kernels.unmask_step(jnp.asarray(logits), jnp.asarray(tokens), **greedy, implementation="xla")
+    same(native.unmask_step(torch.tensor(logits), tokens, **greedy), expected)
+    streams = torch.tensor(np.stack([logits, -logits]))
+    same([native.combine_guidance(streams, [2.0, 1.0])], [logits])
+    rows = dlm_kernels.pack_lm_head(jnp.asarray(draw(2, V, D)), implementation="xla")
+    hidden = draw(3, B, L, D)
+    same(native.lm_head_scores(torch.tensor(hidden), rows), dlm_kernels.lm_head_scores(jnp.asarray(hidden), rows))
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_one_row_of_starts_for_all_stops(native, pairs):
+    query, key = draw(0, B, L, 2, 16), draw(1, B, 9, 2, 16)
+    ends = [np.zeros((1, L), int), np.array([[3] * L, [7] * L]), np.full((1, L), 5), np.full((1, L), 8)][: 2 * pairs]
+    got = native.attention(*map(torch.tensor, (query, key, key)), mask=masks.KeyIntervals(*map(torch.tensor, ends)))
+    ends = [jnp.broadcast_to(end, (B, L)) for end in ends]
+    same([got], [dlm_kernels.attention(query, key, key, mask=masks.KeyIntervals(*ends), implementation="xla")])
+
+
+def test_a_new_number_is_not_checked_by_tracing_the_kernels_anew(native, monkeypatch):
+    from dlm_kernels.triton_kernels import launch
+
+    logits, tokens = torch.tensor(draw(0, B, L, V)), torch.full((B, L), 39)
+    run = functools.partial(native.unmask_step, logits, tokens, mask_id=39, unconditional=logits)
+    run(threshold=0.9, guidance_scale=1.5)
+    traced = []
+    monkeypatch.setattr(launch, "_launch_jax", lambda call, values: traced.append(call))
+    run(threshold=0.8, guidance_scale=1.25)
+    assert not traced
+
+
+def test_a_gradient_of_a_gradient_is_refused(native):
+    query = torch.tensor(draw(0, B, L, 2, 16), requires_grad=True)
+    (gradient,) = torch.autograd.grad(native.attention(query, query, query).sum(), query)
+    with pytest.raises(ValueError, match="create_graph=False"):
+        torch.autograd.grad(native.attention(query, query, query).sum(), query, create_graph=True)
+    hidden, targets = torch.tensor(draw(0, B, L, D), requires_grad=True), torch.zeros(B, L, dtype=torch.int64)
+    loss = native.masked_cross_entropy(hidden, torch.tensor(draw(1, V, D)), targets, torch.ones(B, L))
+    with pytest.raises(ValueError, match="create_graph=False"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_gradients_of_nothing(native):
+    query, hidden = torch.ones(B, L, 2, 16, requires_grad=True), torch.ones(0, L, D, requires_grad=True)
+    native.attention(query, query[:, :0], query[:, :0]).sum().backward()
+    native.masked_cross_entropy(hidden, torch.ones(V, D), torch.ones(0, L, dtype=torch.int32), torch.ones(0, L)).backward()
+    assert (query.grad == 0).all() and hidden.grad.shape == hidden.shape

@@ -42,3 +42,21 @@ def test_a_tensor_that_wants_a_gradient_is_refused():
     query = torch.randn(1, 2, 1, 8, requires_grad=True)
     with pytest.raises(ValueError, match="requires_grad"):
         adapter.attention(query, query, query)
+
+
+def test_float64_is_refused_and_not_rounded_unasked():
+    hidden, targets = torch.randn(1, 2, 8), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="weight: expected dtype float32, bfloat16 or float16, got float64"):
+        adapter.lm_head_scores(hidden, torch.randn(9, 8).double())
+    # Weights of a loss may be any numbers.
+    weights = torch.ones(1, 2)
+    mine, other = (adapter.masked_cross_entropy(hidden, hidden[0], targets, x) for x in (weights.double(), weights))
+    assert mine.dtype == torch.float32 and mine == other
+
+
+def test_torch_compile_breaks_its_graph_around_an_operation():
+    def step(logits, tokens):
+        return adapter.unmask_step(2 * logits, tokens, mask_id=30, num_unmask=3).tokens + 1
+
+    logits, tokens = torch.randn(2, 7, 31), torch.full((2, 7), 30)
+    np.testing.assert_array_equal(torch.compile(step, backend="eager")(logits, tokens), step(logits, tokens))

@@ -7,6 +7,7 @@ Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`); 
 gradients there. Tensors on the CPU are handed to JAX and back through DLPack, without a copy where they are contiguous, and
 without gradients: a tensor that requires one is refused rather than silently detached. Keys are JAX's (`jax.random.key(0)`).
 The first call with a new kind of arguments compiles its kernels, in seconds; Triton keeps them in TRITON_CACHE_DIR.
+torch.compile leaves the operations as they are and breaks its graph around them; torch.func's transforms do not take them.
 """
 
 import functools
@@ -49,13 +50,16 @@ def _to_torch(leaf):
 
 
 def _on_tensors(operation):
+    @torch.compiler.disable
     @functools.wraps(operation)
     def call(*args, **kwargs):
         tensors = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and tensors[0].is_cuda:
             return getattr(_native(), operation.__name__)(*args, **kwargs)
-        args, kwargs = jax.tree.map(_to_jax, (args, kwargs), is_leaf=lambda leaf: leaf is None)
-        return jax.tree.map(_to_torch, jax.block_until_ready(operation(*args, **kwargs)))
+        # Without 64 bits JAX would take float64 for float32, which the operation refuses where it matters.
+        with jax.enable_x64(any(tensor.dtype == torch.float64 for tensor in tensors)):
+            args, kwargs = jax.tree.map(_to_jax, (args, kwargs), is_leaf=lambda leaf: leaf is None)
+            return jax.tree.map(_to_torch, jax.block_until_ready(operation(*args, **kwargs)))
 
     return call
 

@@ -5,6 +5,7 @@ these functions run on CPU tensors too, in Triton's interpreter; the tests do so
 """
 
 import functools
+import numbers
 
 import jax
 import numpy as np
@@ -19,16 +20,38 @@ from dlm_kernels.triton_kernels import lm_head as head_kernels
 from dlm_kernels.triton_kernels import unmask as unmask_kernels
 
 
-def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None, return_lse=False, implementation=None):
-    _check(dlm_kernels.attention, implementation, query, key, value, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap)
+def _operation(function):
+    """`function` of checked arguments, in which all arrays but a key are tensors on the first one's device."""
+    operation = getattr(dlm_kernels, function.__name__)
+
+    @functools.wraps(function)
+    def call(*args, implementation=None, **kwargs):
+        if implementation not in (None, "triton"):
+            raise ValueError(f"implementation: expected 'triton' or None for tensors on a GPU, got {implementation!r}")
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        _checked(operation, tree, tuple(map(_abstract, leaves)))
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+        args, kwargs = jax.tree.unflatten(tree, [_tensor(leaf, device) for leaf in leaves])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _refuse(operation, device, reason):
+    if reason is not None:
+        raise ValueError(f"dlm_kernels.torch: {operation} on {device} cannot run this call: {reason}")
+
+
+@_operation
+def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None, return_lse=False):
     b, t, n, h = query.shape
     if 0 in (b, t, n, key.shape[1]):
-        out, lse = torch.zeros_like(query), query.new_full((b, n, t), -torch.inf, dtype=torch.float32)
+        out = query.masked_fill(torch.ones_like(query, dtype=torch.bool), 0)  # in the graph, with a gradient of zero
+        lse = query.new_full((b, n, t), -torch.inf, dtype=torch.float32)
         return (out, lse) if return_lse else out
     dense = None if mask is None or isinstance(mask, masks.KeyIntervals) else mask
-    if reason := attention_kernels.supports_attention_forward(query, key, value, None, dense):
-        raise ValueError(f"dlm_kernels.torch: attention on {query.device} cannot run this call: {reason}")
-    bounds = None if mask is None else _bounds(mask, key.shape[1], query.device)
+    _refuse("attention", query.device, attention_kernels.supports_attention_forward(query, key, value, None, dense))
+    bounds = None if mask is None else _bounds(mask, key.shape[1])
     scale = h**-0.5 if scale is None else float(scale)
     out, lse = _Attention.apply(query, key, value, bounds, scale, _number(logits_soft_cap))
     return (out, lse) if return_lse else out
@@ -44,6 +67,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(context, dout, dlse):
+        _refuse_second_gradients()
         query, key, value, bounds, out, lse = context.saved_tensors
         gradients = attention_kernels.attention_backward(
             query, key, value, bounds, None, out, lse, dout, dlse.contiguous(), **context.options
@@ -51,16 +75,11 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def masked_cross_entropy(
-    hidden, weight, targets, weights, *, reduction="sum", logits_soft_cap=None, implementation=None
-):
-    _check(
-        dlm_kernels.masked_cross_entropy, implementation, hidden, weight, targets, weights,
-        reduction=reduction, logits_soft_cap=logits_soft_cap,
-    )  # fmt: skip
+@_operation
+def masked_cross_entropy(hidden, weight, targets, weights, *, reduction="sum", logits_soft_cap=None):
     weights = weights.float()
     if hidden.numel() == 0:
-        loss = torch.zeros_like(weights)
+        loss = hidden.float().sum(-1)  # as empty, and in the graph
     else:
         active = (weights != 0).reshape(-1)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -78,15 +97,16 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(context, dloss):
+        _refuse_second_gradients()
         dhidden, dweight = head_kernels.masked_cross_entropy_backward(
             *context.saved_tensors, dloss.contiguous(), **context.options
         )
         return dhidden, dweight, None, None, None
 
 
+@_operation
 @torch.no_grad()
-def mix_guidance(conditional, unconditional, scale, *, implementation=None):
-    _check(dlm_kernels.mix_guidance, implementation, conditional, unconditional, scale)
+def mix_guidance(conditional, unconditional, scale):
     _refuse_gradients(conditional, unconditional, scale)
     if conditional.numel() == 0:
         return conditional
@@ -96,9 +116,10 @@ def mix_guidance(conditional, unconditional, scale, *, implementation=None):
     return mixed.reshape(conditional.shape)
 
 
+@_operation
 @torch.no_grad()
-def combine_guidance(logits, weights, *, implementation=None):
-    _check(dlm_kernels.combine_guidance, implementation, logits, weights)
+def combine_guidance(logits, weights):
+    weights = torch.as_tensor(weights, device=logits.device)
     _refuse_gradients(logits, weights)
     if logits.numel() == 0:
         return logits.new_zeros(logits.shape[1:])
@@ -108,9 +129,9 @@ def combine_guidance(logits, weights, *, implementation=None):
     return mixed.reshape(logits.shape[1:])
 
 
+@_operation
 @torch.no_grad()
-def score_tokens(logits, *, implementation=None, **options):
-    _check(dlm_kernels.score_tokens, implementation, logits, **options)
+def score_tokens(logits, **options):
     b, length, v = logits.shape
     unconditional, scale = options.pop("unconditional", None), options.pop("guidance_scale", None)
     if unconditional is not None:
@@ -122,9 +143,12 @@ def score_tokens(logits, *, implementation=None, **options):
     return _scores(score, b, length, v, logits.device, **options)
 
 
+@_operation
 @torch.no_grad()
-def lm_head_scores(hidden, weight, *, implementation=None, **options):
-    _check(dlm_kernels.lm_head_scores, implementation, hidden, weight, **options)
+def lm_head_scores(hidden, weight, **options):
+    if isinstance(weight, dlm_kernels.PackedHead):
+        _refuse("lm_head_scores", hidden.device, None if weight.layout == "rows" else "it takes the weight as [V, D], not packed")
+        weight = weight.array
     unconditional, scale = options.pop("unconditional_hidden", None), options.pop("guidance_scale", None)
     logits_dtype = options.pop("logits_dtype", None)
     if unconditional is not None:
@@ -145,7 +169,7 @@ def _scores(score, b, length, v, device, *, confidence="probability", temperatur
     if b * length == 0:
         return dlm_kernels.TokenScores(*(torch.zeros((b, length), device=device, dtype=d) for d in _RESULTS))
     key_data = counter_row = None
-    if isinstance(temperature, (int, float)) and temperature == 0:
+    if isinstance(temperature, numbers.Real) and temperature == 0:
         temperature = noise = None
     else:
         temperature = _rows(temperature, (b, length), device)
@@ -172,9 +196,10 @@ _RESULTS = (torch.int32, torch.float32, torch.float32, torch.float32)
 _RULES = ("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold")
 
 
+@_operation
 @torch.no_grad()
-def unmask_topk(tokens, scores, *, mask_id, candidates=None, implementation=None, **rules):
-    _check(dlm_kernels.unmask_topk, implementation, tokens, scores, mask_id=mask_id, candidates=candidates, **rules)
+def unmask_topk(tokens, scores, *, mask_id, candidates=None, **rules):
+    _refuse("unmask_topk", tokens.device, unmask_kernels.supports_unmask_topk(tokens))
     tokens, device = _ints(tokens), tokens.device
     allowed, masked = _candidates(candidates, tokens), tokens == mask_id
     if tokens.numel() == 0:
@@ -193,11 +218,9 @@ def unmask_topk(tokens, scores, *, mask_id, candidates=None, implementation=None
     return dlm_kernels.UnmaskResult(*results)
 
 
+@_operation
 @torch.no_grad()
-def unmask_step(logits, tokens, *, mask_id, candidates=None, implementation=None, **options):
-    _check(
-        dlm_kernels.unmask_step, implementation, logits, tokens, mask_id=mask_id, candidates=candidates, **options
-    )
+def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
     rules = {name: options.pop(name) for name in _RULES if name in options}
     active = _candidates(candidates, tokens)
     if rules.get("edit_threshold") is None:
@@ -209,18 +232,19 @@ def unmask_step(logits, tokens, *, mask_id, candidates=None, implementation=None
 # --- From torch's arguments to the kernels' ------------------------------------------------------------------------
 
 
-def _check(operation, implementation, *args, **kwargs):
-    """Raises what the JAX operation raises for these shapes and dtypes. Remembers what it has checked: it takes a trace."""
-    if implementation not in (None, "triton"):
-        raise ValueError(f"implementation: expected 'triton' or None for tensors on a GPU, got {implementation!r}")
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    _checked(operation, tree, tuple(_abstract(leaf) for leaf in leaves))
-
-
 @functools.lru_cache(maxsize=4096)
 def _checked(operation, tree, leaves):
-    args, kwargs = jax.tree.unflatten(tree, leaves)
-    dlm_kernels.explain(operation, *args, **kwargs)
+    """Raises what the JAX operation raises for these shapes, dtypes and numbers. Remembers them, for it takes a trace."""
+    shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def abstract(*traced):
+        traced = iter(traced)
+        args, kwargs = jax.tree.unflatten(tree, [next(traced) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves])
+        return operation(*args, **kwargs)
+
+    # Without 64 bits JAX would take float64 for float32.
+    with jax.enable_x64(True):
+        jax.eval_shape(abstract, *shapes)
 
 
 def _abstract(leaf):
@@ -230,26 +254,39 @@ def _abstract(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf
 
 
+def _tensor(leaf, device):
+    """An array of JAX or NumPy as a tensor; keys, and what is no array, as it is."""
+    if not isinstance(leaf, (jax.Array, np.ndarray)) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return leaf if leaf.dtype == np.uint32 else torch.as_tensor(np.array(leaf), device=device)
+
+
 def _refuse_gradients(*tensors):
     if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
         raise ValueError("dlm_kernels.torch: expected tensors without requires_grad; detach them, or mix in torch")
 
 
-def _bounds(mask, length, device):
+def _refuse_second_gradients():
+    # once_differentiable would let them pass as zeros where the gradient that comes in is a constant.
+    if torch.is_grad_enabled():
+        raise ValueError("dlm_kernels.torch: expected create_graph=False: a gradient has no gradient itself")
+
+
+def _bounds(mask, length):
     """`masks.bounds` on tensors: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order."""
-    ends = (mask.start, mask.stop, mask.start2, mask.stop2)
-    ends = [None if x is None else _tensor(x, device).clamp(0, length).int() for x in ends]
-    start, stop = ends[0], torch.maximum(ends[0], ends[1])
-    if ends[2] is None:
-        return torch.stack([start, stop], -1).contiguous()
-    start2, stop2 = ends[2], torch.maximum(ends[2], ends[3])
+    ends = (x.clamp(0, length).int() for x in (mask.start, mask.stop, mask.start2, mask.stop2) if x is not None)
+    start, stop, *second = torch.broadcast_tensors(*ends)
+    stop = torch.maximum(start, stop)
+    if not second:
+        return torch.stack([start, stop], -1)
+    start2, stop2 = second[0], torch.maximum(*second)
     swap = start2 < start
     start, stop, start2, stop2 = (torch.where(swap, b, a) for a, b in (
         (start, start2), (stop, stop2), (start2, start), (stop2, stop)
     ))  # fmt: skip
     # Now in order of their starts: what the first covers is the first's.
     start2 = torch.maximum(start2, torch.minimum(stop, stop2))
-    return torch.stack([start, stop, start2, stop2], -1).contiguous()
+    return torch.stack([start, stop, start2, stop2], -1)
 
 
 def _candidates(candidates, tokens):
@@ -264,13 +301,9 @@ def _candidates(candidates, tokens):
 
 def _rows(value, shape, device, dtype=torch.float32):
     """A scalar, [B] or [B, L] as one value per row, [B] or [B * L]."""
-    value = _tensor(value, device).to(dtype)
+    value = torch.as_tensor(value, device=device).to(dtype)
     value = value.reshape(value.shape + (1,) * (len(shape) - value.ndim if value.ndim else 0))
     return value.expand(tuple(shape)).reshape(-1).contiguous()
-
-
-def _tensor(value, device):
-    return torch.as_tensor(np.array(value) if isinstance(value, jax.Array) else value, device=device)
 
 
 def _ints(tensor):
