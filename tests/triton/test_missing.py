@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import dlm_kernels
+from dlm_kernels import triton_kernels
 
 QUERY = jnp.ones((1, 4, 2, 16))
 
@@ -29,10 +30,47 @@ def without_jax_cuda_plugin(monkeypatch):
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     # Without the plugin jaxlib's module is there, and empty.
     monkeypatch.delattr("jaxlib.gpu_triton.get_compute_capability", raising=False)
-    return "need JAX's CUDA plugin: pip install 'jax[cuda13]'"
+    return "need the CUDA plugin of JAX: pip install 'jax[cuda13]'"
 
 
-@pytest.mark.parametrize("missing", [without_triton, with_an_old_triton, without_jax_cuda_plugin])
+def with_a_triton_that_does_not_load(monkeypatch):
+    """As where it wants a newer C library than there is."""
+    load = importlib.import_module
+
+    def fail(module, *rest):
+        if module == "triton":
+            raise ImportError("GLIBC_2.38 not found\nand more")
+        return load(module, *rest)
+
+    triton_kernels._failure.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", fail)
+    return "3.6 or newer, and what is installed does not load (ImportError: GLIBC_2.38 not found): pip install 'dlm_kernels[gpu]'"
+
+
+def with_a_folder_called_triton(monkeypatch):
+    monkeypatch.delattr("triton.__version__")
+    return "3.6 or newer, and none is installed: pip install"
+
+
+def with_a_jax_triton_that_does_not_load(monkeypatch):
+    triton_kernels._failure.cache_clear()
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    monkeypatch.setattr("jaxlib.gpu_triton.get_compute_capability", None, raising=False)
+    importlib.import_module("dlm_kernels.triton_kernels.launch").jax_triton.cache_clear()
+    monkeypatch.setitem(sys.modules, "jax_triton.triton_lib", None)
+    return "0.3.1 or newer, and what is installed does not load (ModuleNotFoundError: "
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    triton_kernels._failure.cache_clear()
+
+
+@pytest.mark.parametrize("missing", [
+    without_triton, with_an_old_triton, with_a_triton_that_does_not_load, with_a_folder_called_triton, without_jax_cuda_plugin,
+    with_a_jax_triton_that_does_not_load,
+])  # fmt: skip
 def test_what_is_missing_is_said_and_the_default_goes_without(missing, monkeypatch):
     sentence = missing(monkeypatch)
     with pytest.raises(ValueError, match="implementation='triton' cannot run attention_forward: the Triton kernels ") as raised:
@@ -42,7 +80,7 @@ def test_what_is_missing_is_said_and_the_default_goes_without(missing, monkeypat
     np.testing.assert_allclose(dlm_kernels.attention(QUERY, QUERY, QUERY), QUERY, rtol=1e-6)
 
 
-@pytest.mark.parametrize("missing", [without_triton, with_an_old_triton])
+@pytest.mark.parametrize("missing", [without_triton, with_an_old_triton, with_a_triton_that_does_not_load])
 def test_torch_says_the_same_of_a_tensor_on_a_gpu(missing, monkeypatch):
     pytest.importorskip("torch", reason="the torch extra is not installed")
     adapter = importlib.import_module("dlm_kernels.torch")

@@ -3,18 +3,26 @@
 Importing this package imports neither Triton nor a framework; `unavailable()` says whether its modules can be used from JAX.
 """
 
+import functools
+import importlib
 import importlib.util
+import re
+
+_NEED = "the Triton kernels need the {}"
+_INSTALL = "pip install 'dlm_kernels[gpu]'"
 
 
 def without_triton() -> str | None:
     """None where Triton is there, else the sentence that says what to install."""
-    need = "the Triton kernels need the triton package, 3.6 or newer"
+    need = _NEED.format("triton package, 3.6 or newer")
     if importlib.util.find_spec("triton") is None:
-        return f"{need}: pip install 'dlm_kernels[gpu]'"
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        return f"{need}, and {triton.__version__} is installed: pip install 'dlm_kernels[gpu]'"
+        return f"{need}: {_INSTALL}"
+    if failure := _failure("triton"):
+        return f"{need}, and what is installed does not load ({failure}): {_INSTALL}"
+    # A folder of this name is a module too, without a version.
+    version = getattr(importlib.import_module("triton"), "__version__", "none")
+    if [*map(int, re.findall(r"\d+", version)[:2])] < [3, 6]:
+        return f"{need}, and {version} is installed: {_INSTALL}"
     return None
 
 
@@ -26,11 +34,26 @@ def unavailable() -> str | None:
 
     if triton.knobs.runtime.interpret:
         return None
+    need = _NEED.format("jax-triton package, 0.3.1 or newer")
     if importlib.util.find_spec("jax_triton") is None:
-        return "the Triton kernels need the jax-triton package, 0.3.1 or newer: pip install 'dlm_kernels[gpu]'"
+        return f"{need}: {_INSTALL}"
     from jaxlib import gpu_triton
 
     # Without JAX's CUDA plugin the module is there, and empty.
     if not hasattr(gpu_triton, "get_compute_capability"):
-        return "the Triton kernels need JAX's CUDA plugin: pip install 'jax[cuda13]'"
+        return _NEED.format("CUDA plugin of JAX") + ": pip install 'jax[cuda13]'"
+    if failure := _failure("dlm_kernels.triton_kernels.launch", "jax_triton"):
+        return f"{need}, and what is installed does not load ({failure}): {_INSTALL}"
+    return None
+
+
+@functools.cache  # a module that fails would be imported anew by every call
+def _failure(module: str, loader: str | None = None) -> str | None:
+    """Why the module, or a function of it that loads another, fails: a call that does not need it must not fail too."""
+    try:
+        loaded = importlib.import_module(module)
+        if loader is not None:
+            getattr(loaded, loader)()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

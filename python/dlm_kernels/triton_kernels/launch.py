@@ -200,7 +200,7 @@ def _launch_jax(call: _Call, values: list) -> list:
     present = dict(zip(call.present, values))
     # jax-triton takes arrays by position: one that is absent needs a stand-in, which the kernel does not touch.
     outputs = {name: out or Out((1,), "float32") for name, out in call.outputs}
-    results = _jax_triton().triton_call(
+    results = jax_triton().triton_call(
         *(present.get(name, values[0]) for name in call.inputs),
         kernel=call.kernel,
         out_shape=[jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs.values()],
@@ -216,16 +216,17 @@ def _launch_jax(call: _Call, values: list) -> list:
 
 
 @functools.cache
-def _jax_triton():
+def jax_triton():
+    """The package of this name, made to keep what it compiles and to say on which platform its kernels run."""
     from jax.interpreters import mlir
 
-    # Its import empties this variable, and Triton's cache on disk would be lost, to torch in the same process too.
+    # Its import, and one before ours, empties this variable: Triton's cache on disk would be lost, to torch too.
     kept = os.environ.get("TRITON_CACHE_DIR")
     import jax_triton
     from jax_triton import triton_lib
 
-    os.environ.pop("TRITON_CACHE_DIR")
-    if kept is not None:
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if kept:
         os.environ["TRITON_CACHE_DIR"] = kept
     mlir.register_lowering(triton_lib.triton_kernel_call_p, _refuse_lowering)
     triton_lib.compile_ttir_inplace = _kept_on_disk(triton_lib.compile_ttir_inplace, triton_lib.CompilationResult)
