@@ -129,3 +129,26 @@ def test_through_the_operation_under_vmap_and_grad():
 
     got, expected = (jax.grad(loss)(query, name) for name in ("triton", "xla"))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_offsets_beyond_32_bits():
+    """Heads 2**30 elements apart, as those of long sequences in [B, N, T, H] are: a sparse array, and the third head's wraps."""
+    # From the middle, where an offset that wraps around finds zeros and nobody else's memory.
+    middle = np.zeros(2**32 + 4096, np.float16)[2**31 :]
+    far = iter(middle[i * 1024 :] for i in range(4))
+
+    def apart(array):
+        _, t, n, h = array.shape
+        view = np.lib.stride_tricks.as_strided(next(far), array.shape, [2 * step for step in (1, h, 2**30, 1)])
+        view[...] = array
+        return view
+
+    arrays = [x.reshape(1, 4, 3, 16) for x in inputs(3, 3, 1, 16, "float16")[:4]]
+    options = dict(scale=0.3, logits_soft_cap=None)
+
+    def run(query, key, value, dout):
+        out, lse = kernels.attention_forward(query, key, value, None, None, **options)
+        return (out, lse, *kernels.attention_backward(query, key, value, None, None, out, lse, dout, lse, **options))
+
+    for mine, other in zip(run(*map(apart, arrays)), run(*arrays)):
+        np.testing.assert_array_equal(mine, other)

@@ -10,9 +10,19 @@ import triton.language as tl
 from dlm_kernels.triton_kernels.attention_backward import (
     attention_backward,
     bounds_stride,
+    place,
     supports_attention_backward,
 )
-from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiprocessors, strides, tuned
+from dlm_kernels.triton_kernels.launch import (
+    Out,
+    arch,
+    dtype_name,
+    launch,
+    multiplies_by_warp,
+    multiprocessors,
+    strides,
+    tuned,
+)
 from dlm_kernels.triton_kernels.numerics import tanh
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
@@ -99,18 +109,18 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(1)
-    b = (tl.program_id(2) % batch).to(tl.int64)
-    part = tl.program_id(2) // batch
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, kv_head, rest = place(tl.cdiv(queries * GROUPS, BLOCK_M), heads // GROUPS)
+    b = (rest % batch).to(tl.int64)
+    part = rest // batch
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     real = m < queries * GROUPS
     t = m // GROUPS
     n = kv_head * GROUPS + m % GROUPS
     h = tl.arange(0, BLOCK_H)
     at_query = query + b * query_b + t.to(tl.int64)[:, None] * query_t + n[:, None] * query_n + h[None, :] * query_h
     q = tl.load(at_query, mask=real[:, None] & (h < H)[None, :], other=0)
-    key += b * key_b + kv_head.to(tl.int64) * key_k
-    value += b * value_b + kv_head.to(tl.int64) * value_k
+    key += b * key_b + kv_head * key_k
+    value += b * value_b + kv_head * value_k
     part_first = part * split
     part_last = tl.minimum(length, part_first + split)
     acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
@@ -205,7 +215,7 @@ def _tiles(dtype: str, h: int, few_rows: bool, pairs: int) -> tuple[dict, int, i
     if dtype == "float32":
         return {"BLOCK_M": 32 if h <= 64 else 16, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
     block_m = 64 if few_rows else 128
-    ampere = arch() < 90
+    ampere = multiplies_by_warp()
     if h > 128:
         num_stages = 1 if pairs == 2 and arch() >= 100 else 2
         return {"BLOCK_M": 32 if ampere else 64, "BLOCK_N": 16 if pairs == 2 else 32, "PRECISION": "ieee"}, 8, num_stages
@@ -246,7 +256,7 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     block_h = max(16, triton.next_power_of_2(h))
     out, lse = launch(
         _forward_kernel,
-        (triton.cdiv(queries * groups, tiles["BLOCK_M"]), kv_heads, batch * splits),
+        (triton.cdiv(queries * groups, tiles["BLOCK_M"]) * kv_heads * batch * splits,),
         inputs={"query": query, "key": key, "value": value, "bounds": bounds},
         outputs={
             "out": Out((splits, batch, queries, heads, h)[splits == 1 :], "float32" if splits > 1 else dtype_name(query)),

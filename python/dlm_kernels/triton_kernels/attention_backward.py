@@ -6,8 +6,15 @@ Both compute the weights again from lse. Rows are packed as in the forward kerne
 import triton
 import triton.language as tl
 
-from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, strides, tuned
+from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, multiplies_by_warp, strides, tuned
 from dlm_kernels.triton_kernels.numerics import tanh
+
+
+@triton.jit
+def place(tiles, heads):
+    """This program's tile, head (int64), and what remains: all along the grid's first axis, for CUDA ends the others at 65535."""
+    program = tl.program_id(0)
+    return program % tiles, (program // tiles % heads).to(tl.int64), program // tiles // heads
 
 
 @triton.jit
@@ -21,9 +28,9 @@ def _delta_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    tile, n, b = place(tl.cdiv(queries, BLOCK_T), heads)
+    b = b.to(tl.int64)
+    t = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.arange(0, BLOCK_H)
     inside = (t < queries)[:, None] & (h < H)[None, :]
     o = tl.load(out + b * out_b + n * out_n + t[:, None] * out_t + h[None, :] * out_h, mask=inside, other=0)
@@ -87,9 +94,9 @@ def _dkdv_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_N
+    tile, kv_head, b = place(tl.cdiv(length, BLOCK_N), kv_heads)
+    b = b.to(tl.int64)
+    first = tile * BLOCK_N
     s = first + tl.arange(0, BLOCK_N)
     h = tl.arange(0, BLOCK_H)
     there = (s < length)[:, None] & (h < H)[None, :]
@@ -103,18 +110,17 @@ def _dkdv_kernel(
         m = tile + tl.arange(0, BLOCK_M)
         real = m < queries * GROUPS
         t = m // GROUPS
-        n = kv_head * GROUPS + m % GROUPS
         visible = _visible(bounds, b * bounds_b + t.to(tl.int64) * (2 * PAIRS), real, s, length, PAIRS)
         if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
             inside = real[:, None] & (h < H)[None, :]
             # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
-            wide = tl.cast(tile // GROUPS, tl.int64)
-            near = (t - tile // GROUPS)[:, None]
-            at = near * query_t + n[:, None] * query_n + h[None, :] * query_h
-            q = tl.load(query + (b * query_b + wide * query_t) + at, mask=inside, other=0)
-            at = near * dout_t + n[:, None] * dout_n + h[None, :] * dout_h
-            do = tl.load(dout + (b * dout_b + wide * dout_t) + at, mask=inside, other=0)
-            at = (b * heads + n) * queries + t
+            wide, head = tl.cast(tile // GROUPS, tl.int64), kv_head * GROUPS
+            near, g = (t - tile // GROUPS)[:, None], (m % GROUPS)[:, None]
+            at = near * query_t + g * query_n + h[None, :] * query_h
+            q = tl.load(query + (b * query_b + wide * query_t + head * query_n) + at, mask=inside, other=0)
+            at = near * dout_t + g * dout_n + h[None, :] * dout_h
+            do = tl.load(dout + (b * dout_b + wide * dout_t + head * dout_n) + at, mask=inside, other=0)
+            at = (b * heads + head + m % GROUPS) * queries + t
             sums = tl.load(lse + at, mask=real, other=0.0)
             change = tl.load(delta + at, mask=real, other=0.0)
             p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION)
@@ -146,9 +152,9 @@ def _dq_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, kv_head, b = place(tl.cdiv(queries * GROUPS, BLOCK_M), heads // GROUPS)
+    b = b.to(tl.int64)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     real = m < queries * GROUPS
     t = m // GROUPS
     n = kv_head * GROUPS + m % GROUPS
@@ -200,7 +206,7 @@ def _tiles(dtype: str, h: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages."""
     if dtype == "float32":
         return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
-    if h > 128 or arch() < 90:
+    if h > 128 or multiplies_by_warp():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 1
     return {"BLOCK_M": 64, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 8, 1
 
@@ -215,7 +221,7 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     sizes = {"H": h, "BLOCK_H": max(16, triton.next_power_of_2(h))}
     (delta,) = launch(
         _delta_kernel,
-        (triton.cdiv(queries, 32), heads, batch),
+        (triton.cdiv(queries, 32) * heads * batch,),
         inputs={"out": out, "dout": dout, "dlse": dlse},
         outputs={"delta": Out((batch, heads, queries), "float32")},
         scalars={
@@ -240,7 +246,7 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     options = {"num_warps": num_warps, "num_stages": num_stages}
     dkey, dvalue = launch(
         _dkdv_kernel,
-        (triton.cdiv(length, tiles["BLOCK_N"]), kv_heads, batch),
+        (triton.cdiv(length, tiles["BLOCK_N"]) * kv_heads * batch,),
         inputs=inputs,
         outputs={"dkey": Out(tuple(key.shape), dtype), "dvalue": Out(tuple(key.shape), dtype)},
         scalars={**scalars, "kv_heads": kv_heads},
@@ -249,7 +255,7 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     )
     (dquery,) = launch(
         _dq_kernel,
-        (triton.cdiv(queries * groups, tiles["BLOCK_M"]), kv_heads, batch),
+        (triton.cdiv(queries * groups, tiles["BLOCK_M"]) * kv_heads * batch,),
         inputs=inputs,
         outputs={"dquery": Out(tuple(query.shape), dtype)},
         scalars=scalars,

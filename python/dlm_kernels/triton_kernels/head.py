@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dlm_kernels.triton_kernels.launch import arch, dtype_name, strides, tuned
+from dlm_kernels.triton_kernels.launch import dtype_name, multiplies_by_warp, strides, tuned
 
 SPAN = 128  # tokens per program
 _RESIDENT = 16 << 20  # bytes of hidden states that stay in L2 (40 MB on A100, 50 on H100) beside what streams through
@@ -43,7 +43,7 @@ def tiles(dtype: str, few_rows: bool, sampled: bool = False) -> tuple[dict, int,
     if dtype == "float32":
         return {"BLOCK_R": 16 if sampled else 32, "BLOCK_V": SPAN, "BLOCK_D": 32, "PRECISION": "tf32x3"}, 8, 2
     block = 64 if few_rows or sampled else 128
-    num_warps = 4 if few_rows and not sampled and arch() >= 90 else 8
+    num_warps = 4 if few_rows and not sampled and not multiplies_by_warp() else 8
     return {"BLOCK_R": block, "BLOCK_V": SPAN, "BLOCK_D": 64, "PRECISION": "ieee"}, num_warps, 3
 
 

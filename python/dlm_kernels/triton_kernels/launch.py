@@ -32,6 +32,7 @@ from dlm_kernels.triton_kernels import tiles
 
 _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 160, 120: 170}
 _DEFAULT_ARCH = 90
+_MOST_PROGRAMS = 65535  # of CUDA, along any axis but the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,11 @@ def arch() -> int:
     return _DEFAULT_ARCH
 
 
+def multiplies_by_warp() -> bool:
+    """True where a warp is what multiplies: Ampere and Ada, and sm_120. On Hopper and the larger Blackwell four do as one."""
+    return not 90 <= arch() < 120
+
+
 def multiprocessors() -> int:
     """How many programs run at once, for choosing split counts from shapes alone."""
     return _MULTIPROCESSORS.get(arch(), 132)
@@ -145,6 +151,8 @@ def launch(
     arrays = [*inputs, *outputs]
     if kernel.arg_names[: len(arrays)] != arrays:
         raise ValueError(f"launch of {kernel.__name__}: expected its parameters to begin with {arrays}")
+    if any(programs > _MOST_PROGRAMS for programs in grid[1:]):
+        raise ValueError(f"launch of {kernel.__name__}: expected at most {_MOST_PROGRAMS} programs along axes 1 and 2, got {grid}")
     present = {name: value for name, value in inputs.items() if value is not None}
     call = _Call(
         kernel, grid, tuple(inputs), tuple(present), tuple(outputs.items()), tuple(scalars.items()),
@@ -265,6 +273,9 @@ def _launch_torch(call: _Call, values: list, torch) -> list:
     if not interpreting() and not values[0].is_cuda:
         raise ValueError(f"launch of {call.kernel.__name__}: expected CUDA tensors, given one on {values[0].device}")
     device = values[0].device
+    for name, value in zip(call.present, values):
+        if value.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, as {call.present[0]} is, got one on {value.device}")
     results = {
         name: torch.empty(out.shape, dtype=getattr(torch, out.dtype), device=device) for name, out in call.wanted.items()
     }

@@ -55,12 +55,12 @@ def _score_kernel(
     SECOND: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     wanted = True
     if HAS_ACTIVE:
         wanted = tl.load(active + row) != 0
     if wanted:
-        start = tl.program_id(0) * SPAN
+        start = tl.program_id(1) * SPAN
         tokens = start.to(tl.int64) + tl.arange(0, SPAN)
         value = _span_logits(
             logits, unconditional, guidance_scale, banned, row, tokens, start, vocabulary, banned_count,
@@ -69,7 +69,7 @@ def _score_kernel(
         if HAS_TEMPERATURE:
             heat = tl.load(temperature + row)
             value = value / tl.where(heat > 0.0, heat, 1.0)
-        at = row * tl.num_programs(0) + tl.program_id(0)
+        at = row * tl.num_programs(1) + tl.program_id(1)
         tops, totals, moments = scores.summarize(value, 0)
         tl.store(top + at, tops)
         tl.store(total + at, totals)
@@ -108,7 +108,7 @@ def _draw_kernel(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least SPANS
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     wanted = True
     if HAS_ACTIVE:
         wanted = tl.load(active + row) != 0
@@ -118,7 +118,7 @@ def _draw_kernel(
         divisor = tl.where(hot, heat, 1.0)
         lane = tl.arange(0, BLOCK)
         tops = tl.load(top + row * spans + lane, mask=lane < spans, other=float("-inf"))
-        at = row * spans + tl.program_id(0)
+        at = row * spans + tl.program_id(1)
         mine = tl.load(top + at)
         best = tl.max(tops, 0)
         if not TEMPERED:
@@ -140,7 +140,7 @@ def _draw_kernel(
             tl.store(choice_token + at, 0)
             tl.store(picked + at, float("-inf"))
         else:
-            start = tl.program_id(0) * SPAN
+            start = tl.program_id(1) * SPAN
             tokens = start.to(tl.int64) + tl.arange(0, SPAN)
             value = _span_logits(
                 logits, unconditional, guidance_scale, banned, row, tokens, start, vocabulary, banned_count,
@@ -199,7 +199,7 @@ def score_tokens(
     per_span = {name: Out((rows, spans), dtype) for name, dtype in scores.STATISTICS.items()}
     statistics = launch(
         _score_kernel,
-        (spans, rows),
+        (rows, spans),
         inputs={**source, "temperature": temperature if tempered_confidence else None, "active": active, "banned": banned},
         outputs=per_span,
         scalars=sizes,
@@ -212,7 +212,7 @@ def score_tokens(
         drawn = {name: Out((rows, spans), dtype) for name, dtype in scores.CHOICES.items()}
         choices = launch(
             _draw_kernel,
-            (spans, rows),
+            (rows, spans),
             inputs={
                 **source, "temperature": temperature, "key_data": None if noise is not None else key_data,
                 "counter_row": None if noise is not None else counter_row, "noise": noise, "active": active,
