@@ -28,7 +28,8 @@ def main(arguments=None):
     compare.add_argument("after", type=Path)
     tuning = commands.add_parser("tune", help="time other sizes of the kernels' tiles and write the fastest into the sources")
     tuning.add_argument("--build", action="store_true", help="only compile what the next run times")
-    tuning.add_argument("--only", metavar="NAME", dest="part", help="sizes whose name contains NAME")
+    help = "sizes whose name contains NAME; on a GPU kernels and cases"
+    tuning.add_argument("--only", metavar="NAME", dest="part", help=help)
     static = commands.add_parser("tpu-schedule", help="static cycles of the TPU kernels and their peers, by libtpu, without a TPU")
     static.add_argument("--chip", choices=[*HARDWARE, "all"], default="all")
     help = "Pallas kernels alone: XLA takes minutes for a transposition on v6e and 7x"

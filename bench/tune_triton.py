@@ -94,9 +94,9 @@ def run(only=None):
         raise report.Unusable(f"--only: expected a part of one of {', '.join(KERNELS)}, got {only!r}")
     table = dict(tiles.MEASURED)
     for name, kernel in KERNELS.items():
-        if (only or "").lower() not in name:
-            continue
         for case in kernel.cases():
+            if (only or "").lower() not in f"{name} {case.name}".lower():
+                continue
             key, found = fastest(name, kernel, case)
             table.pop(key, None)
             if found is not None:

@@ -1,11 +1,13 @@
 """All that needs an NVIDIA GPU, in the order in which it should work: the tests, and with --bench the benchmarks after them.
 
-    python tests/on_gpu.py [--bench]
+    python tests/on_gpu.py [--bench] [--only WORD]
 
 Fetches nothing: it wants jax with its CUDA plugin, triton, jax-triton and pytest, for its part torch, and builds the package with
-the pybind11 and setuptools that are there where that is not done. Prints last what failed; the exit status is how many steps did.
+the pybind11 and setuptools that are there where that is not done. With pytest-xdist the tests run in several processes: compiling
+is what takes their time. --only: steps whose name contains WORD. Prints last what failed; the exit status is how many steps did.
 """
 
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -16,41 +18,53 @@ from pathlib import Path
 ON_GPU = {"TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 # Torch's kernels are compared with JAX on the CPU, which does not round the products of float32 to TF32.
 TORCH = ON_GPU | {"JAX_PLATFORMS": "cpu"}
+PYTEST = ["pytest", "-rf", "--durations=5"]
+if importlib.util.find_spec("xdist") is not None:
+    PYTEST += ["-n", str(min(8, os.cpu_count()))]
 TESTS = {
-    "kernels at the sizes of models": (["pytest", "-rf", "-m", "gpu", "tests/triton"], ON_GPU),
-    "kernels against the oracle": (["pytest", "-rf", "tests/leaves", "-k", "triton"], ON_GPU),
-    "kernels from torch": (["pytest", "-rf", "tests/torch"], TORCH),
+    "kernels at the sizes of models": ([*PYTEST, "-m", "gpu", "tests/triton"], ON_GPU),
+    "kernels against the oracle": ([*PYTEST, "tests/leaves", "-k", "triton"], ON_GPU),
+    "kernels from torch": ([*PYTEST, "tests/torch"], TORCH),
 }
 BENCH = {"benchmarks": (["bench"], ON_GPU)}
 BUILD = ["pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
 LOOK = "import jax, triton; print(jax.__version__, triton.__version__, *jax.devices('gpu'))"
 
 
-def run(module, environment):
+def run(module, environment, **options):
     root = Path(__file__).resolve().parent.parent
-    return subprocess.run([sys.executable, *module], cwd=root, env=os.environ | environment).returncode
+    return subprocess.run([sys.executable, *module], cwd=root, env=os.environ | environment, **options)
 
 
-def main(bench):
+def main(bench, only):
     absent = [name for name in ("jax", "triton", "jax_triton", "pytest", "numpy") if importlib.util.find_spec(name) is None]
     if absent:
         return f"{sys.executable} has no {' and no '.join(absent)}: pip install 'jax[cuda13]' triton 'jax-triton<0.4' pytest numpy"
-    if run(["-c", LOOK], ON_GPU):
-        return "JAX finds no NVIDIA GPU: it needs its driver, and pip install 'jax[cuda13]'"
-    if run(["-c", "import dlm_kernels._cpu"], {"JAX_PLATFORMS": "cpu"}) and run(["-m", *BUILD], {}):
+    look = run(["-c", LOOK], ON_GPU, capture_output=True, text=True)
+    if look.returncode:
+        why = look.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        return f"JAX finds no NVIDIA GPU: it needs its driver, and pip install 'jax[cuda13]' ({why[0]})"
+    print(look.stdout.strip(), flush=True)
+    if run(["-c", "import dlm_kernels._cpu"], {"JAX_PLATFORMS": "cpu"}).returncode and run(["-m", *BUILD], {}).returncode:
         return "the package could not be built: pip install pybind11 'setuptools>=77', and a C++ compiler"
     steps = TESTS | (BENCH if bench else {})
     if importlib.util.find_spec("torch") is None:
         del steps["kernels from torch"]
         print("no torch: its tests are left out")
+    steps = {name: step for name, step in steps.items() if only in name}
+    if not steps:
+        return f"--only: expected a word of {', '.join(map(repr, TESTS | BENCH))}, got {only!r}"
     failed = []
     for name, (module, environment) in steps.items():
         print(f"== {name}: {' '.join(module)}", flush=True)
-        if run(["-m", *module], environment):
+        if run(["-m", *module], environment).returncode:
             failed.append(name)
     print("failed: " + ", ".join(failed) if failed else f"passed: {', '.join(steps)}")
     return len(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main("--bench" in sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--only", metavar="WORD", default="")
+    sys.exit(main(**vars(parser.parse_args())))

@@ -153,6 +153,13 @@ def test_a_case_has_a_least_number_of_rounds(monkeypatch, headline, quick, least
     assert seen == [least]
 
 
+def test_calls_in_an_accelerators_queue_are_waited_for_once(monkeypatch):
+    waited = []
+    monkeypatch.setattr(harness, "wait", waited.append)
+    harness._seconds(lambda turn: turn, 5, 3)
+    assert waited == [7]
+
+
 def test_a_case_may_have_only_slow_contenders(monkeypatch):
     monkeypatch.setattr(harness, "SLOW_SECONDS", 0.0)
     calls = []

@@ -152,3 +152,18 @@ def test_offsets_beyond_32_bits():
 
     for mine, other in zip(run(*map(apart, arrays)), run(*arrays)):
         np.testing.assert_array_equal(mine, other)
+
+
+def test_every_operand_is_read_by_its_own_strides():
+    arrays = inputs(5, 40)[:4]
+    orders = [(0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 0, 1), (2, 3, 1, 0)]
+    apart = [np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order)) for x, order in zip(arrays, orders)]
+    options = dict(scale=0.3, logits_soft_cap=None)
+
+    def run(query, key, value, dout):
+        out, lse = kernels.attention_forward(query, key, value, None, None, **options)
+        back = [np.asfortranarray(out), lse, dout, lse]
+        return (out, lse, *kernels.attention_backward(query, key, value, None, None, *back, **options))
+
+    for mine, other in zip(run(*apart), run(*arrays)):
+        np.testing.assert_array_equal(mine, other)

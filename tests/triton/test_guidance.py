@@ -41,3 +41,8 @@ def test_a_row_apart_in_memory_is_read_by_its_strides():
     scale = np.full(R, 1.5, np.float32)
     apart = np.asfortranarray(c)
     np.testing.assert_array_equal(kernels.mix_guidance(apart, u, scale), kernels.mix_guidance(c, u, scale))
+    streams_apart = np.asfortranarray(np.stack([c, u]))
+    weights = np.ones((2, R), np.float32)
+    np.testing.assert_array_equal(
+        kernels.combine_guidance(streams_apart, weights), kernels.combine_guidance(np.stack([c, u]), weights)
+    )

@@ -91,3 +91,19 @@ def test_a_target_outside_gives_nan_and_the_loss_differentiates():
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
     spoilt = masked_cross_entropy(hidden, weight, targets.at[0, 1].set(V), weights, reduction="none", implementation="triton")
     assert np.isnan(spoilt[0, 1]) and np.isfinite(spoilt[0, 2:]).all()
+
+
+def test_every_operand_is_read_by_its_own_strides():
+    hidden, weight, keys = operands()
+    noise, ones = np.array(jax.random.gumbel(keys[2], (R, V))), np.ones(R, np.float32)
+    targets, active = np.arange(R, dtype=np.int32), np.ones(R, bool)
+    options = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=None)
+
+    def run(hidden, weight, noise):
+        scores = kernels.lm_head_scores(hidden, weight, ones, None, None, noise, None, None, **options)
+        loss, lse = kernels.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=None)
+        gradients = kernels.masked_cross_entropy_backward(hidden, weight, targets, active, lse, ones, logits_soft_cap=None)
+        return (*scores, loss, *gradients)
+
+    for mine, other in zip(run(*map(np.asfortranarray, (hidden, weight, noise))), run(hidden, weight, noise)):
+        np.testing.assert_array_equal(mine, other)

@@ -87,3 +87,13 @@ def test_ties_go_to_the_lowest_id():
     logits[:, [8391, 8200, 50]] = 3
     token, margin, _, _ = scored(kernels, logits, confidence="margin")
     assert (token == 50).all() and (margin == 0).all()
+
+
+def test_every_operand_is_read_by_its_own_strides():
+    logits, unconditional, noise = (logits_of(seed, 50, "float32") for seed in (1, 2, 3))
+    options = dict(scale=np.full(R, 1.5, np.float32), temperature=np.ones(R, np.float32), counters=False)
+    wide = np.zeros((R, 120), np.float32)[:, ::2][:, :50]
+    wide[...] = unconditional
+    got = scored(kernels, np.asfortranarray(logits), unconditional=wide, noise=noise[:, ::-1].copy()[:, ::-1], **options)
+    for mine, other in zip(got, scored(kernels, logits, unconditional=unconditional, noise=noise, **options)):
+        np.testing.assert_array_equal(mine, other)
