@@ -1,10 +1,14 @@
 """What every launch keeps to, whatever the kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
+from dlm_kernels import score_tokens
 from dlm_kernels.triton_kernels import attention, guidance, launch, lm_head, unmask
 
 MANY = 70_000  # more than CUDA starts along a grid's second or third axis
@@ -42,6 +46,16 @@ def test_a_grid_that_cuda_does_not_start_is_refused():
     with pytest.raises(ValueError, match=r"_mix_kernel: expected at most 65535 programs along axes 1 and 2, got \(1, 65537\)"):
         logits = np.zeros((1, 65537 * 2048), np.float16)
         guidance.mix_guidance(logits, logits, np.zeros(1, np.float32))
+
+
+def test_devices_that_interpret_at_once_do_not_mix():
+    logits = jax.random.normal(jax.random.key(0), (8, 4, 50))
+    mesh, rows = Mesh(np.array(jax.devices()), ("rows",)), PartitionSpec("rows")
+    score = functools.partial(score_tokens, implementation="triton")
+    for _ in range(3):
+        split = jax.shard_map(score, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(logits)
+        for mine, other in zip(split, score(logits)):
+            np.testing.assert_array_equal(mine, other)
 
 
 def test_a_tensor_on_another_device_is_named():

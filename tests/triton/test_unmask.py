@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import score_tokens
+from dlm_kernels.reference import threefry
 from dlm_kernels.triton_kernels import unmask as kernels
 from dlm_kernels.xla import unmask as plain
 
@@ -56,7 +57,7 @@ def test_everything_at_once(tempered, v):
 
 
 def test_noise_from_outside():
-    logits = logits_of(3, 300, "float32")
+    logits = logits_of(3, 8300, "float32")
     noise = np.asarray(jax.random.gumbel(jax.random.key(4), logits.shape)) * 30  # beyond any bound of a true draw
     options = dict(temperature=np.full(R, 0.9, np.float32), noise=noise, counters=False)
     assert_same(scored(kernels, logits, **options), scored(plain, logits, **options))
@@ -69,6 +70,29 @@ def test_samples_are_jax_own():
     drawn = jnp.argmax(logits / 0.8 + jax.random.gumbel(key, logits.shape), axis=-1)
     scores = jax.jit(lambda x: score_tokens(x, temperature=0.8, key=key, implementation="triton"))(logits)
     np.testing.assert_array_equal(scores.token, drawn)
+
+
+def test_a_draw_far_below_the_first_of_another_span_is_found():
+    """Rows of a draw in which a token wins that trails by 6, after the temperature, as one in fifty does."""
+    v = 8200
+    logits = np.full((R, v), -np.inf, np.float32)
+    logits[:, 0], logits[:, 8192:] = 0, -24
+    key = np.asarray(jax.random.key_data(jax.random.key(1)))
+    rows = np.arange(1000, dtype=np.int32)
+    drawn = np.argmax(logits[0] / 4 + threefry.gumbel(np.tile(key, (1000, 1)), rows, v), axis=1)
+    rows = rows[drawn >= 8192][:R]
+    assert len(rows) == R
+    token = kernels.score_tokens(
+        logits, None, None, np.full(R, 4, np.float32), np.tile(key, (R, 1)), rows, None, None, None,
+        confidence="probability", tempered_confidence=False, logits_soft_cap=None,
+    )[0]  # fmt: skip
+    np.testing.assert_array_equal(token, drawn[rows])
+
+
+def test_a_cap_far_above_the_logits_keeps_their_digits():
+    logits = logits_of(9, 37, "float32")
+    for mine, other in zip(scored(kernels, logits, cap=1e4), scored(plain, logits, cap=1e4)):
+        np.testing.assert_allclose(mine, other, rtol=2e-6)
 
 
 def test_a_spoilt_row_says_so_and_spoils_no_other():

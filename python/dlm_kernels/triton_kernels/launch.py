@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -295,6 +296,9 @@ def _launch_torch(call: _Call, values: list, torch) -> list:
 # --- The interpreter ---------------------------------------------------------------------------------------------
 
 
+_INTERPRETER = threading.Lock()  # which has one grid, and JAX a thread for each device
+
+
 class _Memory:
     """A NumPy array as the little of torch's tensor that the interpreter looks at; it writes through data_ptr."""
 
@@ -335,6 +339,6 @@ def _interpret(call: _Call, *values: np.ndarray) -> list[np.ndarray]:
         floating = out.dtype in ("float32", "float16", "bfloat16")
         results[name] = np.full(out.shape, np.nan if floating else 77, dtype=np.dtype(out.dtype))
     memory = {name: _Memory(array) for name, array in {**dict(zip(call.present, values)), **results}.items()}
-    with np.errstate(all="ignore"):
+    with _INTERPRETER, np.errstate(all="ignore"):
         call.kernel[call.grid](**call.absent, **memory, **dict(call.scalars), **dict(call.constants))
     return list(results.values())
