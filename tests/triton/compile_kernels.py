@@ -33,6 +33,8 @@ def attention_cases():
     """Model shapes: head sizes of LLaDA (128), small models (64), Gemma (256), one that is padded (96); G of 1, 4 and 8."""
     for dtype, h, pairs, groups, cap, queries in [
         ("bfloat16", 64, 1, 1, None, 1024),
+        ("bfloat16", 64, 2, 1, None, 1024),
+        ("bfloat16", 64, 2, 1, None, 32),
         ("bfloat16", 96, 1, 4, None, 1024),
         ("bfloat16", 128, 0, 1, None, 1024),
         ("bfloat16", 128, 1, 4, None, 1024),

@@ -223,7 +223,7 @@ def _tiles(dtype: str, h: int, few_rows: bool, pairs: int) -> tuple[dict, int, i
         return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 4 if pairs == 0 else 8, 2 if ampere else 3
     if ampere:
         return {"BLOCK_M": block_m, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 3
-    return {"BLOCK_M": block_m, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 4 if block_m == 64 else 8, 3
+    return {"BLOCK_M": block_m, "BLOCK_N": 32 if h > 64 or pairs == 2 else 64, "PRECISION": "ieee"}, 4 if block_m == 64 else 8, 3
 
 
 def _split(programs: int, length: int) -> tuple[int, int]:

@@ -202,13 +202,13 @@ def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout
 
 
 @tuned("attention_backward")
-def _tiles(dtype: str, h: int) -> tuple[dict, int, int]:
+def _tiles(dtype: str, h: int, pairs: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages."""
     if dtype == "float32":
         return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
     if h > 128 or multiplies_by_warp():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 1
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if h > 64 else 64, "PRECISION": "ieee"}, 8, 1
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if h > 64 or pairs == 2 else 64, "PRECISION": "ieee"}, 8, 1
 
 
 def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *, scale, logits_soft_cap):
@@ -217,7 +217,8 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     length, kv_heads = key.shape[1:3]
     groups = heads // kv_heads
     dtype = dtype_name(query)
-    tiles, num_warps, num_stages = _tiles(dtype, h)
+    pairs = 0 if bounds is None else bounds.shape[-1] // 2
+    tiles, num_warps, num_stages = _tiles(dtype, h, pairs)
     sizes = {"H": h, "BLOCK_H": max(16, triton.next_power_of_2(h))}
     (delta,) = launch(
         _delta_kernel,
@@ -239,10 +240,7 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
         **strides(value, "value_b value_s value_k value_h"), **strides(dout, "dout_b dout_t dout_n dout_h"),
         "bounds_b": bounds_stride(bounds),
     }  # fmt: skip
-    constants = {
-        **tiles, **sizes, "GROUPS": groups, "PAIRS": 0 if bounds is None else bounds.shape[-1] // 2,
-        "SOFT_CAP": logits_soft_cap,
-    }  # fmt: skip
+    constants = {**tiles, **sizes, "GROUPS": groups, "PAIRS": pairs, "SOFT_CAP": logits_soft_cap}
     options = {"num_warps": num_warps, "num_stages": num_stages}
     dkey, dvalue = launch(
         _dkdv_kernel,
