@@ -11,6 +11,7 @@ import pytest
 
 from dlm_kernels import score_tokens
 from dlm_kernels.reference import threefry
+from dlm_kernels.reference import unmask as reference
 from dlm_kernels.triton_kernels import unmask as kernels
 from dlm_kernels.xla import unmask as plain
 
@@ -120,4 +121,23 @@ def test_every_operand_is_read_by_its_own_strides():
     wide[...] = unconditional
     got = scored(kernels, np.asfortranarray(logits), unconditional=wide, noise=noise[:, ::-1].copy()[:, ::-1], **options)
     for mine, other in zip(got, scored(kernels, logits, unconditional=unconditional, noise=noise, **options)):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("rule", ["num_unmask", "threshold", "factor", "entropy_budget"])
+@pytest.mark.parametrize("length", [1, 21])
+def test_ranks_among_ties_and_nans(rule, length):
+    """Confidences and entropies of few values, NaN and infinity among them, and bounds that some of them equal."""
+    rng = np.random.default_rng(length)
+    b, shape = 24, (24, length)
+    tokens, proposal = np.zeros(shape, np.int32), np.arange(1, length + 1, dtype=np.int32) + np.zeros((b, 1), np.int32)
+    confidence = rng.choice(np.array([0.25, 0.5, 1, np.nan, np.nan, -np.inf, -np.inf], np.float32), shape)
+    entropy = rng.choice(np.array([0, 0.25, 1, np.nan, np.inf], np.float32), shape)
+    eligible = rng.random(shape) < np.linspace(0, 1, b)[:, None]
+    bounds = dict(num_unmask=[0, 1, 3, 99], threshold=[0.25, 0.5, 1, 2], factor=[0, 0.5, 1, 4], entropy_budget=[0, 0.25, 2, 9])
+    rules = dict.fromkeys(bounds)
+    rules[rule] = np.resize(bounds[rule], b).astype(np.int32 if rule == "num_unmask" else np.float32)
+    edit = np.full(b, 0.5, np.float32)
+    arguments = (tokens, proposal, confidence, entropy, eligible, ~eligible, *rules.values(), edit)
+    for mine, other in zip(kernels.unmask_topk(*arguments), reference.unmask_topk(*arguments)):
         np.testing.assert_array_equal(mine, other)

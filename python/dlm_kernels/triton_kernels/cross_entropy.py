@@ -114,7 +114,7 @@ def _dlogits_kernel(
     targets,  # int32 [R]
     active,  # bool [R]
     lse, dloss,  # float32 [R]
-    dlogits,  # [R, CHUNK] in hidden's dtype; columns past the vocabulary and inactive rows get zeros
+    dlogits,  # [R, CHUNK] in hidden's dtype; inactive rows get zeros
     rows, vocabulary, width,  # R, V, D
     first,  # the chunk's first token
     chunk,  # CHUNK
@@ -144,7 +144,8 @@ def _dlogits_kernel(
         target = tl.load(targets + row, mask=wanted, other=-1)
         p = tl.exp(value - tl.load(lse + row, mask=wanted, other=0.0)[:, None])
         gradient = gradient * (p - (tokens[None, :] == target[:, None]).to(tl.float32))
-        gradient = tl.where(wanted[:, None] & (tokens < vocabulary)[None, :], gradient, 0.0)
+        # Zeros in the place of a row's hidden state are NaN times a weight that is infinite.
+        gradient = tl.where(wanted[:, None], gradient, 0.0)
     at = dlogits + row.to(tl.int64)[:, None] * chunk + column[None, :]
     tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=(row < rows)[:, None] & (column < chunk)[None, :])
 
