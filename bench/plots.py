@@ -1,5 +1,6 @@
 """Roofline, ratio bars and sweeps of a results file, as SVG."""
 
+import importlib.util
 import math
 import statistics
 
@@ -7,7 +8,9 @@ from bench import report
 
 
 def draw(result, folder):
-    """Writes folder/*.svg and returns their names."""
+    """Writes folder/*.svg and returns their names; none without matplotlib, for what was timed still wants its table."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")

@@ -90,19 +90,18 @@ def fastest(name, kernel, case):
 
 
 def run(only=None):
-    if not any((only or "").lower() in name for name in KERNELS):
-        raise report.Unusable(f"--only: expected a part of one of {', '.join(KERNELS)}, got {only!r}")
+    cases = [(name, kernel, case) for name, kernel in KERNELS.items() for case in kernel.cases()]
+    cases = [each for each in cases if (only or "").lower() in f"{each[0]} {each[2].name}".lower()]
+    if not cases:
+        raise report.Unusable(f"--only: expected a part of one of {', '.join(KERNELS)} and a case's name, got {only!r}")
     table = dict(tiles.MEASURED)
-    for name, kernel in KERNELS.items():
-        for case in kernel.cases():
-            if (only or "").lower() not in f"{name} {case.name}".lower():
-                continue
-            key, found = fastest(name, kernel, case)
-            table.pop(key, None)
-            if found is not None:
-                table[key] = found
-            print(f"{key}: {found or 'its own'}", flush=True)
-            TABLE.write_text(text(table))
+    for name, kernel, case in cases:
+        key, found = fastest(name, kernel, case)
+        table.pop(key, None)
+        if found is not None:
+            table[key] = found
+        print(f"{key}: {found or 'its own'}", flush=True)
+        TABLE.write_text(text(table))
     print(TABLE)
 
 

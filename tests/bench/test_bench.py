@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,13 @@ def test_the_tables_are_what_the_results_files_say():
         else:
             plots = [name for name in ("roofline", "ratios", "sweeps") if (path.with_suffix("") / f"{name}.svg").exists()]
             assert text == report.page(path.stem, report.load(path), plots), f"run `python -m bench report {path}`"
+
+
+def test_a_table_is_written_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    results = shutil.copy(next(report.RESULTS.glob("amd*.json")), tmp_path)
+    assert "| attention |" in report.write(results).read_text()
+    assert not list(tmp_path.glob("*/*.svg"))
 
 
 def test_the_header_of_tile_sizes_is_as_tune_writes_it():
