@@ -73,6 +73,21 @@ def test_the_loss_and_its_gradients(native):
     same([got, hidden.grad, weight.grad, weights.grad], [expected, *gradients])
 
 
+def test_the_divergence_and_its_gradients(native):
+    weights = np.array([[0, 1, 2, 0, 1], [0.5] * 5], np.float32)
+    arrays = [draw(0, B, L, D), draw(1, V, D), draw(2, B, L, D + 8), draw(3, V, D + 8), weights]
+    loss = functools.partial(dlm_kernels.masked_divergence, implementation="xla")
+    expected, gradients = jax.value_and_grad(loss, (0, 1, 4))(*map(jnp.asarray, arrays))
+    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+    got = native.masked_divergence(*tensors)
+    got.backward()
+    assert tensors[2].grad is None and tensors[3].grad is None
+    same([got, *(tensors[i].grad for i in (0, 1, 4))], [expected, *gradients])
+    nothing = native.masked_divergence(tensors[0][:, :0], tensors[1], tensors[2][:, :0], tensors[3], tensors[4][:, :0])
+    nothing.backward()
+    assert nothing == 0
+
+
 @pytest.mark.parametrize("keys", ["one", "per row"])
 def test_scores_at_a_temperature_with_guidance(native, keys):
     key = jax.random.key(5) if keys == "one" else jax.random.split(jax.random.key(5), B)

@@ -3,8 +3,8 @@
     from dlm_kernels.torch import attention
     out = attention(query, key, value, mask=mask)
 
-Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`); attention and masked_cross_entropy have
-gradients there. Tensors on the CPU are handed to JAX and back through DLPack, without a copy where they are contiguous, and
+Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`); attention and the losses have gradients
+there. Tensors on the CPU are handed to JAX and back through DLPack, without a copy where they are contiguous, and
 without gradients: a tensor that requires one is refused rather than silently detached. Keys are JAX's (`jax.random.key(0)`).
 The first call with a new kind of arguments compiles its kernels, in seconds; Triton keeps them in TRITON_CACHE_DIR.
 torch.compile leaves the operations as they are and breaks its graph around them; torch.func's transforms do not take them.
@@ -24,6 +24,7 @@ __all__ = [
     "combine_guidance",
     "lm_head_scores",
     "masked_cross_entropy",
+    "masked_divergence",
     "mix_guidance",
     "score_tokens",
     "unmask_step",
@@ -74,6 +75,7 @@ attention = _on_tensors(dlm_kernels.attention)
 combine_guidance = _on_tensors(dlm_kernels.combine_guidance)
 lm_head_scores = _on_tensors(dlm_kernels.lm_head_scores)
 masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy)
+masked_divergence = _on_tensors(dlm_kernels.masked_divergence)
 mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
 score_tokens = _on_tensors(dlm_kernels.score_tokens)
 unmask_step = _on_tensors(dlm_kernels.unmask_step)

@@ -15,6 +15,7 @@ import dlm_kernels
 from dlm_kernels import masks
 from dlm_kernels.ops import unmask as ops
 from dlm_kernels.triton_kernels import attention as attention_kernels
+from dlm_kernels.triton_kernels import divergence as divergence_kernels
 from dlm_kernels.triton_kernels import guidance as guidance_kernels
 from dlm_kernels.triton_kernels import lm_head as head_kernels
 from dlm_kernels.triton_kernels import unmask as unmask_kernels
@@ -101,6 +102,32 @@ class _Loss(torch.autograd.Function):
         dhidden, dweight = head_kernels.masked_cross_entropy_backward(
             *context.saved_tensors, dloss.contiguous(), **context.options
         )
+        return dhidden, dweight, None, None, None
+
+
+@_operation
+def masked_divergence(hidden, weight, target_hidden, target_weight, weights, *, reduction="sum"):
+    weights = weights.float()
+    if hidden.numel() == 0:
+        loss = hidden.float().sum(-1)  # as empty, and in the graph
+    else:
+        rows, target_rows = (x.reshape(-1, x.shape[-1]) for x in (hidden, target_hidden.detach()))
+        active = (weights != 0).reshape(-1)
+        loss = _Divergence.apply(rows, weight, target_rows, target_weight.detach(), active).reshape(weights.shape)
+    return torch.sum(weights * loss) if reduction == "sum" else weights * loss
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(context, *arrays):
+        loss, lse, target_lse = divergence_kernels.masked_divergence_forward(*arrays)
+        context.save_for_backward(*arrays, lse, target_lse)
+        return loss
+
+    @staticmethod
+    def backward(context, dloss):
+        _refuse_second_gradients()
+        dhidden, dweight = divergence_kernels.masked_divergence_backward(*context.saved_tensors, dloss.contiguous())
         return dhidden, dweight, None, None, None
 
 
