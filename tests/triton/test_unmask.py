@@ -113,6 +113,10 @@ def test_ties_go_to_the_lowest_id():
     logits[:, [8391, 8200, 50]] = 3
     token, margin, _, _ = scored(kernels, logits, confidence="margin")
     assert (token == 50).all() and (margin == 0).all()
+    logits[:, [8391, 8200]] = 0
+    logits[:, 60] = 3  # two of one span
+    token, margin, _, _ = scored(kernels, logits, confidence="margin")
+    assert (token == 50).all() and (margin == 0).all()
 
 
 def test_every_operand_is_read_by_its_own_strides():
