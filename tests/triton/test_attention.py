@@ -167,3 +167,10 @@ def test_every_operand_is_read_by_its_own_strides():
 
     for mine, other in zip(run(*apart), run(*arrays)):
         np.testing.assert_array_equal(mine, other)
+
+
+def test_a_query_that_sees_no_key_of_a_long_cache():
+    query, key, value, _, _ = inputs(2, 1100, 1)
+    bounds = np.array([[[0, 1100], [7, 7]]], np.int32)
+    out, lse = kernels.attention_forward(query, key, value, bounds, None, scale=0.3, logits_soft_cap=None)
+    assert (out[:, 1] == 0).all() and np.isneginf(lse[:, :, 1]).all() and np.isfinite(lse[:, :, 0]).all()
