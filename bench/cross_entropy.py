@@ -1,12 +1,11 @@
 """The masked-diffusion training loss behind the LM head, forward and with gradients."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
 from bench import harness, oracles, peers
-from bench.harness import Case, Contender
+from bench.harness import Case
 
 
 def case(name, rows, d, v, dtype, masked=0.5, backward=False, **options):
@@ -27,11 +26,8 @@ def case(name, rows, d, v, dtype, masked=0.5, backward=False, **options):
     contenders = harness.ours(loss)
     contenders["torch"] = peers.torch_peer(peers.no_grad(_torch_loss))
     if backward:
-        contenders = {
-            each: Contender(jax.jit(jax.value_and_grad(contender.function, argnums=(0, 1))))
-            for each, contender in harness.ours(loss).items()
-        }
-        contenders["torch"] = peers.torch_peer(_torch_gradient)
+        contenders = harness.with_gradients(harness.ours(loss))
+        contenders["torch"] = peers.torch_peer(peers.with_gradients(_torch_loss))
     active = int(masked * rows)
     size = jnp.dtype(dtype).itemsize
     return Case(
@@ -62,13 +58,6 @@ def _torch_loss(hidden, weight, targets, weights):
     logits = (hidden[0, rows] @ weight.T).float()
     loss = torch.nn.functional.cross_entropy(logits, targets[0, rows].long(), reduction="none")
     return (weights[0, rows] * loss).sum()
-
-
-def _torch_gradient(hidden, weight, targets, weights):
-    hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
-    loss = _torch_loss(hidden, weight, targets, weights)
-    loss.backward()
-    return loss, (hidden.grad, weight.grad)
 
 
 def cases():

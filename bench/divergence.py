@@ -1,12 +1,11 @@
 """Distillation's loss: the divergence of a student's head from its teacher's, forward and with gradients."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
 from bench import harness, oracles, peers
-from bench.harness import Case, Contender
+from bench.harness import Case
 
 
 def case(name, rows, d, v, dtype, masked=0.5, backward=False, **options):
@@ -26,11 +25,8 @@ def case(name, rows, d, v, dtype, masked=0.5, backward=False, **options):
     contenders = harness.ours(loss)
     contenders["torch"] = peers.torch_peer(peers.no_grad(_torch_loss))
     if backward:
-        contenders = {
-            each: Contender(jax.jit(jax.value_and_grad(contender.function, argnums=(0, 1))))
-            for each, contender in harness.ours(loss).items()
-        }
-        contenders["torch"] = peers.torch_peer(_torch_gradient)
+        contenders = harness.with_gradients(harness.ours(loss))
+        contenders["torch"] = peers.torch_peer(peers.with_gradients(_torch_loss))
     active = int(masked * rows)
     size = jnp.dtype(dtype).itemsize
     return Case(
@@ -62,13 +58,6 @@ def _torch_loss(hidden, weight, target_hidden, target_weight, weights):
     log_p = torch.nn.functional.log_softmax((target_hidden[0, rows] @ target_weight.T).float(), -1)
     loss = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     return (weights[0, rows] * loss).sum()
-
-
-def _torch_gradient(hidden, weight, *others):
-    hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
-    loss = _torch_loss(hidden, weight, *others)
-    loss.backward()
-    return loss, (hidden.grad, weight.grad)
 
 
 def cases():

@@ -235,6 +235,11 @@ def ours(function, **static):
     }
 
 
+def with_gradients(contenders):
+    """Of losses those losses and their gradients for hidden states and weight, the first two arguments."""
+    return {name: Contender(jax.jit(jax.value_and_grad(each.function, argnums=(0, 1)))) for name, each in contenders.items()}
+
+
 def chosen(cases, grid):
     """Those of a "quick", "main" or "full" run; each holds the one before."""
     return [case for case in cases if case.quick or grid == "full" or (grid == "main" and not case.full)]

@@ -30,6 +30,18 @@ def torch_peer(function, prepare=None, compiled=False):
     )
 
 
+def with_gradients(loss):
+    """`loss` and its gradients for hidden states and weight, its first two inputs."""
+
+    def call(hidden, weight, *others):
+        hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
+        value = loss(hidden, weight, *others)
+        value.backward()
+        return value, (hidden.grad, weight.grad)
+
+    return call
+
+
 def no_grad(function):
     """`function` as inference code runs it."""
 

@@ -46,10 +46,7 @@ struct CrossEntropy {
   void backward(const Parallel& parallel) {
     HeadProduct<T> product(args.hidden, args.weight, false, args.v, args.d);
     product.take(rows, parallel);
-    const HeadGradients<T> gradients = {args.r, args.d, args.v, rows, static_cast<const T*>(args.hidden),
-                                        static_cast<const T*>(args.weight), static_cast<T*>(args.dhidden),
-                                        static_cast<T*>(args.dweight)};
-    gradients.run(parallel, [&](int64_t column, auto* slopes) {
+    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* slopes) {
       const int64_t n = std::min(kHeadColumns, args.v - column);
       Scratch& scratch = thread_scratch();
       scratch.reset(product.scratch());

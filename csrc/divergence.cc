@@ -79,10 +79,7 @@ struct Divergence {
   void backward(const Parallel& parallel) {
     model.take(rows, parallel);
     target.take(rows, parallel);
-    const HeadGradients<T> gradients = {args.r, args.d, args.v, rows, static_cast<const T*>(args.hidden),
-                                        static_cast<const T*>(args.weight), static_cast<T*>(args.dhidden),
-                                        static_cast<T*>(args.dweight)};
-    gradients.run(parallel, [&](int64_t column, auto* slopes) {
+    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* slopes) {
       const int64_t n = std::min(kHeadColumns, args.v - column);
       for_rows(column, n, [&](int64_t i, const float* logits, const float* targets) {
         const float dloss = args.dloss[rows[i]], lse = args.lse[rows[i]], target_lse = args.target_lse[rows[i]];

@@ -69,6 +69,12 @@ struct HeadGradients {
   T* dhidden;            // [R,D]
   T* dweight;            // [V,D]
 
+  template <typename Args>
+  HeadGradients(const Args& args, const HeadRows& rows)
+      : r(args.r), d(args.d), v(args.v), rows(rows), hidden(static_cast<const T*>(args.hidden)),
+        weight(static_cast<const T*>(args.weight)), dhidden(static_cast<T*>(args.dhidden)),
+        dweight(static_cast<T*>(args.dweight)) {}
+
   // logit_gradients(column, slopes) sets slopes[i][j], for all rows, to the gradient of the logit of column + j, and to zero behind
   // the vocabulary's last column up to a multiple of kLanes. slopes: [rows, kHeadColumns].
   template <typename LogitGradients>

@@ -29,7 +29,7 @@ def lm_head_scores(
         panels, steps, panel, together = weight.shape
         rows = weight.transpose(0, 2, 1, 3).reshape(panels * panel, steps * together)
         weight = rows[:vocabulary, : hidden.shape[1]]
-    logits = _logits(hidden, weight)
+    logits = logits_of(hidden, weight)
     if logits_dtype is not None:
         # XLA may drop a pair of casts; this it keeps.
         format = jnp.finfo(logits_dtype)
@@ -52,7 +52,7 @@ def lm_head_scores(
 
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
     """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; loss 0 where inactive."""
-    logits, _ = _capped(_logits(hidden, weight), logits_soft_cap)
+    logits, _ = _capped(logits_of(hidden, weight), logits_soft_cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
     known = (targets >= 0) & (targets < weight.shape[0])
     chosen = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[:, None], axis=-1)[:, 0]
@@ -61,9 +61,14 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
     """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
-    logits, slope = _capped(_logits(hidden, weight), logits_soft_cap)
+    logits, slope = _capped(logits_of(hidden, weight), logits_soft_cap)
     p = jnp.exp(logits - lse[:, None])
     dlogits = (p - jax.nn.one_hot(targets, weight.shape[0], dtype=jnp.float32)) * dloss[:, None] * slope
+    return gradients(hidden, weight, active, dlogits)
+
+
+def gradients(hidden, weight, active, dlogits):
+    """dhidden [R,D] and dweight [V,D], in the dtypes of hidden and weight, from those of the logits, float32 [R,V]."""
     dlogits = jnp.where(active[:, None], dlogits, 0)
     # Zeros times a NaN of an inactive row would still be NaN.
     hidden_seen = jnp.where(active[:, None], hidden, 0)
@@ -72,7 +77,7 @@ def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *
     return dhidden.astype(hidden.dtype), dweight.astype(weight.dtype)
 
 
-def _logits(hidden, weight):
+def logits_of(hidden, weight):
     return jnp.einsum("rd,vd->rv", hidden, weight, preferred_element_type=jnp.float32)
 
 
