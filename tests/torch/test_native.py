@@ -88,6 +88,27 @@ def test_the_divergence_and_its_gradients(native):
     assert nothing == 0
 
 
+@pytest.mark.parametrize("width", [D, D + 8])
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.7, logits_soft_cap=3.0)])
+def test_the_soft_embedding_and_its_gradients(native, monkeypatch, width, options):
+    """By attention, with a cap too, and by chunks of the vocabulary, of which the last is short."""
+    monkeypatch.setattr("dlm_kernels.ops.soft_embedding.CHUNK", 16)
+    arrays = [draw(0, B, L, D), draw(1, V, D), draw(2, V, width)]
+
+    def naive(hidden, weight, embedding):
+        return dlm_kernels.soft_embedding(hidden, weight, embedding=embedding, **options, implementation="xla")
+
+    expected, back = jax.vjp(naive, *map(jnp.asarray, arrays))
+    hidden, weight, embedding = (torch.tensor(x, requires_grad=True) for x in arrays)
+    got = native.soft_embedding(hidden, weight, embedding=embedding, **options)
+    cotangent = draw(3, B, L, width)
+    got.backward(torch.tensor(cotangent))
+    same([got, hidden.grad, weight.grad, embedding.grad], [expected, *back(jnp.asarray(cotangent))])
+    low = native.soft_embedding(*(x.detach().half() for x in (hidden, weight)), embedding=embedding.detach().half(), **options)
+    assert low.dtype == torch.float16 and (low - got).abs().max() < 1e-2
+    assert native.soft_embedding(hidden[:, :0], weight, embedding=embedding).shape == (B, 0, width)
+
+
 @pytest.mark.parametrize("keys", ["one", "per row"])
 def test_scores_at_a_temperature_with_guidance(native, keys):
     key = jax.random.key(5) if keys == "one" else jax.random.split(jax.random.key(5), B)
@@ -139,8 +160,6 @@ def test_bad_arguments_are_told_as_jax_tells_them(native):
         native.attention(query, query, query, implementation="cpu")
     with pytest.raises(ValueError, match="key intervals only"):
         native.attention(query, query, query, mask=torch.ones(3, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="requires_grad"):
-        native.mix_guidance(query[0].requires_grad_(), query[0], 1.0)
     with pytest.raises(ValueError, match=r"query: expected dtype float32, bfloat16 or float16, got float64"):
         native.attention(query.double(), query.double(), query.double())
     with pytest.raises(ValueError, match="at most 8192 positions, and tokens has 8193"):

@@ -38,10 +38,53 @@ def test_a_step_with_a_key():
         np.testing.assert_array_equal(mine.numpy(), other)
 
 
-def test_a_tensor_that_wants_a_gradient_is_refused():
-    query = torch.randn(1, 2, 1, 8, requires_grad=True)
-    with pytest.raises(ValueError, match="requires_grad"):
-        adapter.attention(query, query, query)
+def test_the_soft_embedding():
+    hidden, weight = torch.randn(1, 3, 8), torch.randn(31, 8)
+    expected = torch.softmax(hidden @ weight.T / 0.7, -1) @ weight
+    torch.testing.assert_close(adapter.soft_embedding(hidden, weight, temperature=0.7), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_of_attention(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, n, 9, 16).to(dtype).transpose(1, 2).requires_grad_() for n in (4, 2, 2))
+    mask = masks.KeyIntervals(torch.zeros(2, 9, dtype=torch.int32), torch.tensor([[3] * 9, [9] * 9]))
+    cotangents = torch.randn(2, 9, 4, 16).to(dtype), torch.randn(2, 4, 9)
+    torch.autograd.backward(adapter.attention(query, key, value, mask=mask, return_lse=True), cotangents)
+    arrays = [jnp.asarray(x.detach().float().numpy()).astype(str(dtype).removeprefix("torch.")) for x in (query, key, value)]
+    bounds = masks.KeyIntervals(*(jnp.asarray(x.numpy(), jnp.int32) for x in (mask.start, mask.stop)))
+    _, back = jax.vjp(lambda *x: dlm_kernels.attention(*x, mask=bounds, return_lse=True), *arrays)
+    expected = back((jnp.asarray(cotangents[0].float().numpy()).astype(arrays[0].dtype), jnp.asarray(cotangents[1].numpy())))
+    for mine, other in zip((query.grad, key.grad, value.grad), expected):
+        assert mine.dtype == dtype
+        np.testing.assert_array_equal(mine.float().numpy(), np.asarray(other, np.float32))
+
+
+def test_a_model_of_torch_learns_on_the_cpu():
+    torch.manual_seed(0)
+    hidden, head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 31, bias=False)
+    inputs, targets, weights = torch.randn(1, 6, 4), torch.randint(0, 31, (1, 6)), torch.rand(1, 6)
+    plain = torch.nn.functional.cross_entropy(head(hidden(inputs))[0], targets[0], reduction="none") @ weights[0]
+    expected = torch.autograd.grad(plain, [hidden.weight, head.weight])
+    loss = adapter.masked_cross_entropy(hidden(inputs), head.weight, targets, weights)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, [hidden.weight, head.weight]), expected)
+
+
+def test_gradients_that_would_be_wrong_are_refused():
+    hidden, weight = torch.randn(1, 2, 8), torch.randn(9, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="lm_head_scores has no gradient: expected torch.no_grad"):
+        adapter.lm_head_scores(hidden, weight)
+    with torch.no_grad():
+        adapter.lm_head_scores(hidden, weight)
+    out = adapter.soft_embedding(hidden, weight)
+    with pytest.raises(ValueError, match="create_graph=False"):
+        torch.autograd.grad(out.sum(), weight, create_graph=True)
+    out = adapter.soft_embedding(hidden, weight)
+    with torch.no_grad():
+        weight += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_float64_is_refused_and_not_rounded_unasked():

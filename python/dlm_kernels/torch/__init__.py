@@ -3,9 +3,9 @@
     from dlm_kernels.torch import attention
     out = attention(query, key, value, mask=mask)
 
-Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`); attention and the losses have gradients
-there. Tensors on the CPU are handed to JAX and back through DLPack, without a copy where they are contiguous, and
-without gradients: a tensor that requires one is refused rather than silently detached. Keys are JAX's (`jax.random.key(0)`).
+Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). Tensors on the CPU are handed to JAX and back
+through DLPack, without a copy where they are contiguous. On both attention, the losses and the soft embedding have gradients;
+the others refuse a tensor that requires one rather than detach it silently. Keys are JAX's (`jax.random.key(0)`).
 The first call with a new kind of arguments compiles its kernels, in seconds; Triton keeps them in TRITON_CACHE_DIR.
 torch.compile leaves the operations as they are and breaks its graph around them; torch.func's transforms do not take them.
 """
@@ -27,6 +27,7 @@ __all__ = [
     "masked_divergence",
     "mix_guidance",
     "score_tokens",
+    "soft_embedding",
     "unmask_step",
     "unmask_topk",
 ]
@@ -37,10 +38,6 @@ def _to_jax(leaf):
         return leaf
     if leaf.device.type != "cpu":
         raise ValueError(f"dlm_kernels.torch: expected all tensors on one device, the CPU or a GPU, got one on {leaf.device}")
-    if leaf.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "dlm_kernels.torch: expected tensors without requires_grad, or torch.no_grad(): gradients are JAX's only"
-        )
     if leaf.dtype == torch.int64:
         leaf = leaf.to(torch.int32)
     return jax.dlpack.from_dlpack(leaf.detach().contiguous())
@@ -50,17 +47,60 @@ def _to_torch(leaf):
     return torch.from_dlpack(leaf) if isinstance(leaf, jax.Array) else leaf
 
 
-def _on_tensors(operation):
+def refuse_second_gradients():
+    # once_differentiable would let them pass as zeros where the gradient that comes in is a constant.
+    if torch.is_grad_enabled():
+        raise ValueError("dlm_kernels.torch: expected create_graph=False: a gradient has no gradient itself")
+
+
+class _Gradients(torch.autograd.Function):
+    """function(*arrays) of `tensors`, an array or a tuple of arrays, with the gradients that JAX has for it."""
+
+    @staticmethod
+    def forward(context, function, wide, *tensors):
+        with jax.enable_x64(wide):
+            out, context.back = jax.vjp(function, *map(_to_jax, tensors))
+        context.one, context.wide = isinstance(out, jax.Array), wide
+        # Read in `backward` for torch to raise where one was written since: JAX has kept the tensors' own memory.
+        context.save_for_backward(*tensors)
+        return jax.tree.map(_to_torch, jax.block_until_ready(out))
+
+    @staticmethod
+    def backward(context, *cotangents):
+        refuse_second_gradients()
+        _ = context.saved_tensors
+        with jax.enable_x64(context.wide):
+            cotangents = tuple(map(_to_jax, cotangents))
+            gradients = context.back(cotangents[0] if context.one else cotangents)
+            return None, None, *map(_to_torch, jax.block_until_ready(gradients))
+
+
+def _on_tensors(operation, *, differentiable=False):
     @torch.compiler.disable
     @functools.wraps(operation)
     def call(*args, **kwargs):
-        tensors = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and tensors[0].is_cuda:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        learnt = {i: x for i, x in tensors.items() if x.requires_grad and torch.is_grad_enabled()}
+        if learnt and not differentiable:
+            name = operation.__name__
+            raise ValueError(f"dlm_kernels.torch: {name} has no gradient: expected torch.no_grad(), or tensors that require none")
+        if any(x.is_cuda for x in list(tensors.values())[:1]):
             return getattr(_native(), operation.__name__)(*args, **kwargs)
         # Without 64 bits JAX would take float64 for float32, which the operation refuses where it matters.
-        with jax.enable_x64(any(tensor.dtype == torch.float64 for tensor in tensors)):
-            args, kwargs = jax.tree.map(_to_jax, (args, kwargs), is_leaf=lambda leaf: leaf is None)
-            return jax.tree.map(_to_torch, jax.block_until_ready(operation(*args, **kwargs)))
+        wide = any(x.dtype == torch.float64 for x in tensors.values())
+        with jax.enable_x64(wide):
+            arrays = [None if i in learnt else _to_jax(leaf) for i, leaf in enumerate(leaves)]
+
+        def function(*given):
+            given = dict(zip(learnt, given))
+            args, kwargs = jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(arrays)])
+            return operation(*args, **kwargs)
+
+        if learnt:
+            return _Gradients.apply(function, wide, *learnt.values())
+        with jax.enable_x64(wide):
+            return jax.tree.map(_to_torch, jax.block_until_ready(function()))
 
     return call
 
@@ -71,12 +111,13 @@ def _native():
     return importlib.import_module("dlm_kernels.torch.native")
 
 
-attention = _on_tensors(dlm_kernels.attention)
+attention = _on_tensors(dlm_kernels.attention, differentiable=True)
 combine_guidance = _on_tensors(dlm_kernels.combine_guidance)
 lm_head_scores = _on_tensors(dlm_kernels.lm_head_scores)
-masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy)
-masked_divergence = _on_tensors(dlm_kernels.masked_divergence)
+masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy, differentiable=True)
+masked_divergence = _on_tensors(dlm_kernels.masked_divergence, differentiable=True)
 mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
 score_tokens = _on_tensors(dlm_kernels.score_tokens)
+soft_embedding = _on_tensors(dlm_kernels.soft_embedding, differentiable=True)
 unmask_step = _on_tensors(dlm_kernels.unmask_step)
 unmask_topk = _on_tensors(dlm_kernels.unmask_topk)

@@ -10,10 +10,13 @@ import numbers
 import jax
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import dlm_kernels
 from dlm_kernels import masks
+from dlm_kernels.ops import soft_embedding as soft
 from dlm_kernels.ops import unmask as ops
+from dlm_kernels.torch import refuse_second_gradients
 from dlm_kernels.triton_kernels import attention as attention_kernels
 from dlm_kernels.triton_kernels import divergence as divergence_kernels
 from dlm_kernels.triton_kernels import guidance as guidance_kernels
@@ -68,7 +71,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(context, dout, dlse):
-        _refuse_second_gradients()
+        refuse_second_gradients()
         query, key, value, bounds, out, lse = context.saved_tensors
         gradients = attention_kernels.attention_backward(
             query, key, value, bounds, None, out, lse, dout, dlse.contiguous(), **context.options
@@ -98,7 +101,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(context, dloss):
-        _refuse_second_gradients()
+        refuse_second_gradients()
         dhidden, dweight = head_kernels.masked_cross_entropy_backward(
             *context.saved_tensors, dloss.contiguous(), **context.options
         )
@@ -126,15 +129,47 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(context, dloss):
-        _refuse_second_gradients()
+        refuse_second_gradients()
         dhidden, dweight = divergence_kernels.masked_divergence_backward(*context.saved_tensors, dloss.contiguous())
         return dhidden, dweight, None, None, None
 
 
 @_operation
+def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_soft_cap=None):
+    embedding = weight if embedding is None else embedding
+    (b, length, d), e = hidden.shape, embedding.shape[1]
+    temperature, cap = float(temperature), _number(logits_soft_cap)
+    rows = hidden.reshape(-1, d)
+    if d == e and d <= soft.HEAD_SIZE and rows.shape[0]:
+        query, key, value = (x[None, :, None].contiguous() for x in (rows, weight, embedding))
+        out = _Attention.apply(query, key, value, None, 1 / temperature, None if cap is None else cap / temperature)[0]
+    else:
+        out = _soft_by_chunks(rows, weight, embedding, temperature, cap)
+    return out.reshape(b, length, e).to(hidden.dtype)
+
+
+def _soft_by_chunks(hidden, weight, embedding, temperature, cap):
+    """[R, E] float32 of hidden [R, D], with a running maximum over chunks of the vocabulary."""
+
+    def add(most, total, mean, keys, values):
+        logits = hidden.float() @ keys.float().T
+        logits = (logits if cap is None else cap * torch.tanh(logits / cap)) / temperature
+        new = torch.maximum(most, logits.amax(-1, keepdim=True))
+        p, keep = torch.exp(logits - new), torch.exp(most - new)
+        return new, total * keep + p.sum(-1, keepdim=True), mean * keep + p @ values.float()
+
+    nothing = hidden.new_zeros((hidden.shape[0], 1), dtype=torch.float32)
+    state = nothing - torch.inf, nothing, nothing.expand(-1, embedding.shape[1])
+    for chunk in zip(weight.split(soft.CHUNK), embedding.split(soft.CHUNK)):
+        # The gradient makes a chunk's logits anew; keeping them all would be the matrix that this avoids.
+        state = checkpoint(add, *state, *chunk, use_reentrant=False)
+    _, total, mean = state
+    return mean / total
+
+
+@_operation
 @torch.no_grad()
 def mix_guidance(conditional, unconditional, scale):
-    _refuse_gradients(conditional, unconditional, scale)
     if conditional.numel() == 0:
         return conditional
     width = conditional.shape[-1]
@@ -147,7 +182,6 @@ def mix_guidance(conditional, unconditional, scale):
 @torch.no_grad()
 def combine_guidance(logits, weights):
     weights = torch.as_tensor(weights, device=logits.device)
-    _refuse_gradients(logits, weights)
     if logits.numel() == 0:
         return logits.new_zeros(logits.shape[1:])
     streams, *lead, width = logits.shape
@@ -286,17 +320,6 @@ def _tensor(leaf, device):
     if not isinstance(leaf, (jax.Array, np.ndarray)) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     return leaf if leaf.dtype == np.uint32 else torch.as_tensor(np.array(leaf), device=device)
-
-
-def _refuse_gradients(*tensors):
-    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
-        raise ValueError("dlm_kernels.torch: expected tensors without requires_grad; detach them, or mix in torch")
-
-
-def _refuse_second_gradients():
-    # once_differentiable would let them pass as zeros where the gradient that comes in is a constant.
-    if torch.is_grad_enabled():
-        raise ValueError("dlm_kernels.torch: expected create_graph=False: a gradient has no gradient itself")
 
 
 def _bounds(mask, length):
