@@ -30,6 +30,7 @@ from dlm_kernels import (
     unmask_step,
     unmask_topk,
 )
+from dlm_kernels.triton_kernels.cross_entropy import CHUNK
 
 ARCH = int(os.environ["DLM_KERNELS_CUDA_ARCH"])
 B, L, V, D = 2, 40, 5000, 256
@@ -79,7 +80,7 @@ OPERATIONS = {
     "unmask_step": (step, LOGITS, LOGITS, TOKENS, KEY),
     "lm_head_scores": (lm_head_scores, HIDDEN, WEIGHT),
     "lm_head_scores at a temperature": (lambda h, w, key: lm_head_scores(h, w, temperature=1.0, key=key), HIDDEN, WEIGHT, KEY),
-    "masked_cross_entropy gradient": (loss_gradient, HIDDEN, WEIGHT, TOKENS),
+    "masked_cross_entropy gradient": (loss_gradient, HIDDEN, array(5 * CHUNK, D), TOKENS),
     "masked_divergence gradient": (divergence_gradient, HIDDEN, WEIGHT, array(B, L, 2 * D), array(V, 2 * D)),
 }
 

@@ -26,7 +26,7 @@ def operands():
 
 @pytest.mark.parametrize("chunk", [16384, 128])
 def test_an_inactive_row_is_neither_read_nor_written_whatever_the_weights(chunk, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
     arrays, dloss = operands()
     hidden, weight, target_hidden, target_weight, active = arrays
     expected = plain.masked_divergence_forward(*arrays)

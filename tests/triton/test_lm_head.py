@@ -58,7 +58,7 @@ def test_scores(confidence, case):
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [16384, 128])
 def test_loss_and_gradients(cap, chunk, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
     hidden, weight, keys = operands()
     active = np.asarray(jax.random.bernoulli(keys[2], 0.6, (R,)))
     hidden[~active] = np.nan

@@ -12,7 +12,7 @@ from dlm_kernels.triton_kernels.head import grouped_block
 from dlm_kernels.triton_kernels.launch import Out, concatenate, dtype_name, launch, strides
 from dlm_kernels.triton_kernels.numerics import head_tile, tanh
 
-_CHUNK = 16384  # tokens whose logits' gradient is in memory at once
+CHUNK = 16384  # tokens whose logits' gradient is in memory at once
 
 
 @triton.jit
@@ -111,13 +111,11 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
 def _dlogits_kernel(
     hidden,  # [R, D]
     weight,  # [V, D]
-    targets,  # int32 [R]
+    targets,  # int32 [R]; one outside 0 <= target < V is in another part of the vocabulary
     active,  # bool [R]
     lse, dloss,  # float32 [R]
-    dlogits,  # [R, CHUNK] in hidden's dtype; inactive rows get zeros
+    dlogits,  # [R, V] in hidden's dtype; inactive rows get zeros
     rows, vocabulary, width,  # R, V, D
-    first,  # the chunk's first token
-    chunk,  # CHUNK
     hidden_r, hidden_d, weight_v, weight_d,
     SOFT_CAP: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -126,8 +124,7 @@ def _dlogits_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    tokens = first + column
+    tokens = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     wanted = row < rows
     wanted &= tl.load(active + row, mask=wanted, other=0) != 0
     gradient = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
@@ -146,8 +143,8 @@ def _dlogits_kernel(
         gradient = gradient * (p - (tokens[None, :] == target[:, None]).to(tl.float32))
         # Zeros in the place of a row's hidden state are NaN times a weight that is infinite.
         gradient = tl.where(wanted[:, None], gradient, 0.0)
-    at = dlogits + row.to(tl.int64)[:, None] * chunk + column[None, :]
-    tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=(row < rows)[:, None] & (column < chunk)[None, :])
+    at = dlogits + row.to(tl.int64)[:, None] * vocabulary + tokens[None, :]
+    tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=(row < rows)[:, None] & (tokens < vocabulary)[None, :])
 
 
 @triton.jit
@@ -220,15 +217,15 @@ def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *
     rows, dtype = hidden.shape[0], dtype_name(hidden)
     tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64)
 
-    def logit_gradients(first, chunk):
+    def logit_gradients(first, part):
         return launch(
             _dlogits_kernel,
-            head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(chunk, tiles["BLOCK_V"])),
+            head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(part.shape[0], tiles["BLOCK_V"])),
             inputs={
-                "hidden": hidden, "weight": weight, "targets": targets, "active": active, "lse": lse, "dloss": dloss,
+                "hidden": hidden, "weight": part, "targets": targets - first, "active": active, "lse": lse, "dloss": dloss,
             },
-            outputs={"dlogits": Out((rows, chunk), dtype)},
-            scalars={**head.sizes(hidden, weight), "first": first, "chunk": chunk},
+            outputs={"dlogits": Out((rows, part.shape[0]), dtype)},
+            scalars=head.sizes(hidden, part),
             constants={**tiles, "SOFT_CAP": logits_soft_cap},
             num_warps=num_warps,
             num_stages=num_stages,
@@ -240,19 +237,17 @@ def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *
 def head_gradients(hidden, weight, active, logit_gradients):
     """dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight.
 
-    logit_gradients(first, chunk) -> [R, chunk] in hidden's dtype, of the tokens from `first` on; zeros where active is False.
+    logit_gradients(first, part) -> [R, CHUNK] in hidden's dtype, where part [CHUNK, D] is the weight from token `first` on; zeros
+    where active is False. That the kernels know the part alone lets JAX, to which scalars are constants, compile one for all.
     """
-    rows, width = hidden.shape
-    vocabulary, dtype = weight.shape[0], dtype_name(hidden)
+    (rows, width), vocabulary, dtype = hidden.shape, weight.shape[0], dtype_name(hidden)
     dhidden, dweight = None, []
-    for first in range(0, vocabulary, _CHUNK):
-        chunk = min(_CHUNK, vocabulary - first)
-        dlogits = logit_gradients(first, chunk)
+    for first in range(0, vocabulary, CHUNK):
+        part = weight[first : first + CHUNK]
+        chunk = part.shape[0]
+        dlogits = logit_gradients(first, part)
         last = first + chunk == vocabulary
-        weights = weight[first : first + chunk]
-        dhidden = _product(
-            dlogits, (chunk, 1), weights, None, dhidden, rows, width, chunk, dtype if last else "float32"
-        )
+        dhidden = _product(dlogits, (chunk, 1), part, None, dhidden, rows, width, chunk, dtype if last else "float32")
         # An inactive row's hidden state may be NaN, which a gradient of zero does not silence.
         dweight.append(_product(dlogits, (1, chunk), hidden, active, None, chunk, width, rows, dtype))
     return dhidden, concatenate(dweight)

@@ -137,9 +137,8 @@ def _divergence_dlogits_kernel(
     target_weight,  # [V, E]
     active,  # bool [R]
     lse, target_lse, dloss,  # float32 [R]
-    dlogits,  # [R, CHUNK] in hidden's dtype; inactive rows get zeros
+    dlogits,  # [R, V] in hidden's dtype; inactive rows get zeros
     rows, vocabulary, width, target_width,  # R, V, D, E
-    first, chunk,  # the chunk's tokens are first <= token < first + CHUNK
     hidden_r, hidden_d, weight_v, weight_d,
     target_hidden_r, target_hidden_e, target_weight_v, target_weight_e,
     BLOCK_R: tl.constexpr,
@@ -148,8 +147,7 @@ def _divergence_dlogits_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    tokens = first + column
+    tokens = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     wanted = row < rows
     wanted &= tl.load(active + row, mask=wanted, other=0) != 0
     gradient = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
@@ -167,8 +165,8 @@ def _divergence_dlogits_kernel(
         gradient = tl.load(dloss + row, mask=wanted, other=0.0)[:, None] * (q - p)
         # Zeros in the place of a row's hidden state are NaN times a weight that is infinite.
         gradient = tl.where(wanted[:, None], gradient, 0.0)
-    at = dlogits + row.to(tl.int64)[:, None] * chunk + column[None, :]
-    tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=(row < rows)[:, None] & (column < chunk)[None, :])
+    at = dlogits + row.to(tl.int64)[:, None] * vocabulary + tokens[None, :]
+    tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=(row < rows)[:, None] & (tokens < vocabulary)[None, :])
 
 
 def supports_masked_divergence_backward(
@@ -182,16 +180,17 @@ def masked_divergence_backward(hidden, weight, target_hidden, target_weight, act
     rows, dtype = hidden.shape[0], dtype_name(hidden)
     tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64)
 
-    def logit_gradients(first, chunk):
+    def logit_gradients(first, part):
+        target_part = target_weight[first : first + part.shape[0]]
         return launch(
             _divergence_dlogits_kernel,
-            head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(chunk, tiles["BLOCK_V"]), target_hidden.shape[1]),
+            head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(part.shape[0], tiles["BLOCK_V"]), target_hidden.shape[1]),
             inputs={
-                "hidden": hidden, "weight": weight, "target_hidden": target_hidden, "target_weight": target_weight,
+                "hidden": hidden, "weight": part, "target_hidden": target_hidden, "target_weight": target_part,
                 "active": active, "lse": lse, "target_lse": target_lse, "dloss": dloss,
             },
-            outputs={"dlogits": Out((rows, chunk), dtype)},
-            scalars={**_sizes(hidden, weight, target_hidden, target_weight), "first": first, "chunk": chunk},
+            outputs={"dlogits": Out((rows, part.shape[0]), dtype)},
+            scalars=_sizes(hidden, part, target_hidden, target_part),
             constants=tiles,
             num_warps=num_warps,
             num_stages=num_stages,
