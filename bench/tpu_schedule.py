@@ -24,6 +24,8 @@ from bench.harness import OURS
 from bench.tpu_hardware import HARDWARE
 from dlm_kernels.pallas_kernels import attention, chips
 from dlm_kernels.xla import attention as xla_attention
+from dlm_kernels.xla import divergence as xla_divergence
+from dlm_kernels.xla import guidance as xla_guidance
 from dlm_kernels.xla import lm_head as xla_lm_head
 from dlm_kernels.xla import unmask as xla_unmask
 
@@ -52,6 +54,7 @@ def cases():
     yield from attention_cases()
     yield from head_cases()
     yield from score_cases()
+    yield from loss_cases()
 
 
 def attention_cases():
@@ -118,7 +121,7 @@ def _flash(heads, t, s, size):
 
 
 def head_cases():
-    """The four models' heads at 128 rows; LLaDA's at the fewest and the most, sampled, and with the loss."""
+    """The four models' heads at 128 rows; LLaDA's at the fewest and the most."""
     from dlm_kernels.pallas_kernels import head, lm_head
 
     models = {
@@ -146,27 +149,55 @@ def head_cases():
 
 
 def score_cases():
-    from dlm_kernels.pallas_kernels import unmask
+    """LLaDA's logits, in memory: scored, scored under guidance, and mixed."""
+    from dlm_kernels.pallas_kernels import guidance, unmask
 
     static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None)
+    score, plain = (functools.partial(module.score_tokens, **static) for module in (unmask, xla_unmask))
     r, v = 128, 126464
-    operands = (((r, v), BF16), *[None] * 8)
-    yield Case(
-        f"score_tokens LLaDA-8B {r} x {v}, bfloat16",
-        "1024 logits",
-        r * v / 1024,
-        0,
-        {
-            OURS: [Contender(functools.partial(unmask.score_tokens, **static), operands, {"score_tokens": [np.ones(2, int)]})],
-            "XLA": [Contender(functools.partial(xla_unmask.score_tokens, **static), operands)],
-        },
+    logits, per_row, live = ((r, v), BF16), ((r,), jnp.float32), {"score_tokens": [np.ones(2, int)]}
+    for name, ours, peer, operands in (
+        ("score_tokens", score, plain, (logits, *[None] * 8)),
+        ("score_tokens, guided,", score, plain, (logits, logits, per_row, *[None] * 6)),
+        ("mix_guidance", guidance.mix_guidance, xla_guidance.mix_guidance, (logits, logits, per_row)),
+    ):
+        contenders = {OURS: [Contender(ours, operands, live)], "XLA": [Contender(peer, operands)]}
+        yield Case(f"{name} LLaDA-8B {r} x {v}, bfloat16", "1024 logits", r * v / 1024, 0, contenders)
+
+
+def loss_cases():
+    """MDLM's head: the training loss, and distillation's from a teacher of its width, of 512 rows that are all masked."""
+    from dlm_kernels.pallas_kernels import cross_entropy, divergence
+
+    r, d, v = 512, 768, 50258
+    head, per_row, active = (((r, d), BF16), ((v, d), BF16)), ((r,), jnp.float32), ((r,), jnp.bool_)
+    losses = (
+        ("masked_cross_entropy", cross_entropy, xla_lm_head, (*head, ((r,), INT), active), 2, dict(logits_soft_cap=None)),
+        ("masked_divergence", divergence, xla_divergence, (*head, *head, active), 3, {}),
     )
+    for name, ours, plain, operands, saved, static in losses:
+        # The logits of each head, and backward the gradients of the hidden states and of the weight.
+        logits = operands.count(head[0])
+        for way, more, kernels, products in (
+            ("forward", 0, [""], logits), ("backward", saved, ["_hidden", "_weight"], logits + 2)
+        ):  # fmt: skip
+            arrays = (*operands, *[per_row] * more)
+            # Every tile of rows is live, however many there are.
+            live = {f"{name}_{way}{kernel}": [np.ones(1, int)] for kernel in kernels}
+            function, peer = (functools.partial(getattr(module, f"{name}_{way}"), **static) for module in (ours, plain))
+            yield Case(
+                f"{name} MDLM {r} x {d} x {v}, bfloat16, {way}",
+                "1024 logits",
+                r * v / 1024,
+                products * r * d * v,
+                {OURS: [Contender(function, arrays, live)], "XLA": [Contender(peer, arrays)]},
+            )
 
 
 def run(chip, only=None, pallas=False, out=None):
-    """Compiles every case for `chip`, prints and writes its figures; rows of cases left out stay. Each chip needs its process.
+    """Compiles every case for `chip`, prints and writes its figures; those of what is left out stay. Each chip needs its process.
 
-    pallas: no contender that is XLA's code, or ours with XLA's around it.
+    pallas: leaves out contenders that are XLA's code, or ours with XLA's around it.
     """
     hardware = HARDWARE[chip]
     folder = Path(tempfile.mkdtemp(prefix="tpu-schedule-"))
@@ -191,9 +222,11 @@ def run(chip, only=None, pallas=False, out=None):
         for case in every:
             if only and only not in case.name:
                 continue
+            before = rows.get(case.name, {}).get("contenders", {})
             row = dict(case=case.name, unit=case.unit, units=case.units, commit=commit, contenders={})
             for name, variants in case.contenders.items():
                 if pallas and name not in PALLAS:
+                    row["contenders"] |= {name: before[name]} if name in before else {}
                     continue
                 found = [_count(variant, case, hardware, SingleDeviceSharding(device), folder) for variant in variants]
                 ran = [result for result in found if "missing" not in result]

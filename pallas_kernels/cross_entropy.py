@@ -1,6 +1,7 @@
 """The training loss fused with the LM head, and its gradients: a tile's logits are made anew wherever they are needed."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +11,49 @@ from jax.experimental.pallas import tpu as pltpu
 from dlm_kernels.pallas_kernels import chips, head, numerics
 
 LANES = 128
-GROUP = 16  # rows whose statistics are in registers at once
 
 
-def to_gradient(values, first, vocabulary, gradient):
-    """Sets the tile `values` [ROWS, COLUMNS], of the tokens from `first` on, to gradient(rows, columns, token) for [GROUP, 128]."""
-    rows, columns = values.shape
+def over_groups(rows, body):
+    """body(part) for slices of as many of `rows` as have their statistics in registers at once."""
+    size = math.gcd(rows, 64)
 
-    def over_rows(i, carry):
-        at = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
-        for chunk in range(columns // LANES):
-            lanes = pl.ds(chunk * LANES, LANES)
-            token = first + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-            value = gradient(at, lanes, token)
-            # Past the vocabulary the weight's tile holds anything.
-            values[at, lanes] = jnp.where(token < vocabulary, value, 0.0) if vocabulary % columns else value
+    def step(i, carry):
+        body(pl.ds(pl.multiple_of(i * size, size), size))
         return carry
 
-    jax.lax.fori_loop(0, rows // GROUP, over_rows, 0)
+    jax.lax.fori_loop(0, rows // size, step, 0)
+
+
+def past_the_vocabulary(values, first, vocabulary, fill):
+    """Overwrites what the tile `values` [ROWS, COLUMNS], of the tokens from `first` on, has of no token."""
+    rows, columns = values.shape
+    if vocabulary % columns == 0:
+        return
+
+    @pl.when(first + columns > vocabulary)
+    def _():
+        token = first + jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+
+        def clear(part):
+            values[part, :] = jnp.where(token < vocabulary, values[part, :], fill)
+
+        over_groups(rows, clear)
+
+
+def to_gradient(values, first, vocabulary, of_rows):
+    """Sets `values` [ROWS, COLUMNS], of the tokens from `first` on, to of_rows(part)(columns, token), for parts of the rows and 128
+    columns at a time.
+    """
+
+    def over_columns(part):
+        gradient = of_rows(part)
+        for chunk in range(values.shape[1] // LANES):
+            lanes = pl.ds(chunk * LANES, LANES)
+            token = first + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+            values[part, lanes] = gradient(lanes, token)
+
+    over_groups(values.shape[0], over_columns)
+    past_the_vocabulary(values, first, vocabulary, 0.0)
 
 
 def _forward_kernel(
@@ -54,16 +80,12 @@ def _forward_kernel(
         total[...] = jnp.zeros(total.shape, jnp.float32)
         chosen[...] = jnp.zeros(chosen.shape, jnp.float32)
 
-    def accumulate(i, carry):
-        rows = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
+    def accumulate(rows):
         greatest, pick, target = top[rows, :], chosen[rows, :], targets[rows, :]
         for chunk in range(columns // LANES):
             at = pl.ds(chunk * LANES, LANES)
-            value = numerics.capped(values[rows, at], soft_cap)
+            value = values[rows, at]
             index = tile * columns + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-            if vocabulary % columns:
-                value = jnp.where(index < vocabulary, value, -jnp.inf)
-            values[rows, at] = value
             pick = jnp.where(index == target, value, pick)
             greatest = jnp.maximum(greatest, value)
         # A lane of nothing but -inf would be NaN.
@@ -72,13 +94,18 @@ def _forward_kernel(
         for chunk in range(columns // LANES):
             add += jnp.exp(values[rows, pl.ds(chunk * LANES, LANES)] - base)
         top[rows, :], total[rows, :], chosen[rows, :] = greatest, add, pick
-        return carry
+
+    def cap(rows):
+        values[rows, :] = numerics.capped(values[rows, :], soft_cap)
 
     # The last part of the vocabulary may have fewer tiles than the others.
     @pl.when((live[pl.program_id(0)] != 0) & (tile < tiles))
     def _():
         head.products(hidden, weight, values)
-        jax.lax.fori_loop(0, values.shape[0] // GROUP, accumulate, 0)
+        if soft_cap is not None:
+            over_groups(values.shape[0], cap)
+        past_the_vocabulary(values, tile * columns, vocabulary, -jnp.inf)
+        over_groups(values.shape[0], accumulate)
 
 
 def supports_masked_cross_entropy_forward(hidden, weight, **_):
@@ -130,24 +157,20 @@ def logsumexp(top, total):
 def _slopes(values, first, vocabulary, targets, lse, dloss, *, soft_cap):
     """Turns the logits in `values` into the loss's gradient by them. targets, lse, dloss: [ROWS, 1]."""
 
-    def gradient(rows, columns, token):
-        value, slope = values[rows, columns], 1.0
-        if soft_cap is not None:
-            bent = jnp.tanh(value * (1 / soft_cap))
-            value, slope = soft_cap * bent, 1 - bent * bent
-        probability = jnp.exp(value - lse[rows, :])
-        return (probability - jnp.where(token == targets[rows, :], 1.0, 0.0)) * (dloss[rows, :] * slope)
+    def of_rows(rows):
+        target, sums, scale = targets[rows, :], lse[rows, :], dloss[rows, :]
 
-    to_gradient(values, first, vocabulary, gradient)
+        def gradient(columns, token):
+            value, slope = values[rows, columns], scale
+            if soft_cap is not None:
+                bent = jnp.tanh(value * (1 / soft_cap))
+                value, slope = soft_cap * bent, scale * (1 - bent * bent)
+            probability = jnp.exp(value - sums)
+            return (probability - jnp.where(token == target, 1.0, 0.0)) * slope
 
+        return gradient
 
-def _product(gradient, factor, contracted):
-    """Their float32 product. A bfloat16 gradient would cost as much accuracy as the result's rounding: it goes as a sum of two."""
-    if factor.dtype == jnp.float32:
-        return chips.dot(gradient, factor, contracted)
-    high = numerics.rounded(gradient, factor.dtype)
-    halves = high.astype(factor.dtype), (gradient - high).astype(factor.dtype)
-    return chips.dot(halves[0], factor, contracted) + chips.dot(halves[1], factor, contracted)
+    to_gradient(values, first, vocabulary, of_rows)
 
 
 def _dhidden_kernel(
@@ -177,7 +200,7 @@ def _dhidden_kernel(
             factor = jnp.where(row < vocabulary, factor, jnp.zeros_like(factor))
 
         def product(part):
-            total[part, :] += _product(values[part, :], factor, (1, 0))
+            total[part, :] += chips.dot(values[part, :].astype(factor.dtype), factor, (1, 0))
 
         head.over_parts(hidden.shape[0], product)
 
@@ -208,7 +231,7 @@ def _dweight_kernel(
         slopes(values, first, vocabulary, *inputs)
 
         def product(part):
-            total[...] += _product(values[part, :], hidden[part, :], (0, 0))
+            total[...] += chips.dot(values[part, :].astype(hidden.dtype), hidden[part, :], (0, 0))
 
         head.over_parts(hidden.shape[0], product)
 
@@ -253,7 +276,10 @@ def gradients(name, slopes, hidden, weight, active, of_rows, beside=()):
     by_row = [jnp.where(active[:, None], x, jnp.zeros_like(x)) for x in by_row]
 
     def gradient(of, kernel, by_weight):
-        rows, columns = head.tiles(r, v, d, itemsize, *_kept(by_weight, itemsize, [x.shape[1] for x in by_token[1:]]))
+        # The cores share the tiles of what is summed.
+        least = 1 if by_weight else chips.chip().cores
+        kept = _kept(by_weight, itemsize, [x.shape[1] for x in by_token[1:]])
+        rows, columns = head.tiles(r, v, d, itemsize, *kept, least=least)
         row_tiles, tiles = pl.cdiv(r, rows), pl.cdiv(v, columns)
         padded = [jnp.pad(x, ((0, row_tiles * rows - r), (0, 0))) for x in by_row]
         at_row = (lambda i, j, live: (j, 0)) if by_weight else (lambda i, j, live: (i, 0))

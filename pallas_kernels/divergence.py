@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import chips, cross_entropy, head
 
-LANES, GROUP = cross_entropy.LANES, cross_entropy.GROUP
+LANES = cross_entropy.LANES
 
 
 def _forward_kernel(
@@ -40,17 +40,12 @@ def _forward_kernel(
         for sums in (total, target_total, gap):
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
-    def accumulate(i, carry):
-        rows = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
+    def accumulate(rows):
         greatest, target_greatest = top[rows, :], target_top[rows, :]
         for chunk in range(columns // LANES):
             at = pl.ds(chunk * LANES, LANES)
-            value, target = values[rows, at], targets[rows, at]
-            if vocabulary % columns:
-                index = tile * columns + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-                value, target = (jnp.where(index < vocabulary, x, -jnp.inf) for x in (value, target))
-                values[rows, at], targets[rows, at] = value, target
-            greatest, target_greatest = jnp.maximum(greatest, value), jnp.maximum(target_greatest, target)
+            greatest = jnp.maximum(greatest, values[rows, at])
+            target_greatest = jnp.maximum(target_greatest, targets[rows, at])
         # A lane of nothing but -inf would be NaN.
         base, target_base = (jnp.where(x == -jnp.inf, 0.0, x) for x in (greatest, target_greatest))
         add = total[rows, :] * jnp.exp(top[rows, :] - base)
@@ -65,14 +60,15 @@ def _forward_kernel(
             gap_add += _counted(p, target - value)
         top[rows, :], total[rows, :] = greatest, add
         target_top[rows, :], target_total[rows, :], gap[rows, :] = target_greatest, target_add, gap_add
-        return carry
 
     # The last part of the vocabulary may have fewer tiles than the others.
     @pl.when((live[pl.program_id(0)] != 0) & (tile < tiles))
     def _():
         head.products(hidden, weight, values)
         head.products(target_hidden, target_weight, targets)
-        jax.lax.fori_loop(0, values.shape[0] // GROUP, accumulate, 0)
+        for logits in (values, targets):
+            cross_entropy.past_the_vocabulary(logits, tile * columns, vocabulary, -jnp.inf)
+        cross_entropy.over_groups(values.shape[0], accumulate)
 
 
 def _counted(p, gap):
@@ -135,11 +131,15 @@ def _slopes(values, first, vocabulary, lse, target_lse, dloss, target_hidden, ta
     def with_targets(targets):
         head.products(target_hidden, target_weight, targets)
 
-        def gradient(rows, columns, token):
-            q, p = jnp.exp(values[rows, columns] - lse[rows, :]), jnp.exp(targets[rows, columns] - target_lse[rows, :])
-            return (q - p) * dloss[rows, :]
+        def of_rows(rows):
+            sums, target_sums, scale = lse[rows, :], target_lse[rows, :], dloss[rows, :]
 
-        cross_entropy.to_gradient(values, first, vocabulary, gradient)
+            def gradient(columns, token):
+                return (jnp.exp(values[rows, columns] - sums) - jnp.exp(targets[rows, columns] - target_sums)) * scale
+
+            return gradient
+
+        cross_entropy.to_gradient(values, first, vocabulary, of_rows)
 
     pl.run_scoped(with_targets, pltpu.VMEM(values.shape, jnp.float32))
 

@@ -13,11 +13,12 @@ PART = 256  # rows multiplied at a time, for the code of a product grows with it
 TILE_BYTES, STREAMED_TILE_BYTES = 4 * chips.MIB, 6 * chips.MIB
 
 
-def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES, beside=()):
+def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES, beside=(), least=1):
     """(rows, columns): hidden rows held at a time and rows of the weight in a tile, as many as the chip's VMEM holds.
 
     row_bytes, column_bytes: what a kernel keeps for each element of a hidden row, and of a row of the weight.
     beside: (d, row_bytes, column_bytes) of each other head that goes through in the same tiles.
+    least: tiles of rows that there are to be, where each can have as many rows as are multiplied at a time.
     """
     heads = [(chips.round_up(width, LANES), *kept) for width, *kept in ((d, row_bytes, column_bytes), *beside)]
     depth, wide = sum(width for width, *_ in heads), chips.chip().mxu
@@ -34,7 +35,7 @@ def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES, bes
         # Besides the two: the logits, and up to seven statistics twice.
         return _bytes(heads, rows, columns) + 4 * rows * (len(heads) * columns + 14 * LANES) <= chips.chip().budget
 
-    count = pl.cdiv(r, MOST_ROWS)
+    count = max(pl.cdiv(r, MOST_ROWS), min(least, r // PART))
     while not fits(split(count)) and split(count) > 16:
         count += 1
     return split(count), columns

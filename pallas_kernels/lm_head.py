@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-def _stream_kernel(live, hidden, weight, *refs, given, tiles, tempered, soft_cap, logits_dtype, vocabulary):
+def _stream_kernel(live, hidden, weight, *refs, given, tiles, confidence, tempered, soft_cap, logits_dtype, vocabulary):
     """live: int32 [row tiles] in SMEM, 0 where no row is active. hidden: [ROWS, D]. weight: [COLUMNS, D].
 
     refs: the inputs that are `given`, as lm_head_scores lays them out; the state, [6, ROWS, 128] and [ROWS, 128], out; float32
@@ -50,10 +50,11 @@ def _stream_kernel(live, hidden, weight, *refs, given, tiles, tempered, soft_cap
         head.products(hidden, weight, values)
         scores.accumulate(
             state,
-            lambda rows, columns: numerics.capped(numerics.rounded(values[rows, columns], logits_dtype), soft_cap),
+            lambda rows: lambda columns: numerics.capped(numerics.rounded(values[rows, columns], logits_dtype), soft_cap),
             values,
             *inputs.values(),
             tile * weight.shape[0],
+            with_second=confidence == "margin",
             vocabulary=vocabulary,
             tempered=tempered,
         )
@@ -119,6 +120,7 @@ def lm_head_scores(
             _stream_kernel,
             given=tuple(given),
             tiles=tiles,
+            confidence=confidence,
             tempered=tempered_confidence,
             soft_cap=logits_soft_cap,
             logits_dtype=logits_dtype,
@@ -144,7 +146,7 @@ def lm_head_scores(
         name="lm_head_scores",
     )(head.live(active, r, rows), hidden, weight, *(array for array, _ in given.values()))
 
-    rows = chips.tile(r, 128, scores.GROUP)
+    rows = chips.tile(r, 128, scores.ROWS)
     states = [pl.BlockSpec((6, rows, parts * scores.LANES), lambda i: (0, i, 0))]
     states += [pl.BlockSpec((rows, parts * scores.LANES), lambda i: (i, 0))]
     column = pl.BlockSpec((rows, 1), lambda i: (i, 0))

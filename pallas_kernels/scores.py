@@ -3,6 +3,7 @@
 Reducing over lanes is what a TPU does slowest, so it is done once, after the last tile.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 from dlm_kernels.pallas_kernels import numerics
 
 LANES = 128
-GROUP = 16  # rows whose statistics are in registers at once: a bfloat16 tile's
-# Steps of a loop laid out one after the other, so that the latency of one hides behind the others.
-UNROLL_CHUNKS, UNROLL_GROUPS = 8, 8
+ROWS = 16  # of a bfloat16 tile; tiles of logits have a multiple of it
+GROUP = 32  # rows at most whose statistics are in registers at once
+# Chunks of a group that are laid out one after the other, so that the latency of one hides behind the others.
+UNROLLED = 32
+LEAST = -200.0  # of any distance below it the weight is 0
 
 
 class State(NamedTuple):
@@ -49,7 +52,7 @@ def start(state):
 
 def accumulate(
     state,  # State of ROWS rows; changed
-    value_of,  # (rows, columns) -> float32 [GROUP, 128], a part of the tile: logits after guidance and cap
+    values_of,  # rows -> columns -> float32 [<= GROUP, 128], a part of the tile: logits after guidance and cap
     values,  # float32 [ROWS, COLUMNS], scratch
     temperature,  # float32 [ROWS, 1] | None
     words,  # int32 [ROWS, 4] | None, see numerics.gumbel
@@ -57,27 +60,31 @@ def accumulate(
     banned,  # float32 [1, COLUMNS] | None, not 0 where the token is banned
     first,  # int32, the tile's first token
     *,
+    with_second,  # State.second is wanted
     vocabulary,  # V; tokens from there on (exclusive) do not exist
     tempered,  # take statistics of value / temperature
 ):
     """Adds a tile of COLUMNS tokens to the statistics."""
     rows_all, columns_all = values.shape
-    chunks, groups = columns_all // LANES, rows_all // GROUP
-    together = unroll(chunks, UNROLL_CHUNKS)
+    together = math.gcd(rows_all, GROUP)
+    chunks, groups = columns_all // LANES, rows_all // together
+    unrolled = unroll(chunks, UNROLLED)
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
 
     def part(chunk):
         return pl.ds(pl.multiple_of(chunk * LANES, LANES), LANES)
 
     def over_rows(group, carry):
-        rows = pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
+        rows = pl.ds(pl.multiple_of(group * together, together), together)
         if temperature is not None:
             hot = temperature[rows, :] > 0
             divisor = jnp.where(hot, temperature[rows, :], 1.0)
 
+        value_of = values_of(rows)
+
         def greatest(chunk, carry):
             top, second, token = carry
-            value = value_of(rows, part(chunk))
+            value = value_of(part(chunk))
             index = first + chunk * LANES + lane
             if banned is not None:
                 value = jnp.where(banned[:, part(chunk)] != 0, -jnp.inf, value)
@@ -86,28 +93,29 @@ def accumulate(
             if tempered and temperature is not None:
                 value = value / divisor
             values[rows, part(chunk)] = value
-            second = jnp.maximum(second, jnp.minimum(top, value))
+            if with_second:
+                second = jnp.maximum(second, jnp.minimum(top, value))
             # Not >=: of equal values the lowest token counts.
             token = jnp.where(value > top, index, token)
             return jnp.maximum(top, value), second, token
 
         old_top = state.top[rows, :]
         carried = old_top, state.second[rows, :], state.token[rows, :]
-        top, second, token = jax.lax.fori_loop(0, chunks, greatest, carried, unroll=together)
+        top, second, token = jax.lax.fori_loop(0, chunks, greatest, carried, unroll=unrolled)
         base = jnp.where(top == -jnp.inf, 0.0, top)
 
         def sums(chunk, carry):
             total, moment = carry
             distance = values[rows, part(chunk)] - base
             weight = jnp.exp(distance)
-            # -inf * 0 would be NaN.
-            return total + weight, moment + jnp.where(distance == -jnp.inf, 0.0, distance * weight)
+            # Of -inf the product would be NaN.
+            return total + weight, moment + jnp.maximum(distance, LEAST) * weight
 
         total, moment = state.total[rows, :], state.moment[rows, :]
         shift = jnp.where(old_top == -jnp.inf, 0.0, old_top - base)
         shrink = jnp.exp(shift)
         moment = (moment + shift * total) * shrink
-        total, moment = jax.lax.fori_loop(0, chunks, sums, (total * shrink, moment), unroll=together)
+        total, moment = jax.lax.fori_loop(0, chunks, sums, (total * shrink, moment), unroll=unrolled)
         state.top[rows, :], state.second[rows, :] = top, second
         state.total[rows, :], state.moment[rows, :] = total, moment
         if temperature is None:
@@ -141,7 +149,7 @@ def accumulate(
         return carry
 
     # Those of a draw would be code that most tiles skip.
-    jax.lax.fori_loop(0, groups, over_rows, 0, unroll=unroll(groups, UNROLL_GROUPS) if temperature is None else 1)
+    jax.lax.fori_loop(0, groups, over_rows, 0, unroll=unroll(groups, max(1, UNROLLED // chunks)) if temperature is None else 1)
 
 
 def finish(

@@ -24,12 +24,16 @@ def _score_kernel(live, logits, *refs, given, confidence, tempered, soft_cap, vo
     token, sure, entropy, logsumexp, values, *state = refs[len(given) :]
     state, rows_tile, step = scores.State(*state), pl.program_id(0), pl.program_id(1)
 
-    def value_of(rows, columns):
-        value = logits[rows, columns].astype(jnp.float32)
-        if inputs["unconditional"] is not None:
-            other = inputs["unconditional"][rows, columns].astype(jnp.float32)
-            value = numerics.mixed(value, other, inputs["scale"][rows, :])
-        return numerics.capped(value, soft_cap)
+    def values_of(rows):
+        scale = None if inputs["scale"] is None else inputs["scale"][rows, :]
+
+        def value_of(columns):
+            value = logits[rows, columns].astype(jnp.float32)
+            if scale is not None:
+                value = numerics.mixed(value, inputs["unconditional"][rows, columns].astype(jnp.float32), scale)
+            return numerics.capped(value, soft_cap)
+
+        return value_of
 
     @pl.when(step == 0)
     def _():
@@ -39,10 +43,11 @@ def _score_kernel(live, logits, *refs, given, confidence, tempered, soft_cap, vo
     def _():
         scores.accumulate(
             state,
-            value_of,
+            values_of,
             values,
             *(inputs[name] for name in ("temperature", "words", "noise", "banned")),
             step * logits.shape[1],
+            with_second=confidence == "margin",
             vocabulary=vocabulary,
             tempered=tempered,
         )
@@ -84,7 +89,7 @@ def score_tokens(
     Returns token int32, confidence, entropy, logsumexp float32, each [R]. A tile of rows is not read where none is active.
     """
     r, v = logits.shape
-    rows, columns = chips.tile(r, ROWS, scores.GROUP), chips.tile(v, COLUMNS, scores.LANES)
+    rows, columns = chips.tile(r, ROWS, scores.ROWS), chips.tile(v, COLUMNS, scores.LANES)
     row_tiles = pl.cdiv(r, rows)
     live = jnp.ones(row_tiles, jnp.int32)
     if active is not None:

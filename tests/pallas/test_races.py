@@ -142,7 +142,7 @@ def test_unmask_topk(run):
 @pytest.fixture
 def head_operands(monkeypatch):
     """Hidden rows, the weight and which rows are active: two tiles of rows (the first not live) and three of the weight."""
-    monkeypatch.setattr(head, "tiles", lambda *_: (16, 128))
+    monkeypatch.setattr(head, "tiles", lambda *_, **__: (16, 128))
     return normal(0, 20, 40), normal(1, 300, 40) / 3, jnp.arange(20) >= 16
 
 
@@ -189,6 +189,12 @@ def test_a_core_with_fewer_tiles_counts_none_twice(run, head_operands):
     CLOSE(run(lm_head.masked_cross_entropy_forward, *arrays, logits_soft_cap=None), wanted)
     arrays = hidden, weight, hidden, target_weight, active
     CLOSE(run(divergence.masked_divergence_forward, *arrays), divergence_reference.masked_divergence_forward(*as_numpy(arrays)))
+
+
+def test_cores_share_the_rows_where_each_has_enough():
+    sizes = 50258, 768, 2, *head.streamed(2)
+    assert [head.tiles(r, *sizes, least=2)[0] for r in (100, 511, 512, 1000)] == [112, 512, 256, 512]
+    assert head.tiles(512, *sizes)[0] == 512
 
 
 def test_guidance(run):
