@@ -66,7 +66,8 @@ def accumulate(
 ):
     """Adds a tile of COLUMNS tokens to the statistics."""
     rows_all, columns_all = values.shape
-    together = math.gcd(rows_all, GROUP)
+    # A group draws where one of its rows may: the fewer rows, the fewer draws for nothing.
+    together = math.gcd(rows_all, GROUP if temperature is None else ROWS)
     chunks, groups = columns_all // LANES, rows_all // together
     unrolled = unroll(chunks, UNROLLED)
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
