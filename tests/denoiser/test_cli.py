@@ -312,6 +312,8 @@ def test_bits_from_left_to_right(saved):
 
 def test_parse_share_and_headers():
     assert evaluate.parse_share(["x = 1", "def f(:", "a\0b", "def f():\n    pass"]) == 0.5
+    cut = 'def f():\n    """A text', "def f():\n    x = g(1,", "if x:", "x = )", "def f(:\n    pass", "def f():\n    x = 1\n  y"
+    assert evaluate.parse_share(cut) == 0.5
     assert evaluate.held_out_headers(["import os\n\ndef f(a):\n    pass\n\nclass A:\n    pass\n"], 5) == ["def f(a):"]
 
 

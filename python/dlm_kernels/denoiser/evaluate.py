@@ -1,6 +1,6 @@
 """What a denoiser is worth on held-out text: bits per byte, holes filled right, errors corrected, functions that parse."""
 
-import ast
+import codeop
 import functools
 
 import jax
@@ -119,12 +119,12 @@ def _left_to_right_nats(config, params, tokens, weights, implementation):
 
 
 def parse_share(texts):
-    """The share of `texts` that Python's own parser takes."""
+    """The share of `texts` that Python's own parser takes, whole or as the beginning of what would go on where they are cut."""
     parsed = 0
     for text in texts:
         try:
-            ast.parse(text)
-        except (SyntaxError, ValueError):  # ValueError: a null byte
+            codeop.compile_command(text, symbol="exec")
+        except (SyntaxError, ValueError, OverflowError):  # ValueError: a null byte
             continue
         parsed += 1
     return parsed / len(texts)
