@@ -247,7 +247,7 @@ def test_decoders_side_by_side(saved):
     assert block["passes"] == 2 and block["tokens_per_pass"] == 2
     assert block["times_first"] == block["tokens_per_second"] / one["tokens_per_second"]
     assert 1 <= drafts["passes"] <= 2
-    for name in ("parse_share", "teacher_bits_per_token", "distinct_share"):
+    for name in ("parse_share", "beginning_share", "teacher_bits_per_token", "distinct_share"):
         assert drafts[name] == block[name] == other[name]
     lines = [compare.DECODING_HEAD.splitlines()[0], *map(compare.line, table)]
     assert len({line.count("|") for line in lines}) == 1 and lines[1].startswith("| one | 4.0 | 1.0 |")
@@ -313,7 +313,7 @@ def test_bits_from_left_to_right(saved):
 def test_parse_share_and_headers():
     assert evaluate.parse_share(["x = 1", "def f(:", "a\0b", "def f():\n    pass"]) == 0.5
     cut = 'def f():\n    """A text', "def f():\n    x = g(1,", "if x:", "x = )", "def f(:\n    pass", "def f():\n    x = 1\n  y"
-    assert evaluate.parse_share(cut) == 0.5
+    assert evaluate.parse_share(cut) == 0 and evaluate.parse_share(cut, unfinished=True) == 0.5
     assert evaluate.held_out_headers(["import os\n\ndef f(a):\n    pass\n\nclass A:\n    pass\n"], 5) == ["def f(a):"]
 
 

@@ -46,17 +46,20 @@ def written(models, name, way, headers, *, length, implementation=None):
 def judged(models, made, *, length, implementation=None):
     """What the `length` last tokens of each row of some Generations are worth, by the first of the models.
 
-    parse_share: of the texts, their last and perhaps unfinished line left out; teacher_bits_per_token: how probable the judge finds
-    what was written, from left to right, where low is fluent or repetitive; distinct_share tells which: of a text's tokens those
-    that are the first of their kind.
+    parse_share: of the texts, their last and perhaps unfinished line left out; beginning_share: with those that could go on, whose
+    docstring or bracket is open where they are cut; teacher_bits_per_token: how probable the judge finds what was written, from
+    left to right, where low is fluent or repetitive; distinct_share tells which: of a text's tokens those that are the first of
+    their kind.
     """
     judge, *_ = models.values()
     texts = [text for one in made for text in one.texts]
     rows = [row for one in made for row in one.decoded.tokens]
     width = max(map(len, rows))
     tokens = np.array([np.pad(row, (width - len(row), 0), constant_values=judge[0].pad_id) for row in rows])
+    lines = [text.rpartition("\n")[0] for text in texts]
     return {
-        "parse_share": evaluate.parse_share([text.rpartition("\n")[0] for text in texts]),
+        "parse_share": evaluate.parse_share(lines),
+        "beginning_share": evaluate.parse_share(lines, unfinished=True),
         "teacher_bits_per_token": evaluate.left_to_right_bits(judge, tokens, length, implementation=implementation),
         "distinct_share": float(np.mean([len(set(row)) / length for row in tokens[:, -length:].tolist()])),
     }
@@ -122,8 +125,9 @@ def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=6
     return rows
 
 
-STEPS_HEAD = "| model | passes | bits/byte | hole of 4 | hole of 8 | parses | bits/token | distinct |\n" + "|---" * 8 + "|"
-DECODING_HEAD = "| decoder | passes | tokens/pass | tokens/s | x first | parses | bits/token | distinct |\n" + "|---" * 8 + "|"
+_JUDGED_HEAD = "| parses / so far | bits/token | distinct |\n" + "|---" * 8 + "|"
+STEPS_HEAD = "| model | passes | bits/byte | hole of 4 | hole of 8 " + _JUDGED_HEAD
+DECODING_HEAD = "| decoder | passes | tokens/pass | tokens/s | x first " + _JUDGED_HEAD
 
 
 def line(row):
@@ -136,5 +140,6 @@ def line(row):
         filled = [f"{h['token_accuracy']:.1%} / {h['exact_match']:.1%}" if h else "–" for h in filled]
         bits = f"{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "–"
         cells = [f"{row['model']}, {row['steps']}" if row["steps"] in IN_ORDER else row["model"], row["passes"], bits, *filled]
-    cells += [f"{row['parse_share']:.0%}", f"{row['teacher_bits_per_token']:.2f}", f"{row['distinct_share']:.0%}"]
+    cells.append(f"{row['parse_share']:.0%} / {row['beginning_share']:.0%}")
+    cells += [f"{row['teacher_bits_per_token']:.2f}", f"{row['distinct_share']:.0%}"]
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -1,5 +1,6 @@
 """What a denoiser is worth on held-out text: bits per byte, holes filled right, errors corrected, functions that parse."""
 
+import ast
 import codeop
 import functools
 
@@ -118,12 +119,13 @@ def _left_to_right_nats(config, params, tokens, weights, implementation):
     return masked_cross_entropy(hidden, denoiser.head_weight(config, params), tokens, weights, implementation=implementation)
 
 
-def parse_share(texts):
-    """The share of `texts` that Python's own parser takes, whole or as the beginning of what would go on where they are cut."""
+def parse_share(texts, *, unfinished=False):
+    """The share of `texts` that Python's own parser takes; with `unfinished` also those that are the beginning of what it would."""
+    parse = functools.partial(codeop.compile_command, symbol="exec") if unfinished else ast.parse
     parsed = 0
     for text in texts:
         try:
-            codeop.compile_command(text, symbol="exec")
+            parse(text)
         except (SyntaxError, ValueError, OverflowError):  # ValueError: a null byte
             continue
         parsed += 1
