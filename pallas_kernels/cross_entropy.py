@@ -173,6 +173,15 @@ def _slopes(values, first, vocabulary, targets, lse, dloss, *, soft_cap):
     to_gradient(values, first, vocabulary, of_rows)
 
 
+def _product(gradient, factor, contracted):
+    """Their float32 product. A bfloat16 gradient would cost as much accuracy as the result's rounding: it goes as a sum of two."""
+    if factor.dtype == jnp.float32:
+        return chips.dot(gradient, factor, contracted)
+    high = numerics.rounded(gradient, factor.dtype)
+    halves = high.astype(factor.dtype), (gradient - high).astype(factor.dtype)
+    return chips.dot(halves[0], factor, contracted) + chips.dot(halves[1], factor, contracted)
+
+
 def _dhidden_kernel(
     live,  # int32 [row tiles] in SMEM, 0 where no row is active
     hidden,  # [ROWS, D], finite
@@ -200,7 +209,7 @@ def _dhidden_kernel(
             factor = jnp.where(row < vocabulary, factor, jnp.zeros_like(factor))
 
         def product(part):
-            total[part, :] += chips.dot(values[part, :].astype(factor.dtype), factor, (1, 0))
+            total[part, :] += _product(values[part, :], factor, (1, 0))
 
         head.over_parts(hidden.shape[0], product)
 
@@ -231,7 +240,7 @@ def _dweight_kernel(
         slopes(values, first, vocabulary, *inputs)
 
         def product(part):
-            total[...] += chips.dot(values[part, :].astype(hidden.dtype), hidden[part, :], (0, 0))
+            total[...] += _product(values[part, :], hidden[part, :], (0, 0))
 
         head.over_parts(hidden.shape[0], product)
 
