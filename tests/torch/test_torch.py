@@ -75,6 +75,9 @@ def test_gradients_that_would_be_wrong_are_refused():
     hidden, weight = torch.randn(1, 2, 8), torch.randn(9, 8, requires_grad=True)
     with pytest.raises(ValueError, match="lm_head_scores has no gradient: expected torch.no_grad"):
         adapter.lm_head_scores(hidden, weight)
+    with pytest.raises(ValueError, match="mix_guidance has no gradient: expected torch.no_grad"):
+        adapter.mix_guidance(hidden.requires_grad_(), hidden, 1.0)
+    hidden.requires_grad_(False)
     with torch.no_grad():
         adapter.lm_head_scores(hidden, weight)
     out = adapter.soft_embedding(hidden, weight)
