@@ -44,6 +44,7 @@ def attention_cases():
         ("bfloat16", 256, 2, 8, 50.0, 1024),
         ("float32", 64, 1, 1, None, 1024),
         ("float32", 128, 2, 4, None, 1024),
+        ("float32", 256, 2, 4, 50.0, 1024),
     ]:
         query = array(2, queries, 4 * groups, h, dtype=dtype)
         key = array(2, 2048, 4, h, dtype=dtype)

@@ -14,9 +14,6 @@ import pytest
 
 # sm_86 and sm_89 have the least, 99 KB, and take the tiles of sm_80.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes a thread may keep in local memory: none, but for the one kernel whose two operands, each split in two for float32's
-# products, leave no register. No smaller tile helps.
-SPILL = {("_dq_kernel", "float32 H=128"): 144}
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -33,8 +30,7 @@ def test_compiles(arch):
         assert "error" not in row, row
         assert row["shared"] <= SHARED[arch], row
         assert row["warps"] and not row["scratch"], row
-        allowed = [spill for (kernel, case), spill in SPILL.items() if kernel == row["kernel"] and case in row["case"]]
-        assert row["stack"] <= sum(allowed), row
+        assert not row["stack"], row
     if arch == 90:
         heads = "_scores_kernel", "_loss_kernel", "_dlogits_kernel", "_divergence_kernel", "_divergence_dlogits_kernel"
         for kernel in ("_forward_kernel", *heads, "_product_kernel"):

@@ -212,6 +212,9 @@ def supports_attention_forward(query, key, value, bounds, dense, **static) -> st
 @tuned("attention_forward")
 def _tiles(dtype: str, h: int, few_rows: bool, pairs: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages: the largest that spill no register on sm_80, sm_90 and sm_100."""
+    if dtype == "float32" and h > 128:
+        # Not as products of two parts, for which there are no registers.
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "PRECISION": "ieee"}, 8, 1
     if dtype == "float32":
         return {"BLOCK_M": 32 if h <= 64 else 16, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
     block_m = 64 if few_rows else 128

@@ -57,17 +57,25 @@ def _visible(bounds, at_bounds, real, s, length, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _dlogits(q, do, k, v, lse, delta, visible, scale, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr):
-    """The weights and the gradient of the scaled logits, float32 [BLOCK_M, BLOCK_N]; zero where not visible."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+def _dlogits(
+    left, dleft, right, dright,  # q, do, k, v where ROWS is 0; k, v, q, do where it is 1
+    lse, delta,  # float32 [BLOCK_M]
+    visible,  # bool [BLOCK_M, BLOCK_N] where ROWS is 0; [BLOCK_N, BLOCK_M] where it is 1
+    scale,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The weights and the gradient of the scaled logits, float32, shaped as visible; zero where that does not hold."""
+    logits = tl.dot(left, tl.trans(right), input_precision=PRECISION)
     if SOFT_CAP is None:
         logits *= scale * 1.4426950408889634
     else:
         bent = tanh(logits * (scale / SOFT_CAP))
         logits = bent * (SOFT_CAP * 1.4426950408889634)
     # Selected and not multiplied: an unseen key may hold NaN, and a row that sees nothing has lse -inf.
-    p = tl.where(visible, tl.exp2(logits - lse[:, None] * 1.4426950408889634), 0.0)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * scale
+    p = tl.where(visible, tl.exp2(logits - tl.expand_dims(lse, 1 - ROWS) * 1.4426950408889634), 0.0)
+    ds = p * (tl.dot(dleft, tl.trans(dright), input_precision=PRECISION) - tl.expand_dims(delta, 1 - ROWS)) * scale
     if SOFT_CAP is not None:
         ds *= 1.0 - bent * bent
     return p, tl.where(visible, ds, 0.0)
@@ -123,7 +131,7 @@ def _dkdv_kernel(
             at = (b * heads + head + m % GROUPS) * queries + t
             sums = tl.load(lse + at, mask=real, other=0.0)
             change = tl.load(delta + at, mask=real, other=0.0)
-            p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION)
+            p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
             dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
     at = ((b * length + s) * kv_heads + kv_head)[:, None] * H + h[None, :]
@@ -180,7 +188,12 @@ def _dq_kernel(
             wide = tl.cast(first, tl.int64)
             k = tl.load(key + wide * key_s + (lane[:, None] * key_s + h[None, :] * key_h), mask=there, other=0)
             v = tl.load(value + wide * value_s + (lane[:, None] * value_s + h[None, :] * value_h), mask=there, other=0)
-            _, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION)
+            if q.dtype == tl.float32:
+                # A left operand that the loop keeps stays in registers, float32 in two parts: q and do would not fit.
+                _, ds = _dlogits(k, v, q, do, sums, change, tl.trans(visible), scale, SOFT_CAP, PRECISION, 1)
+                ds = tl.trans(ds)
+            else:
+                _, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
             # Zero times the NaN of a key that no row sees would be NaN.
             k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0).to(q.dtype)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -204,6 +217,8 @@ def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout
 @tuned("attention_backward")
 def _tiles(dtype: str, h: int, pairs: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages."""
+    if dtype == "float32" and h > 128:
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "ieee"}, 8, 1
     if dtype == "float32":
         return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
     if h > 128 or multiplies_by_warp():
@@ -251,13 +266,15 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
         constants=constants,
         **options,
     )
+    # float32's rows are the right operand there: twice as many fit, and fewer spill.
+    rows = tiles["BLOCK_M"] * (2 if dtype == "float32" and h <= 128 else 1)
     (dquery,) = launch(
         _dq_kernel,
-        (triton.cdiv(queries * groups, tiles["BLOCK_M"]) * kv_heads * batch,),
+        (triton.cdiv(queries * groups, rows) * kv_heads * batch,),
         inputs=inputs,
         outputs={"dquery": Out(tuple(query.shape), dtype)},
         scalars=scalars,
-        constants=constants,
+        constants=constants | {"BLOCK_M": rows},
         **options,
     )
     return dquery, dkey, dvalue
