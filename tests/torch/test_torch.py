@@ -1,6 +1,9 @@
 """The operations on torch tensors give what they give on JAX arrays. Needs the `torch` extra."""
 
 import importlib
+import pathlib
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,12 @@ import pytest
 
 import dlm_kernels
 from dlm_kernels import masks
+from dlm_kernels.denoiser import model
+from dlm_kernels.denoiser.config import DenoiserConfig
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 adapter = importlib.import_module("dlm_kernels.torch")
+torch_llada = importlib.import_module("bench.torch_llada")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,6 +42,28 @@ def test_a_step_with_a_key():
     assert got.unmasked.dtype == torch.bool
     for mine, other in zip(got, expected):
         np.testing.assert_array_equal(mine.numpy(), other)
+
+
+def test_generation_as_the_readme_has_it():
+    """Its own lines, on a model of torch, are LLaDA's sampler token for token, in LLaDA's dtype."""
+    readme = pathlib.Path(__file__).parents[2].joinpath("README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def generate(" in block)
+    config = DenoiserConfig(layers=2, d_model=32, heads=4, kv_heads=2, head_size=8, ffn=64, vocab=48)
+    params = {name: torch.tensor(np.array(x)) for name, x in model.init(config, jax.random.key(0)).items()}
+
+    def logits_of(tokens):
+        logits = torch_llada.forward(config, params, tokens)
+        logits[..., [config.mask_id, config.pad_id]] = -torch.inf
+        return types.SimpleNamespace(logits=logits)
+
+    q, k, v = torch.randn(3, 2, 4, 9, 16)
+    names = {"q": q, "k": k, "v": v}
+    exec(code, names)
+    torch.testing.assert_close(names["out"], torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    prompt, options = torch.randint(3, config.vocab, (2, 5)), dict(length=12, block=6, steps=4)
+    made = names["generate"](logits_of, prompt, **options, mask_id=config.mask_id)
+    assert made.dtype == torch.int64
+    np.testing.assert_array_equal(made, torch_llada.generate(config, params, prompt, **options))
 
 
 def test_the_soft_embedding():

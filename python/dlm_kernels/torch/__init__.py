@@ -6,6 +6,7 @@
 Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). Tensors on the CPU are handed to JAX and back
 through DLPack, without a copy where they are contiguous. On both attention, the losses and the soft embedding have gradients;
 the others refuse a tensor that requires one rather than detach it silently. Keys are JAX's (`jax.random.key(0)`).
+Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given.
 The first call with a new kind of arguments compiles its kernels, in seconds; Triton keeps them in TRITON_CACHE_DIR.
 torch.compile leaves the operations as they are and breaks its graph around them; torch.func's transforms do not take them.
 """
@@ -105,6 +106,18 @@ def _on_tensors(operation, *, differentiable=False):
     return call
 
 
+def _of_their_dtype(operation, position):
+    """`operation`, whose tokens come back in the dtype of those given: torch's token ids are int64, the kernels' int32."""
+
+    @functools.wraps(operation)
+    def call(*args, **kwargs):
+        result = operation(*args, **kwargs)
+        given = kwargs["tokens"] if "tokens" in kwargs else args[position]
+        return result._replace(tokens=result.tokens.to(given.dtype))
+
+    return call
+
+
 def _native():
     if reason := triton_kernels.without_triton():
         raise RuntimeError(f"dlm_kernels.torch: a tensor is on a GPU, and {reason}")
@@ -119,5 +132,5 @@ masked_divergence = _on_tensors(dlm_kernels.masked_divergence, differentiable=Tr
 mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
 score_tokens = _on_tensors(dlm_kernels.score_tokens)
 soft_embedding = _on_tensors(dlm_kernels.soft_embedding, differentiable=True)
-unmask_step = _on_tensors(dlm_kernels.unmask_step)
-unmask_topk = _on_tensors(dlm_kernels.unmask_topk)
+unmask_step = _of_their_dtype(_on_tensors(dlm_kernels.unmask_step), 1)
+unmask_topk = _of_their_dtype(_on_tensors(dlm_kernels.unmask_topk), 0)
