@@ -173,7 +173,9 @@ def _only(i):
 def supports_attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):
     if dense is not None:
         return "it takes masks as key intervals (masks.KeyIntervals), not as a boolean array"
-    return chips.refuse(query)
+    (t, n, h), (s, k) = query.shape[1:], key.shape[1:3]
+    tiles = choose_tiles(k, n // k * t, s, h, query.dtype, bounds is not None)
+    return chips.refuse(query) or attention_tiles.refuse_schedule(tiles, bounds, n // k * t, s)
 
 
 def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):

@@ -120,7 +120,9 @@ def _kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap, of_keys):
 def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *, scale, logits_soft_cap):
     if dense is not None:
         return "it takes masks as key intervals (masks.KeyIntervals), not as a boolean array"
-    return chips.refuse(query)
+    (t, n, h), (s, k) = query.shape[1:], key.shape[1:3]
+    tiles = choose_tiles(k, n // k * t, s, h, query.dtype)
+    return chips.refuse(query) or attention_tiles.refuse_schedule(tiles, bounds, n // k * t, s)
 
 
 def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *, scale, logits_soft_cap):

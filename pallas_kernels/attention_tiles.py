@@ -18,6 +18,7 @@ from dlm_kernels.pallas_kernels import chips
 
 LANES = 128
 LOG2_E = math.log2(math.e)
+MOST_TILES = 250_000  # of a schedule: a core has 1 MiB of scalar memory, and the compiler takes some of it
 DEAD, EDGE, WHOLE = 0, 1, 2  # of a tile of keys: no row sees any of it; some row does not see all of it; every row sees all
 
 
@@ -154,6 +155,14 @@ def schedule(kind):
     entry = jnp.where(place[..., None, :] == tile[:, None], (tile * 4 + kind)[..., None, :], -1).max(-1)
     last = jnp.where(live, tile, 0).max(-1, keepdims=True)
     return jnp.where(entry < 0, last * 4 + DEAD, entry).astype(jnp.int32).reshape(-1)
+
+
+def refuse_schedule(tiles, bounds, rows, keys):
+    """Why a kernel cannot visit the tiles of so many rows and keys, or None."""
+    if bounds is None and keys % tiles.keys == 0:
+        return None
+    count = (1 if bounds is None else len(bounds)) * pl.cdiv(rows, tiles.rows) * pl.cdiv(keys, tiles.keys)
+    return f"its schedule has {count} tiles, and scalar memory holds {MOST_TILES}" if count > MOST_TILES else None
 
 
 def visible(ends, first, shape, keys_axis):

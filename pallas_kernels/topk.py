@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dlm_kernels.pallas_kernels import chips
 
 LANES = 128
+MOST_ROWS = 50_000  # whose five rules a core's 1 MiB of scalar memory holds
 MOST_POSITIONS = 8192  # whose three columns, padded to 128 lanes each, VMEM holds twice
 
 
@@ -69,6 +70,8 @@ def _topk_kernel(
 def supports_unmask_topk(tokens, **_):
     if tokens.shape[1] > MOST_POSITIONS:
         return f"it ranks a row of positions in VMEM, at most {MOST_POSITIONS}, not {tokens.shape[1]}"
+    if tokens.shape[0] > MOST_ROWS:
+        return f"it has the rules of all rows in scalar memory, at most {MOST_ROWS} rows, not {tokens.shape[0]}"
     return chips.refuse_chip()
 
 

@@ -7,6 +7,7 @@ libtpu is the real compiler: it fails where a kernel needs more VMEM than the ch
 """
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -20,8 +21,9 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
+import dlm_kernels  # noqa: E402
 from dlm_kernels.pallas_kernels import attention, chips, divergence, guidance, lm_head, unmask  # noqa: E402
 
 F32, BF16, INT, BOOL = jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_
@@ -125,14 +127,34 @@ def attention_cases():
             yield f"{name}, backward", gradient, (*operands, query, row, query, row)
 
 
+def several_chips(devices):
+    """(name, function, arrays split over two devices): by their types, or left to the compiler, which is given XLA's code."""
+    for axis in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(axis,), devices=devices[:2])
+
+        def split(shape, dtype, *spec, mesh=mesh):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+        query, key = split((2, 256, 32, 128), BF16, "data"), split((2, 256, 8, 128), BF16, "data")
+        hidden, weight = split((2, 64, 2560), BF16, "data"), split((151936, 2560), BF16)
+        targets, weights = split((2, 64), INT, "data"), split((2, 64), F32, "data")
+        gradient = jax.grad(lambda *x: dlm_kernels.attention(*x).astype(F32).sum(), (0, 1, 2))
+        yield f"two chips, {axis}, attention's gradient", gradient, (query, key, key)
+        loss = jax.grad(dlm_kernels.masked_cross_entropy, (0, 1))
+        yield f"two chips, {axis}, the loss's gradient", loss, (hidden, weight, targets, weights)
+
+
 def main(kind, part=""):
-    device = topologies.get_topology_desc(platform="tpu", topology_name=chips.CHIPS[kind].topology).devices[0]
-    assert device.device_kind == kind, (device.device_kind, kind)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=chips.CHIPS[kind].topology).devices
+    assert devices[0].device_kind == kind, (devices[0].device_kind, kind)
     chips.chip = lambda: chips.CHIPS[kind]
-    for name, function, operands in cases():
+    # A user's setting, which must not reach into the kernels.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    one = SingleDeviceSharding(devices[0])
+    on_one = ((*case[:2], [x and jax.ShapeDtypeStruct(*x, sharding=one) for x in case[2]]) for case in cases())
+    for name, function, arrays in itertools.chain(on_one, several_chips(devices)):
         if part not in name:
             continue
-        arrays = [x and jax.ShapeDtypeStruct(*x, sharding=SingleDeviceSharding(device)) for x in operands]
         row = {"case": name}
         try:
             lowered = jax.jit(function).lower(*arrays)

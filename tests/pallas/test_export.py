@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dlm_kernels
 from dlm_kernels.denoiser import model, sampler
@@ -60,6 +61,40 @@ def test_the_tpu_takes_pallas(name):
         assert any(name.startswith(choice.kernel) for name in kernels), (choice, kernels)
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+def test_on_several_tpus(name, axis):
+    """Where types say how arrays are split each device's part takes the kernels; where the compiler is to split, which cannot split
+    them, it is given XLA's code.
+    """
+    function, arrays = OPERATIONS[name]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis,), devices=jax.devices()[:2])
+
+    def split(array):
+        batch = array.shape.index(2) if 2 in array.shape else len(array.shape)
+        spec = PartitionSpec(*[None] * batch, "data") if 2 in array.shape else PartitionSpec()
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+    module = export.export(jax.jit(function), platforms=["tpu"])(*map(split, arrays)).mlir_module()
+    assert "mhlo.num_partitions = 2" in module
+    kernels = re.findall(r'kernel_name = "(\w+)"', module)
+    if axis == AxisType.Auto:
+        assert not kernels and "CustomSPMDPartitioning" not in module
+    else:
+        for choice in dlm_kernels.explain(function, *arrays):
+            assert any(name.startswith(choice.kernel) for name in kernels), (choice, kernels)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_users_settings_for_all_of_jax(name):
+    """Neither 64 bits nor a precision, of which a TPU has one for bfloat16, reach into a kernel."""
+    function, arrays = OPERATIONS[name]
+    plain = export.export(jax.jit(function), platforms=["tpu"])(*arrays).mlir_module()
+    with jax.enable_x64(True), jax.default_matmul_precision("high"):
+        module = export.export(jax.jit(lambda *arrays: function(*arrays)), platforms=["tpu"])(*arrays).mlir_module()
+    assert re.findall(r'kernel_name = "(\w+)"', module) == re.findall(r'kernel_name = "(\w+)"', plain)
+
+
 def test_decoding_exported_for_the_tpu_carries_every_kernel_of_a_step():
     config = DenoiserConfig(layers=1, d_model=32, heads=2, kv_heads=1, head_size=16, ffn=64, vocab=300)
     params = model.init(config, jax.random.key(0))
@@ -80,6 +115,32 @@ def test_a_tpu_with_too_little_memory_takes_xla(monkeypatch, name):
     choices = dlm_kernels.explain(function, *arrays)
     assert choices and all("tpu" not in choice.implementations for choice in choices)
     assert all(choice.refused["pallas"] == "it takes more VMEM than a TPU v4 has" for choice in choices)
+
+
+def array(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention_of_many(query, key, ends):
+    return dlm_kernels.attention(query, key, key, mask=dlm_kernels.masks.KeyIntervals(ends, ends))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_scalar_memory_does_not_hold_takes_xla(backward):
+    """Of 8 rows of 128 Ki keys with bounds of their own a schedule would have more tiles than it may; of one it has not."""
+    function = jax.grad(lambda *x: attention_of_many(*x).astype(jnp.float32).sum()) if backward else attention_of_many
+    for batch, kernels in ((1, "pallas"), (8, None)):
+        query, key = (array(batch, 2**17, n, 128, dtype=jnp.bfloat16) for n in (8, 2))
+        choices = dlm_kernels.explain(function, query, key, array(batch, 2**17))
+        assert [choice.implementations.get("tpu") for choice in choices] == [kernels] * len(choices), choices
+
+
+def test_rules_that_scalar_memory_does_not_hold_take_xla():
+    scores = dlm_kernels.TokenScores(*(array(50_001, 32, dtype=d) for d in (jnp.int32, *[jnp.float32] * 3)))
+    (choice,) = dlm_kernels.explain(
+        lambda tokens, scores: dlm_kernels.unmask_topk(tokens, scores, mask_id=0, num_unmask=1), array(50_001, 32), scores
+    )
+    assert choice.refused["pallas"] == "it has the rules of all rows in scalar memory, at most 50000 rows, not 50001"
 
 
 def test_a_chip_is_known_by_each_of_its_names(monkeypatch):

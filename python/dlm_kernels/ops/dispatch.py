@@ -1,8 +1,9 @@
 """Chooses a kernel for a call and makes it work under jit, vmap and sharding.
 
 An operation describes its kernel once, as a `Leaf`: the name, and the axes of every operand and result in letters.
-`call` then nests `custom_vmap(custom_partitioning(platform_dependent(kernels)))`. The order matters: custom_partitioning
-has no batching rule of its own, and a gradient (`custom_vjp`, in the operation's file) must be outside of both.
+`call` then nests `custom_vmap(custom_partitioning(platform_dependent(kernels)))`, without the middle one on a TPU (one_device.py).
+The order matters: custom_partitioning has no batching rule of its own, and a gradient (`custom_vjp`, in the operation's file) must
+be outside of both.
 """
 
 import contextlib
@@ -19,9 +20,10 @@ import jax
 import jax.experimental.pallas.tpu
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dlm_kernels import triton_kernels
+from dlm_kernels.ops import one_device
 
 PACKAGES = {
     "cpu": "cpu_kernels",
@@ -98,9 +100,9 @@ def call(leaf, implementation, operands, **static):
     )
     shardings = [jax.typeof(array).sharding for array in arrays]
     if any(axis is not None for sharding in shardings for axis in sharding.spec):
-        # Axes of the mesh that are explicit, where JAX wants to be told how the results are split.
         mesh = next(sharding.mesh for sharding in shardings if not sharding.mesh.empty)
-        function = _told(function, _split(leaf, axes, mesh, [(a.shape, s.spec) for a, s in zip(arrays, shardings)], leaf.results))
+        operands = [(a.shape, s.spec) for a, s in zip(arrays, shardings)]
+        function = _mapped(function, *(_split(leaf, axes, mesh, operands, terms) for terms in (axes, leaf.results)))
     results = function(*arrays)
     if choices is not None:
         # Under vmap the call for all entries has recorded itself, and in a vmap around that one another: the last is what runs.
@@ -199,12 +201,17 @@ def _compiled(leaf, implementation, implementations, present, axes, groups, stat
     """The jitted, batchable, partitionable function of the `present` operands; cached, or each call would compile anew."""
     kernels = {platform: _kernel(leaf, name, present, static) for platform, name in implementations}
     default = kernels.pop("default")
+    tpu = one_device.kernel_or(kernels.pop("tpu"), default) if "tpu" in kernels else default
 
     def run(*arrays):
         return jax.lax.platform_dependent(*arrays, **kernels, default=default) if kernels else default(*arrays)
 
     partitioned = _partitioned(leaf, run, axes, groups)
-    return jax.jit(_batched(leaf, implementation, partitioned, present, static))
+
+    def anywhere(*arrays):
+        return jax.lax.platform_dependent(*arrays, tpu=tpu, default=partitioned)
+
+    return jax.jit(_batched(leaf, implementation, anywhere, present, static))
 
 
 def _kernel(leaf, implementation, present, static):
@@ -212,7 +219,9 @@ def _kernel(leaf, implementation, present, static):
     absent = {name: None for name, _ in leaf.operands if name not in present}
 
     def kernel(*arrays):
-        result = function(**dict(zip(present, arrays)), **absent, **dict(static))
+        # With 64 bits Python's numbers within a Pallas kernel would have them, which a TPU has not.
+        with jax.enable_x64(False) if implementation == "pallas" else contextlib.nullcontext():
+            result = function(**dict(zip(present, arrays)), **absent, **dict(static))
         results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         over = frozenset().union(*map(_varying, arrays))
         return tuple(jax.lax.pcast(x, tuple(over - _varying(x)), to="varying") if over - _varying(x) else x for x in results)
@@ -319,9 +328,19 @@ def _split(leaf, axes, mesh, operands, terms):
 
 
 @functools.cache
-def _told(function, results):
-    """`function` for arrays whose mesh has explicit axes; within, they are such as custom_partitioning splits."""
-    return jax.jit(jax.sharding.auto_axes(function, out_sharding=results))
+def _mapped(function, operands, results):
+    """`function` of each device's part, for arrays of a mesh with explicit axes, split as these shardings say."""
+    mesh = operands[0].mesh
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
+    of_parts = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(x.spec for x in operands),
+        out_specs=tuple(x.spec for x in results),
+        axis_names=explicit,
+        check_vma=False,
+    )
+    return jax.jit(lambda *arrays: of_parts(*map(jax.sharding.reshard, arrays, operands)))
 
 
 def _sharding_rule(leaf, axes, groups):
