@@ -22,7 +22,7 @@ def _topk_kernel(
     columns,  # float32 [1, P, 3]: order, eligible and entropy, along sublanes
     new_tokens,  # int32 [1, 1, P]
     unmasked,  # int32 [1, 1, P]
-    rank,  # float32 [1, P], scratch; exact, for P is below 2**24
+    rank,  # float32 [1, P], scratch; exact, for P is below 2**24; only where a position of the same 128 is eligible, as spent
     spent,  # float32 [1, P], scratch: the sum of the entropies ranked before
     *,
     rules,
@@ -34,12 +34,17 @@ def _topk_kernel(
 
     def count(part, carry):
         lanes = pl.ds(pl.multiple_of(part * LANES, LANES), LANES)
-        mine = order[0, :, lanes]
-        i = part * LANES + jax.lax.broadcasted_iota(jnp.int32, (positions, LANES), 1)
-        before = ((theirs > mine) | ((theirs == mine) & (j < i))) & (counts != 0)
-        rank[:, lanes] = jnp.sum(jnp.where(before, jnp.float32(1), 0.0), axis=0, keepdims=True)
-        if "entropy_budget" in rules:
-            spent[:, lanes] = jnp.sum(jnp.where(before, cost, 0.0), axis=0, keepdims=True)
+
+        # The others have no rank, and a block is a small part of a long canvas.
+        @pl.when(jnp.max(eligible[0, :, lanes]) != 0)
+        def _():
+            mine = order[0, :, lanes]
+            i = part * LANES + jax.lax.broadcasted_iota(jnp.int32, (positions, LANES), 1)
+            before = ((theirs > mine) | ((theirs == mine) & (j < i))) & (counts != 0)
+            rank[:, lanes] = jnp.sum(jnp.where(before, jnp.float32(1), 0.0), axis=0, keepdims=True)
+            if "entropy_budget" in rules:
+                spent[:, lanes] = jnp.sum(jnp.where(before, cost, 0.0), axis=0, keepdims=True)
+
         return carry
 
     jax.lax.fori_loop(0, positions // LANES, count, 0)

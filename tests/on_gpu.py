@@ -48,9 +48,9 @@ def main(bench, only):
     if run(["-c", "import dlm_kernels._cpu"], {"JAX_PLATFORMS": "cpu"}).returncode and run(["-m", *BUILD], {}).returncode:
         return "the package could not be built: pip install pybind11 'setuptools>=77', and a C++ compiler"
     steps = TESTS | (BENCH if bench else {})
-    if importlib.util.find_spec("torch") is None:
+    if run(["-c", "import torch; assert torch.cuda.is_available()"], {}, capture_output=True).returncode:
         del steps["kernels from torch"]
-        print("no torch: its tests are left out")
+        print("no torch with CUDA: its tests are left out")
     steps = {name: step for name, step in steps.items() if only in name}
     if not steps:
         return f"--only: expected a word of {', '.join(map(repr, TESTS | BENCH))}, got {only!r}"

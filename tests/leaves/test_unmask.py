@@ -160,6 +160,8 @@ def test_unmask_topk(leaf, rules, length, edits):
     # Multiples of 1/64: sums are exact in any order, and some meet the budget exactly.
     entropy = jnp.round(jax.random.uniform(keys[1], (b, length)) * 64) / 64
     eligible = jax.random.bernoulli(keys[2], 0.6, (b, length)).at[3].set(False)
+    # A block of a canvas, at its beginning and at its end.
+    eligible = eligible.at[1, 2 * length // 3 :].set(False).at[4, : 2 * length // 3].set(False)
     proposal = jax.random.randint(keys[3], (b, length), 1, 50)
     tokens = jax.random.randint(keys[4], (b, length), 1, 50)
     values = dict(

@@ -83,7 +83,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
     """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; loss 0 where inactive."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     spans = triton.cdiv(vocabulary, head.SPAN)
-    tiles, num_warps, num_stages = head.tiles(dtype_name(hidden), rows <= 64)
+    tiles, num_warps, num_stages = head.tiles(dtype_name(hidden), rows <= 64, False)
     top, total, chosen = launch(
         _loss_kernel,
         head.grid(hidden, tiles["BLOCK_R"], spans),
@@ -215,7 +215,7 @@ def supports_masked_cross_entropy_backward(hidden, weight, targets, active, lse,
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
     """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
     rows, dtype = hidden.shape[0], dtype_name(hidden)
-    tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64)
+    tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64, False)
 
     def logit_gradients(first, part):
         return launch(

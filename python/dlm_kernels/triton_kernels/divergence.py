@@ -104,7 +104,7 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     spans = triton.cdiv(vocabulary, head.SPAN)
-    tiles, num_warps, num_stages = head.tiles(dtype_name(hidden), rows <= 64)
+    tiles, num_warps, num_stages = head.tiles(dtype_name(hidden), rows <= 64, False)
     sums = ("top", "total", "target_top", "target_total", "gap")
     found = launch(
         _divergence_kernel,
@@ -178,7 +178,7 @@ def supports_masked_divergence_backward(
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
     """lse, target_lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
     rows, dtype = hidden.shape[0], dtype_name(hidden)
-    tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64)
+    tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64, False)
 
     def logit_gradients(first, part):
         target_part = target_weight[first : first + part.shape[0]]

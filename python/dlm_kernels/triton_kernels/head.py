@@ -35,7 +35,7 @@ def grid(hidden, block: int, spans: int, target_width: int = 0) -> tuple[int, in
 
 
 @tuned("lm_head")
-def tiles(dtype: str, few_rows: bool, sampled: bool = False) -> tuple[dict, int, int]:
+def tiles(dtype: str, few_rows: bool, sampled: bool) -> tuple[dict, int, int]:
     """Constants of a head product, its warps and its stages: the largest that spill no register, of which noise takes many.
 
     The span never depends on the rows: see `scores`.

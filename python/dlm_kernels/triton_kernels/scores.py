@@ -87,12 +87,14 @@ def _merge_kernel(
         moments = tl.where(totals == 0.0, 0.0, moments + (tops - base) * totals)
         whole = tl.sum(totals * share, 0)
         mean = tl.sum(moments * share, 0) / whole
-        winner = tl.argmax(tops, 0)
+        # Without NaN, compared with which each lane of a warp would find another winner, perhaps past the last span.
+        winner = tl.argmax(tl.where(tops == tops, tops, float("-inf")), 0)
         if not HAS_CHOICE:
             value = best
             chosen = tl.load(token + row * spans + winner)
         else:
-            draw = tl.argmax(tl.load(choice + at, mask=inside, other=float("-inf")), 0)
+            choices = tl.load(choice + at, mask=inside, other=float("-inf"))
+            draw = tl.argmax(tl.where(choices == choices, choices, float("-inf")), 0)
             value = tl.load(picked + row * spans + draw)
             chosen = tl.load(choice_token + row * spans + draw)
         entropy = tl.log(whole) - mean

@@ -118,6 +118,8 @@ def _draw_kernel(
         divisor = tl.where(hot, heat, 1.0)
         lane = tl.arange(0, BLOCK)
         tops = tl.load(top + row * spans + lane, mask=lane < spans, other=float("-inf"))
+        # Without NaN, compared with which each lane of a warp would find another token, and go another way below.
+        tops = tl.where(tops == tops, tops, float("-inf"))
         at = row * spans + tl.program_id(1)
         mine = tl.load(top + at)
         best = tl.max(tops, 0)
@@ -265,9 +267,12 @@ def _topk_kernel(
         order = tl.where(mine != mine, float("-inf"), -mine)
     rank = tl.zeros([BLOCK], tl.int32)
     spent = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, length, OTHERS):
+    # Nothing outside is ranked, and a block is a small part of a long canvas: [first, last).
+    first = tl.min(tl.where(open_, at, BLOCK), 0)
+    last = tl.max(tl.where(open_, at + 1, 0), 0)
+    for start in range(first, last, OTHERS):
         j = start + tl.arange(0, OTHERS)
-        there = j < length
+        there = j < last
         there &= tl.load(eligible + row + j, mask=there, other=0) != 0
         if not HAS_ENTROPY_BUDGET:
             other = tl.load(confidence + row + j, mask=there, other=float("-inf"))
@@ -275,12 +280,12 @@ def _topk_kernel(
         else:
             uncertain = tl.load(entropy + row + j, mask=there, other=0.0)
             other = tl.where(uncertain != uncertain, float("-inf"), -uncertain)
-        first = other[None, :] > order[:, None]
-        first |= (other[None, :] == order[:, None]) & (j[None, :] < at[:, None])
-        first &= there[None, :]
-        rank += tl.sum(first.to(tl.int32), 1)
+        before = other[None, :] > order[:, None]
+        before |= (other[None, :] == order[:, None]) & (j[None, :] < at[:, None])
+        before &= there[None, :]
+        rank += tl.sum(before.to(tl.int32), 1)
         if HAS_ENTROPY_BUDGET:
-            spent += tl.sum(tl.where(first, uncertain[None, :], 0.0), 1)
+            spent += tl.sum(tl.where(before, uncertain[None, :], 0.0), 1)
     all_open = tl.sum(open_.to(tl.int32), 0)
     n = 0
     if HAS_NUM_UNMASK:
@@ -300,9 +305,9 @@ def _topk_kernel(
     if HAS_EDITABLE:
         may = (tl.load(editable + row + at, mask=inside, other=0) != 0) & inside
         changed |= may & (raw > tl.load(edit_threshold + b))
-    before = tl.load(tokens + row + at, mask=inside, other=0)
-    after = tl.load(proposal + row + at, mask=inside, other=0)
-    tl.store(out_tokens + row + at, tl.where(changed, after, before), mask=inside)
+    old = tl.load(tokens + row + at, mask=inside, other=0)
+    new = tl.load(proposal + row + at, mask=inside, other=0)
+    tl.store(out_tokens + row + at, tl.where(changed, new, old), mask=inside)
     tl.store(unmasked + row + at, taken, mask=inside)
     tl.store(count + b, tl.minimum(tl.maximum(n, 0), all_open))
 
