@@ -10,6 +10,7 @@ import triton.language as tl
 from dlm_kernels.triton_kernels.attention_backward import (
     attention_backward,
     bounds_stride,
+    intervals,
     place,
     supports_attention_backward,
 )
@@ -127,22 +128,8 @@ def _forward_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for pair in range(PAIRS if PAIRS > 0 else 1):
-        if PAIRS > 0:
-            at_bounds = bounds + b * bounds_b + t.to(tl.int64) * (2 * PAIRS) + 2 * pair
-            start = tl.load(at_bounds, mask=real, other=0)
-            stop = tl.load(at_bounds + 1, mask=real, other=0)
-            some = start < stop
-            first = tl.min(tl.where(some, start, length), 0)
-            last = tl.max(tl.where(some, stop, 0), 0)
-            inner_first = tl.max(tl.where(real, start, 0), 0)
-            inner_last = tl.min(tl.where(real, stop, length), 0)
-        else:
-            start = tl.zeros([BLOCK_M], tl.int32)
-            stop = tl.zeros([BLOCK_M], tl.int32) + length
-            first = 0
-            last = length
-            inner_first = 0
-            inner_last = length
+        at_bounds = b * bounds_b + t.to(tl.int64) * (2 * PAIRS)
+        start, stop, first, last, inner_first, inner_last = intervals(bounds, at_bounds, pair, real, length, PAIRS)
         # Tiles begin at multiples of BLOCK_N: [first, last) are visited, [inner_first, inner_last) need no mask.
         first = tl.maximum(first, part_first) // BLOCK_N * BLOCK_N
         last = tl.minimum(last, part_last)

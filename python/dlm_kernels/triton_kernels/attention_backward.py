@@ -6,7 +6,7 @@ Both compute the weights again from lse. Rows are packed as in the forward kerne
 import triton
 import triton.language as tl
 
-from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, multiplies_by_warp, strides, tuned
+from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiplies_by_warp, strides, tuned
 from dlm_kernels.triton_kernels.numerics import tanh
 
 
@@ -15,6 +15,36 @@ def place(tiles, heads):
     """This program's tile, head (int64), and what remains: all along the grid's first axis, for CUDA ends the others at 65535."""
     program = tl.program_id(0)
     return program % tiles, (program // tiles % heads).to(tl.int64), program // tiles // heads
+
+
+@triton.jit
+def intervals(
+    bounds,  # int32, of rows that lie 2 * PAIRS apart
+    at_bounds,  # int64 [BLOCK_M], where the rows' are
+    pair,  # which of PAIRS
+    real,  # bool [BLOCK_M], False for rows past the last
+    length,  # S
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The keys that rows see by one pair of their bounds, each from a start (inclusive) to a stop (exclusive): each row's, int32
+    [BLOCK_M]; from the first to the last that any row sees; and those that every row sees.
+    """
+    if PAIRS > 0:
+        start = tl.load(bounds + at_bounds + 2 * pair, mask=real, other=0)
+        stop = tl.load(bounds + at_bounds + 2 * pair + 1, mask=real, other=0)
+        some = start < stop
+        first = tl.min(tl.where(some, start, length), 0)
+        last = tl.max(tl.where(some, stop, 0), 0)
+        inner_first = tl.max(tl.where(real, start, 0), 0)
+        inner_last = tl.min(tl.where(real, stop, length), 0)
+    else:
+        start = tl.zeros(real.shape, tl.int32)
+        stop = tl.zeros(real.shape, tl.int32) + length
+        first = 0
+        last = length
+        inner_first = 0
+        inner_last = length
+    return start, stop, first, last, inner_first, inner_last
 
 
 @triton.jit
@@ -100,6 +130,7 @@ def _dkdv_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # queries whose bounds are looked at at once
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, b = place(tl.cdiv(length, BLOCK_N), kv_heads)
@@ -114,26 +145,43 @@ def _dkdv_kernel(
     v = tl.load(at_value, mask=there, other=0)
     dk = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    for tile in range(0, queries * GROUPS, BLOCK_M):
+    # The queries that see any of these keys, from t_first (inclusive) to t_last (exclusive); a condition in the loop below instead
+    # would keep its loads from running ahead.
+    t_first = 0
+    t_last = queries
+    if PAIRS > 0:
+        t_first = queries
+        t_last = 0
+        for some in range(0, queries, BLOCK_T):
+            t = some + tl.arange(0, BLOCK_T)
+            there_t = t < queries
+            sees = t < 0
+            for pair in tl.static_range(PAIRS):
+                at_bounds = bounds + b * bounds_b + t.to(tl.int64) * (2 * PAIRS) + 2 * pair
+                start = tl.load(at_bounds, mask=there_t, other=0)
+                stop = tl.load(at_bounds + 1, mask=there_t, other=0)
+                sees |= (start < stop) & (start < first + BLOCK_N) & (stop > first)
+            t_first = tl.minimum(t_first, tl.min(tl.where(sees, t, queries), 0))
+            t_last = tl.maximum(t_last, tl.max(tl.where(sees, t + 1, 0), 0))
+    for tile in range(t_first * GROUPS // BLOCK_M * BLOCK_M, t_last * GROUPS, BLOCK_M):
         m = tile + tl.arange(0, BLOCK_M)
         real = m < queries * GROUPS
         t = m // GROUPS
         visible = _visible(bounds, b * bounds_b + t.to(tl.int64) * (2 * PAIRS), real, s, length, PAIRS)
-        if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
-            inside = real[:, None] & (h < H)[None, :]
-            # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
-            wide, head = tl.cast(tile // GROUPS, tl.int64), kv_head * GROUPS
-            near, g = (t - tile // GROUPS)[:, None], (m % GROUPS)[:, None]
-            at = near * query_t + g * query_n + h[None, :] * query_h
-            q = tl.load(query + (b * query_b + wide * query_t + head * query_n) + at, mask=inside, other=0)
-            at = near * dout_t + g * dout_n + h[None, :] * dout_h
-            do = tl.load(dout + (b * dout_b + wide * dout_t + head * dout_n) + at, mask=inside, other=0)
-            at = (b * heads + head + m % GROUPS) * queries + t
-            sums = tl.load(lse + at, mask=real, other=0.0)
-            change = tl.load(delta + at, mask=real, other=0.0)
-            p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+        inside = real[:, None] & (h < H)[None, :]
+        # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
+        wide, head = tl.cast(tile // GROUPS, tl.int64), kv_head * GROUPS
+        near, g = (t - tile // GROUPS)[:, None], (m % GROUPS)[:, None]
+        at = near * query_t + g * query_n + h[None, :] * query_h
+        q = tl.load(query + (b * query_b + wide * query_t + head * query_n) + at, mask=inside, other=0)
+        at = near * dout_t + g * dout_n + h[None, :] * dout_h
+        do = tl.load(dout + (b * dout_b + wide * dout_t + head * dout_n) + at, mask=inside, other=0)
+        at = (b * heads + head + m % GROUPS) * queries + t
+        sums = tl.load(lse + at, mask=real, other=0.0)
+        change = tl.load(delta + at, mask=real, other=0.0)
+        p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
     at = ((b * length + s) * kv_heads + kv_head)[:, None] * H + h[None, :]
     tl.store(dkey + at, dk.to(dkey.dtype.element_ty), mask=there)
     tl.store(dvalue + at, dv.to(dvalue.dtype.element_ty), mask=there)
@@ -180,20 +228,21 @@ def _dq_kernel(
     value += b * value_b + kv_head * value_k
     at_bounds = b * bounds_b + t.to(tl.int64) * (2 * PAIRS)
     lane = tl.arange(0, BLOCK_N)
-    for first in range(0, length, BLOCK_N):
-        s = first + lane
-        visible = _visible(bounds, at_bounds, real, s, length, PAIRS)
-        if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
+    for pair in range(PAIRS if PAIRS > 0 else 1):
+        start, stop, first, last, _, _ = intervals(bounds, at_bounds, pair, real, length, PAIRS)
+        for tile in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
+            s = tile + lane
+            visible = (s[None, :] >= start[:, None]) & (s[None, :] < stop[:, None])
             there = (s < length)[:, None] & (h < H)[None, :]
-            wide = tl.cast(first, tl.int64)
+            wide = tl.cast(tile, tl.int64)
             k = tl.load(key + wide * key_s + (lane[:, None] * key_s + h[None, :] * key_h), mask=there, other=0)
             v = tl.load(value + wide * value_s + (lane[:, None] * value_s + h[None, :] * value_h), mask=there, other=0)
             if q.dtype == tl.float32:
                 # A left operand that the loop keeps stays in registers, float32 in two parts: q and do would not fit.
-                _, ds = _dlogits(k, v, q, do, sums, change, tl.trans(visible), scale, SOFT_CAP, PRECISION, 1)
+                p, ds = _dlogits(k, v, q, do, sums, change, tl.trans(visible), scale, SOFT_CAP, PRECISION, 1)
                 ds = tl.trans(ds)
             else:
-                _, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
+                p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
             # Zero times the NaN of a key that no row sees would be NaN.
             k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0).to(q.dtype)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -216,14 +265,15 @@ def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout
 
 @tuned("attention_backward")
 def _tiles(dtype: str, h: int, pairs: int) -> tuple[dict, int, int]:
-    """Constants of the tiles, the warps and the stages."""
+    """Constants of the tiles, the warps and the stages: the most that spill no register."""
     if dtype == "float32" and h > 128:
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "ieee"}, 8, 1
+        return {"BLOCK_M": 16 if multiplies_by_warp() else 32, "BLOCK_N": 16, "PRECISION": "ieee"}, 8, 1
     if dtype == "float32":
         return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
     if h > 128 or multiplies_by_warp():
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 1
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if h > 64 or pairs == 2 else 64, "PRECISION": "ieee"}, 8, 1
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
+    num_stages = 1 if pairs == 2 and h > 64 and arch() >= 100 else 2
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if h > 64 or pairs == 2 else 64, "PRECISION": "ieee"}, 8, num_stages
 
 
 def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *, scale, logits_soft_cap):
@@ -263,18 +313,16 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
         inputs=inputs,
         outputs={"dkey": Out(tuple(key.shape), dtype), "dvalue": Out(tuple(key.shape), dtype)},
         scalars={**scalars, "kv_heads": kv_heads},
-        constants=constants,
+        constants={**constants, "BLOCK_T": 512},
         **options,
     )
-    # float32's rows are the right operand there: twice as many fit, and fewer spill.
-    rows = tiles["BLOCK_M"] * (2 if dtype == "float32" and h <= 128 else 1)
     (dquery,) = launch(
         _dq_kernel,
-        (triton.cdiv(queries * groups, rows) * kv_heads * batch,),
+        (triton.cdiv(queries * groups, tiles["BLOCK_M"]) * kv_heads * batch,),
         inputs=inputs,
         outputs={"dquery": Out(tuple(query.shape), dtype)},
         scalars=scalars,
-        constants=constants | {"BLOCK_M": rows},
+        constants=constants,
         **options,
     )
     return dquery, dkey, dvalue
