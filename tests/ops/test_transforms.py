@@ -176,6 +176,28 @@ def test_a_mesh_of_explicit_axes(name):
 
 
 @every_operation
+@pytest.mark.parametrize("split", [(None, "data"), ("data", None), ("data", "other")])
+def test_vmap_over_arrays_of_explicit_axes(name, split):
+    """In all but the first the mapped axis itself is split over devices."""
+    function, arrays = OPERATIONS[name]
+    mesh = jax.make_mesh((2, 2), ("data", "other"), devices=jax.devices("cpu")[:4])
+    stacked = [jnp.stack([array, array[::-1]]) for array in arrays]
+    placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(*split))) for x in stacked]
+    same(jax.jit(jax.vmap(function))(*placed), jax.vmap(function)(*stacked))
+
+
+@every_operation
+def test_shard_map_over_some_axes(name):
+    """Over the others the arrays are split too, which is left to the compiler."""
+    function, arrays = OPERATIONS[name]
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]).reshape(2, 2), ("data", "other"))
+    split = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "other")))) for x in arrays]
+    specs = dict(in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    mapped = jax.shard_map(function, mesh=mesh, axis_names={"data"}, check_vma=False, **specs)
+    same(jax.jit(mapped)(*split), function(*arrays))
+
+
+@every_operation
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_arrays_split_along_any_axis(name, axis):
     """Also along those that a kernel needs whole, such as the length or the vocabulary."""

@@ -98,16 +98,21 @@ def call(leaf, implementation, operands, **static):
         _groups(leaf, operands),
         tuple(static.items()),
     )
-    shardings = [jax.typeof(array).sharding for array in arrays]
-    if any(axis is not None for sharding in shardings for axis in sharding.spec):
-        mesh = next(sharding.mesh for sharding in shardings if not sharding.mesh.empty)
-        operands = [(a.shape, s.spec) for a, s in zip(arrays, shardings)]
+    if (mesh := _explicit_mesh(arrays)) is not None:
+        operands = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
         function = _mapped(function, *(_split(leaf, axes, mesh, operands, terms) for terms in (axes, leaf.results)))
     results = function(*arrays)
     if choices is not None:
         # Under vmap the call for all entries has recorded itself, and in a vmap around that one another: the last is what runs.
         choices[recorded:] = choices[recorded:][-1:] or [choice]
     return results
+
+
+def _explicit_mesh(arrays):
+    """The mesh by whose explicit axes any of these arrays is split, or None."""
+    shardings = [jax.typeof(array).sharding for array in arrays]
+    split = any(axis is not None for sharding in shardings for axis in sharding.spec)
+    return next(sharding.mesh for sharding in shardings if not sharding.mesh.empty) if split else None
 
 
 def typed_as(inputs, gradients):
@@ -242,10 +247,13 @@ def _batched(leaf, implementation, function, present, static):
         foldable = all(leaf.fold in letters for letters in leaf.results)
         if not foldable or any(b and leaf.fold not in letters for b, letters in zip(batched, axes)):
             # Each entry has, say, its own LM head or its own weight gradient: one kernel call cannot hold them all.
-            return jax.lax.map(
-                lambda mapped: batched_function(*_merge(batched, mapped, arrays)),  # which a vmap around this one maps too
-                [array for array, b in zip(arrays, batched) if b],
-            ), every_result
+            def one_by_one(*arrays):
+                return jax.lax.map(
+                    lambda mapped: batched_function(*_merge(batched, mapped, arrays)),  # which a vmap around this one maps too
+                    [array for array, b in zip(arrays, batched) if b],
+                )
+
+            return _on_whole_arrays(one_by_one, arrays), every_result
         rows = max(
             x.shape[letters.index(leaf.fold) + b]
             for x, letters, b in zip(arrays, axes, batched)
@@ -259,6 +267,16 @@ def _batched(leaf, implementation, function, present, static):
         ), every_result
 
     return batched_function
+
+
+def _on_whole_arrays(function, arrays):
+    """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
+    if (mesh := _explicit_mesh(arrays)) is None:
+        return function(*arrays)
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
+    whole = PartitionSpec()
+    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, axis_names=explicit, check_vma=False)
+    return function(*(jax.sharding.reshard(array, NamedSharding(mesh, whole)) for array in arrays))
 
 
 def _merge(batched, mapped, arrays):
@@ -287,7 +305,9 @@ def _partitioned(leaf, run, axes, groups):
     function = custom_partitioning(run)
     rule, factors = _sharding_rule(leaf, axes, groups)
     def split(mesh, arg_shapes, terms):
-        return _split(leaf, axes, mesh, [(a.shape, a.sharding.spec) for a in arg_shapes], terms)
+        # Within a shard_map over some axes alone JAX gives shardings that tell nothing of axes.
+        specs = [getattr(a.sharding, "spec", PartitionSpec()) for a in arg_shapes]
+        return _split(leaf, axes, mesh, [(a.shape, spec) for a, spec in zip(arg_shapes, specs)], terms)
 
     def alone(*arrays):
         """One device's part, which has no mesh: the call's own may have explicit axes, of which the part knows nothing."""
@@ -330,17 +350,14 @@ def _split(leaf, axes, mesh, operands, terms):
 @functools.cache
 def _mapped(function, operands, results):
     """`function` of each device's part, for arrays of a mesh with explicit axes, split as these shardings say."""
-    mesh = operands[0].mesh
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
-    of_parts = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=tuple(x.spec for x in operands),
-        out_specs=tuple(x.spec for x in results),
-        axis_names=explicit,
-        check_vma=False,
-    )
-    return jax.jit(lambda *arrays: of_parts(*map(jax.sharding.reshard, arrays, operands)))
+
+    def call(*arrays):
+        in_specs, out_specs = (tuple(x.spec for x in shardings) for shardings in (operands, results))
+        # Made anew for each trace: it keeps the axes of the first, and in a vmap over a split axis there are fewer.
+        of_parts = jax.shard_map(function, mesh=operands[0].mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return of_parts(*map(jax.sharding.reshard, arrays, operands))
+
+    return jax.jit(call)
 
 
 def _sharding_rule(leaf, axes, groups):
