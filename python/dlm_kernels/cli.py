@@ -59,6 +59,7 @@ def _parser():
     add("prompt", nargs="?", help="text to continue; \\n and \\t in it are a newline and a tab")
     holes = "text with holes: <mask:20> is one of 20 tokens, <mask:20@3> one under guidance 3; \\n and \\t likewise"
     add("--infill", metavar="TEXT", help=holes)
+    add("--chat", action="store_true", help="make the prompt a user's turn, as LLaDA's or Dream's instruction-tuned models read it")
     add("--length", type=int, help="tokens to add at most (default: one block)")
     add("--exact", action="store_true", default=None, help="exactly --length tokens")
     add("--block", type=int, default=64, help="tokens decoded together (default: %(default)s)")
@@ -71,7 +72,8 @@ def _parser():
     rules = ("least", "cap", "rescale", "confidence")
     add("--remask-rule", choices=rules, help="the least certain, or ReMDM's rules of strength --remask")
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
-    add("--temperature", type=float, help="0 is greedy (default: 1; 0 with --drafts; 0.8 with --noise-budget)")
+    heat = "0 is greedy (default: 1; 0 with --drafts and for published models; 0.8 with --noise-budget)"
+    add("--temperature", type=float, help=heat)
     add("--seed", type=int)
     add("--ban", action="append", default=[], metavar="TEXT", help="use no token that contains TEXT")
     add("--require", action="append", default=[], metavar="TEXT", help="write TEXT, where it is likeliest")
@@ -167,18 +169,25 @@ def _model(command):
 
 
 def _load(options):
+    from dlm_kernels.denoiser import checkpoint
+
+    return _load_from(options.model or checkpoint.SHIPPED)
+
+
+def _load_from(name):
+    """A published checkpoint as it is stored, which in float32 would take twice the memory; one of ours in float32."""
     import jax.numpy as jnp
 
     from dlm_kernels.denoiser import checkpoint
 
-    return checkpoint.load(checkpoint.find(options.model or checkpoint.SHIPPED), dtype=jnp.float32)
+    directory = checkpoint.find(name)
+    return checkpoint.load(directory, dtype=None if checkpoint.published(directory) else jnp.float32)
 
 
 def _generate(options):
-    import jax.numpy as jnp
     from rich.console import Console
 
-    from dlm_kernels.denoiser import checkpoint, classifier, generate, html, view
+    from dlm_kernels.denoiser import chat, checkpoint, classifier, generate, html, view
 
     if (options.prompt is None) == (options.infill is None):
         raise ValueError("expected a prompt or --infill, one of them")
@@ -190,7 +199,8 @@ def _generate(options):
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")
     named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
     if options.drafts is None and options.noise_budget is None:
-        named.setdefault("temperature", 1.0)
+        published = options.model is not None and checkpoint.published(checkpoint.find(options.model))
+        named.setdefault("temperature", 0.0 if published else 1.0)
     named["length"] = options.block if options.length is None else options.length
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     named["required"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.require]
@@ -200,13 +210,15 @@ def _generate(options):
     elif options.classifier_scale is not None:
         raise ValueError("--classifier-scale: expected a --classifier with it, got none")
     if options.drafter:
-        drafter = checkpoint.load(checkpoint.find(options.drafter), dtype=jnp.float32)
+        drafter = _load_from(options.drafter)
         if drafter[0] != model[0]:
             raise ValueError(f"--drafter: expected a student of the model's shape {model[0]}, got {drafter[0]}")
         named["drafter"] = drafter[1]
     console = Console()
     prompt = options.prompt if options.infill is None else options.infill
     prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if options.chat:
+        prompt = chat.turn(model[2], prompt)
     watched = console.is_terminal and not (options.json or options.html or options.drafts is not None)
     shown = view.View(model[0], model[2], console) if watched else None
     frames = []
@@ -230,13 +242,14 @@ def _generate(options):
         "compile_seconds": round(result.compile_seconds, 2),
         "implementation": used,
     }
+    text = result.answers[0] if options.chat else result.texts[0]
     if options.json:
-        print(json.dumps(numbers | {"text": result.texts[0]}, indent=2))
+        print(json.dumps(numbers | {"text": text}, indent=2))
         return
     if shown:
         console.print(shown.render(*result.decoded))
     else:
-        print(result.texts[0])
+        print(text)
     print(
         f"{result.tokens} tokens in {result.passes} passes ({result.tokens_per_pass:.1f} per pass), "
         f"{result.seconds:.2f} s, {result.tokens_per_second:.0f} tokens/s",

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from tokenizers import Tokenizer
 
-from dlm_kernels.denoiser import model, pretrained
+from dlm_kernels.denoiser import chat, model, pretrained
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 SHIPPED = pathlib.Path(__file__).parent / "weights"
@@ -38,18 +37,13 @@ def load(directory=SHIPPED, *, dtype=None):
 
     Raises ValueError where there is none, or a parameter is missing, unknown, or of another shape than the config says.
     """
-    directory = pathlib.Path(directory)
-    if not (directory / "config.json").exists():
-        raise ValueError(f"{directory}: no checkpoint is there")
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{directory}/config.json: {error}") from None
-    if not (directory / "tokenizer.json").exists():
-        raise ValueError(f"{directory}: expected a tokenizer.json; a fast tokenizer's save_pretrained writes one")
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    directory, config = pathlib.Path(directory), _config(directory)
+    tokenizer = chat.tokenizer(directory)
     if pretrained.architecture(config):
         return *pretrained.load(directory, config, dtype=dtype), tokenizer
+    if "model_type" in config:
+        known = ", ".join(pretrained.ARCHITECTURES)
+        raise ValueError(f"{directory}/config.json: model_type: expected one of {known}, got {config['model_type']}")
     config = DenoiserConfig.from_dict(config)
     arrays = read(directory / "model.safetensors")
     shapes = model.parameter_shapes(config)
@@ -60,6 +54,21 @@ def load(directory=SHIPPED, *, dtype=None):
             raise ValueError(f"{directory}: {name}: expected shape {shape}, got {arrays[name].shape}")
     params = {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
     return config, params, tokenizer
+
+
+def published(directory):
+    """Whether the checkpoint there is one of `pretrained`'s. Raises ValueError where there is none."""
+    return pretrained.architecture(_config(directory)) is not None
+
+
+def _config(directory):
+    path = pathlib.Path(directory) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{directory}: no checkpoint is there")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def save_state(path, state, progress):

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
-from dlm_kernels.denoiser import control, limits, renoise, sampler, speculative
+from dlm_kernels.denoiser import chat, control, limits, renoise, sampler, speculative
 
 HOLE = re.compile(r"<mask:(\d+)(?:@(-?\d+(?:\.\d+)?))?>")  # how many tokens, and under which guidance scale
+ALL = {"threshold": 0.0, "factor": 1e6, "entropy_budget": 1e6}  # by which a rule commits all in one pass
 BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
 
 
@@ -29,6 +30,7 @@ class Canvas:
 @dataclasses.dataclass(frozen=True)
 class Generation:
     texts: list[str]  # prompt and all
+    answers: list[str]  # from the first hole on: what continues a prompt, without it
     decoded: sampler.Decoded | speculative.Speculated  # NumPy arrays
     tokens: int  # generated, in all rows, padding after a stop left out
     passes: int
@@ -56,7 +58,7 @@ def canvas(config, tokenizer, prompts, length, style=""):
         row = ahead + tokenizer.encode(pieces[0]).ids
         own = [np.nan] * len(row)
         for holes, scale, text in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
-            given = tokenizer.encode(text).ids
+            given = tokenizer.encode(text, add_special_tokens=False).ids
             row += [config.mask_id] * int(holes) + given
             own += [np.nan if scale is None else float(scale)] * int(holes) + [np.nan] * len(given)
         added = 0 if len(pieces) > 1 else length
@@ -122,7 +124,8 @@ def generate(
         return tokenizer.decode(tokens)
 
     model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: texts; one with `<mask:n>` in it is filled there with
-    exactly n tokens each, any other is continued by at most `length` tokens, until end-of-text. block, steps and options
+    exactly n tokens each, any other is continued by at most `length` tokens, until end-of-text or the end of a turn; an
+    instruction-tuned model answers a prompt of `chat.turn`. block, steps and options
     (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. temperature: 0, the default, is
     greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given
     `adaptive`, with that share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of
@@ -153,16 +156,19 @@ def generate(
             config, params, board.tokens, phrase, start=board.start, implementation=options.get("implementation")
         )
         board = dataclasses.replace(board, tokens=tokens)
-    rules = ("threshold", "factor", "entropy_budget")
     if noise_budget is not None:
         if temperature == 0:
             raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
         steps, temperature = 48 if steps is None else steps, 0.8 if temperature is None else temperature
-    if steps is None and all(options.get(rule) is None for rule in rules):
+    if steps is None and all(options.get(rule) is None for rule in ALL):
         steps = max(block // 4, 1)
+    ends = chat.ends(config, tokenizer)
     if exact or required or any(HOLE.search(prompt) for prompt in prompts):
-        banned = [*banned, config.eos_id]
+        banned = [*banned, *ends]
     random = options.get("remask") is not None and options.get("remask_rule", "least") != "least"
+    if temperature:
+        # Ids without a text, which no training has lowered: LLaDA's and Dream's heads are wider than their vocabularies.
+        banned = [*banned, *range(max(tokenizer.get_vocab().values()) + 1, config.vocab)]
     if temperature or random:
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
         options |= dict(temperature=temperature or None, key=keys)
@@ -174,7 +180,7 @@ def generate(
         raise ValueError("adaptive, negative_prompt: expected a guidance other than 1 with them, got 1")
     biases = {} if logit_bias is None else dict(logit_bias)
     if eos_bias:
-        biases[config.eos_id] = biases.get(config.eos_id, 0.0) + eos_bias
+        biases |= {token: biases.get(token, 0.0) + eos_bias for token in ends}
     if biases:
         options["logit_bias"] = control.logit_bias(config, biases)
     viewer = _viewer(on_pass)
@@ -195,12 +201,12 @@ def generate(
             raise ValueError(f"noise_budget: goes with steps and temperature alone, got {given or 'drafts'}")
         options |= dict(budget=noise_budget, temperature=(temperature, temperature / 2))
         decode = renoise.decode
-    options |= dict(block=block, start=board.start, first=board.first, stop_at=config.eos_id)
+    options |= dict(block=block, start=board.start, first=board.first, stop_at=np.array(ends, np.int32))
     options |= dict(banned_tokens=np.array(banned, np.int32))
     asked = time.perf_counter()
     # Numbers of passes are data: this compiles the very loop that is measured next.
     viewer.shows = False
-    rehearsal = options | ({} if steps is None else {"steps": 1})
+    rehearsal = options | ({rule: ALL[rule] for rule in ALL if options.get(rule) is not None} if steps is None else {"steps": 1})
     jax.block_until_ready(decode(config, params, board.tokens, **rehearsal))
     jax.effects_barrier()
     ready = time.perf_counter()
@@ -211,6 +217,7 @@ def generate(
     jax.effects_barrier()
     made = (board.tokens == config.mask_id) & (decoded.tokens != config.pad_id)
     return Generation(
+        answers=[tokenizer.decode(row[hole:].tolist()) for hole, row in zip(board.first, decoded.tokens)],
         texts=[tokenizer.decode(row[begin + prefix :].tolist()) for begin, row in zip(board.start, decoded.tokens)],
         decoded=decoded,
         tokens=int(made.sum()),

@@ -157,13 +157,18 @@ def _states(config, params, tokens, positions, attend, embedded=None):
         p = {name: params[f"layers.{i}.{name}"] for name in _layer_names(config)}
         h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
         mixed = attend(i, *_query_key_value(config, p, h, (b, length), rotation))
-        x = x + mixed.reshape(b * length, -1) @ p["out"]
+        x = x + product(mixed.reshape(b * length, -1), p["out"])
         h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
-        x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+        x = x + product(jax.nn.silu(product(h, p["gate"])) * product(h, p["up"]), p["down"])
     x = x.reshape(b, length, -1)
     if config.shifted:
         x = jnp.where(positions[..., None] == 0, x, jnp.concatenate([x[:, :1], x[:, :-1]], axis=1))
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
+
+
+def product(x, weight):
+    """x @ weight. Unless told to sum in float32, XLA on a CPU widens bfloat16 weights, and keeps all of them so through a loop."""
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _layer_names(config):
@@ -174,7 +179,7 @@ def _layer_names(config):
 def _query_key_value(config, p, h, shape, rotation):
     heads = {}
     for name in ("query", "key", "value"):
-        x = h @ p[name]
+        x = product(h, p[name])
         if config.qkv_bias:
             x = x + p[f"{name}_bias"]
         heads[name] = x.reshape(*shape, -1, config.head_size)

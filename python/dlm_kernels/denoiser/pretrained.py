@@ -94,7 +94,8 @@ def dream_config(given):
         tie_embeddings=given["tie_word_embeddings"],
         shifted=True,
         pad_id=given["pad_token_id"],
-        eos_id=given["eos_token_id"],
+        # Whose configuration class has no other default than the pad.
+        eos_id=given.get("eos_token_id", given["pad_token_id"]),
         mask_id=given["mask_token_id"],
     )
 
@@ -137,7 +138,10 @@ def _tensors(directory):
     def tensor(name):
         file = "model.safetensors" if where is None else where.get(name)
         if file and file not in files:
-            files[file] = safetensors.safe_open(directory / file, framework="numpy")
+            try:
+                files[file] = safetensors.safe_open(directory / file, framework="numpy")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ValueError(f"{directory / file}: {error}") from None
         if not file or name not in files[file].keys():
             raise ValueError(f"{directory}: expected a parameter {name}, got none")
         return files[file].get_tensor(name)

@@ -119,7 +119,7 @@ def decode(
       logit_bias: [V], added to the logits, after guidance; finite, and rounded to the parameters' dtype.
       classifier, classifier_scale: guidance towards what a `classifier.Classifier` takes for wanted, whose log p counts
         classifier_scale times, a scalar or [B]; a forward and a backward pass more, over the whole canvas. For tied embeddings.
-      stop_at: a token that ends its row: once it and all before it are there, what follows it becomes config.pad_id.
+      stop_at: a token that ends its row, or several [N]: once one and all before it are there, what follows becomes config.pad_id.
       attend: "all": every position sees the whole canvas. "blocks": its own block and those before (a block-causal model);
         with block 1 that is an autoregressive decoder.
       cache: keep keys and values, and compute the block only. Exact for "blocks": the pass that commits a block is part of the
@@ -326,7 +326,7 @@ def end_rows(config, stop_at, decoded, hole):
     """Pads what follows a row's first stop token, once nothing before that token is masked."""
     if stop_at is None:
         return decoded
-    ends = hole & (decoded.tokens == stop_at)
+    ends = hole & jnp.isin(decoded.tokens, stop_at)
     open_before = jnp.cumsum(hole & (decoded.tokens == config.mask_id), axis=1) > 0
     ended = jnp.cumsum(ends & ~open_before, axis=1) - (ends & ~open_before) > 0
     return decoded._replace(tokens=jnp.where(ended & hole, config.pad_id, decoded.tokens))
