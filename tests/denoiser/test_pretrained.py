@@ -126,6 +126,7 @@ def test_logits_are_those_of_the_published_forward_pass(published):
     assert np.linalg.norm(ours[0] - expected) < 2e-6 * np.linalg.norm(expected)
     _, half, _ = checkpoint.load(folder, dtype=jnp.bfloat16)
     assert {x.dtype for x in half.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert checkpoint.published(folder) and not checkpoint.published(checkpoint.SHIPPED)
 
 
 def test_decoding_agrees_with_the_published_logits(published):
@@ -199,6 +200,12 @@ def test_what_is_not_computed_is_refused(published, tmp_path):
         pretrained.load(folder, given | {theta: 41})
     safetensors.numpy.save_file({name: x for name, x in weights.items() if "up_proj" not in name}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="expected a parameter model.*0.*up_proj.weight, got none"):
+        pretrained.load(tmp_path, given)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="model.safetensors: "):
+        pretrained.load(tmp_path, given)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors: .*o such file"):
         pretrained.load(tmp_path, given)
     (tmp_path / "config.json").write_text(json.dumps(given))
     with pytest.raises(ValueError, match="expected a tokenizer.json"):
