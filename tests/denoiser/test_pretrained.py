@@ -5,6 +5,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -152,6 +153,22 @@ def test_decoding_agrees_with_the_published_logits(published):
     alone = dict(tokens=tokens[:1], start=start[:1], first=first[:1], block=6, steps=6)
     drafted = speculative.decode(config, params, drafts=2, **alone)
     np.testing.assert_array_equal(drafted.tokens[0], decoded[0])
+
+
+def test_confidence_at_a_temperature_is_as_in_the_published_code(published):
+    """Dream's is of the tempered distribution, LLaDA's of the model's own."""
+    kind, given, weights, folder = published
+    config, params, _ = checkpoint.load(folder)
+    tokens = np.full((1, 9), 2, np.int32)
+    tokens[0, :4] = np.random.default_rng(1).integers(3, VOCAB, 4)
+    decoded = sampler.decode(
+        config, params, tokens, block=5, first=4, steps=5, temperature=0.5, key=jax.random.split(jax.random.key(0), 1)
+    )
+    (at,) = np.flatnonzero(decoded.revealed[0] == 0)
+    found = logits(kind, given, weights, tokens[0])[at] / (0.5 if kind == "dream" else 1.0)
+    found[2] = -np.inf
+    p = np.exp(found - found.max())
+    np.testing.assert_allclose(decoded.confidence[0, at], (p / p.sum())[decoded.tokens[0, at]], rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [dict(attend="blocks"), dict(attend="all", refresh=1)])

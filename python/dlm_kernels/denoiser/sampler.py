@@ -102,8 +102,8 @@ def decode(
         confident when written first; the passes left commit so much more. Needs steps.
       remask_rule: "least", that; or "cap", "rescale" or "confidence", where remask is the strength of ReMDM's random rules, see
         `remask.sigma`, which need a key.
-      confidence: see `score_tokens`. temperature: None for greedy, else a scalar or [B], traced; needs key: a JAX threefry key for
-        each row, [B].
+      confidence: see `score_tokens`; a model of Dream's kind has that of the tempered distribution. temperature: None for greedy,
+        else a scalar or [B], traced; needs key: a JAX threefry key for each row, [B].
       unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
         tokens for the unconditional stream, from column unconditional_start on; guidance_scale: scalar, [B] or [B, L], 1 is none.
       guidance_final: the scale, scalar or [B], that a block is nearing as it fills: a mean of the two, in which guidance_scale's
@@ -288,6 +288,7 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         hidden[:b],
         head,
         confidence=static.confidence,
+        tempered_confidence=config.shifted,  # as in Dream's own code; LLaDA's has none
         active=todo if data["edit_threshold"] is None else inside,
         banned_tokens=data["banned"],
         implementation=implementation,
