@@ -186,11 +186,12 @@ def _dhidden_kernel(
     live,  # int32 [row tiles] in SMEM, 0 where no row is active
     hidden,  # [ROWS, D], finite
     weight,  # [COLUMNS, D]
-    *refs,  # what `slopes` takes; dhidden [ROWS, D], out; float32 [ROWS, COLUMNS] and [ROWS, D], scratch
+    *refs,  # `count` inputs of `slopes`; dhidden [ROWS, D], out; float32 scratch: [ROWS, D], [ROWS, COLUMNS] for each head
+    count,
     slopes,
     vocabulary,
 ):
-    *inputs, dhidden, values, total = refs
+    inputs, (dhidden, total, values, *others) = refs[:count], refs[count:]
     step = pl.program_id(1)
     first = step * weight.shape[0]
 
@@ -201,7 +202,7 @@ def _dhidden_kernel(
     @pl.when(live[pl.program_id(0)] != 0)
     def _():
         head.products(hidden, weight, values)
-        slopes(values, first, vocabulary, *inputs)
+        slopes(values, first, vocabulary, *inputs, *others)
         factor = weight[...]
         if vocabulary % weight.shape[0]:
             # Zero times what lies past the vocabulary may be NaN.
@@ -222,11 +223,12 @@ def _dweight_kernel(
     live,  # int32 [row tiles] in SMEM, 0 where no row is active
     hidden,  # [ROWS, D], finite
     weight,  # [COLUMNS, D]
-    *refs,  # what `slopes` takes; dweight [COLUMNS, D], out; float32 [ROWS, COLUMNS] and [COLUMNS, D], scratch
+    *refs,  # `count` inputs of `slopes`; dweight [COLUMNS, D], out; float32 scratch: [COLUMNS, D], [ROWS, COLUMNS] for each head
+    count,
     slopes,
     vocabulary,
 ):
-    *inputs, dweight, values, total = refs
+    inputs, (dweight, total, values, *others) = refs[:count], refs[count:]
     step = pl.program_id(1)
     first = pl.program_id(0) * weight.shape[0]
 
@@ -237,7 +239,7 @@ def _dweight_kernel(
     @pl.when(live[step] != 0)
     def _():
         head.products(hidden, weight, values)
-        slopes(values, first, vocabulary, *inputs)
+        slopes(values, first, vocabulary, *inputs, *others)
 
         def product(part):
             total[...] += _product(values[part, :], hidden[part, :], (0, 0))
@@ -274,7 +276,8 @@ def gradients(name, slopes, hidden, weight, active, of_rows, beside=()):
 
     slopes(values, first, vocabulary, *of_rows, *beside), within a kernel, turns the logits `values` of a tile, its first token
     `first`, into the loss's gradient by them, as `to_gradient` does.
-    of_rows: arrays [R], of which it has [ROWS, 1]. beside: hidden states [R,E] and weight [V,E] of another head, or nothing.
+    of_rows: arrays [R], of which it has [ROWS, 1]. beside: hidden states [R,E] and weight [V,E] of another head, or nothing; with
+    them slopes also has scratch for that head's logits of the tile.
 
     Each of the two is summed in VMEM and written once, by a pass of its own: over the weight for each tile of rows, over the rows
     for each tile of the weight.
@@ -297,13 +300,13 @@ def gradients(name, slopes, hidden, weight, active, of_rows, beside=()):
         token_specs = [pl.BlockSpec((columns, x.shape[1]), at_token) for x in by_token]
         result, size, at = (columns, v, at_token) if by_weight else (rows, row_tiles * rows, at_row)
         return pl.pallas_call(
-            functools.partial(kernel, slopes=slopes, vocabulary=v),
+            functools.partial(kernel, count=len(by_row) + len(by_token) - 2, slopes=slopes, vocabulary=v),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=(tiles, row_tiles) if by_weight else (row_tiles, tiles),
                 in_specs=[row_specs[0], token_specs[0], *row_specs[1:], *token_specs[1:]],
                 out_specs=pl.BlockSpec((result, d), at),
-                scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32), pltpu.VMEM((result, d), jnp.float32)],
+                scratch_shapes=[pltpu.VMEM(x, jnp.float32) for x in ((result, d), *[(rows, columns)] * len(by_token))],
             ),
             out_shape=jax.ShapeDtypeStruct((size, d), hidden.dtype),
             compiler_params=chips.parameters("parallel", "arbitrary"),

@@ -125,23 +125,19 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
     return loss, jnp.where(active, lse, -jnp.inf), jnp.where(active, target_lse, -jnp.inf)
 
 
-def _slopes(values, first, vocabulary, lse, target_lse, dloss, target_hidden, target_weight):
-    """Turns the logits in `values` into the loss's gradient by them. lse, target_lse, dloss: [ROWS, 1]."""
+def _slopes(values, first, vocabulary, lse, target_lse, dloss, target_hidden, target_weight, targets):
+    """Turns the logits in `values` into the loss's gradient by them. lse, target_lse, dloss: [ROWS, 1]; targets: scratch."""
+    head.products(target_hidden, target_weight, targets)
 
-    def with_targets(targets):
-        head.products(target_hidden, target_weight, targets)
+    def of_rows(rows):
+        sums, target_sums, scale = lse[rows, :], target_lse[rows, :], dloss[rows, :]
 
-        def of_rows(rows):
-            sums, target_sums, scale = lse[rows, :], target_lse[rows, :], dloss[rows, :]
+        def gradient(columns, token):
+            return (jnp.exp(values[rows, columns] - sums) - jnp.exp(targets[rows, columns] - target_sums)) * scale
 
-            def gradient(columns, token):
-                return (jnp.exp(values[rows, columns] - sums) - jnp.exp(targets[rows, columns] - target_sums)) * scale
+        return gradient
 
-            return gradient
-
-        cross_entropy.to_gradient(values, first, vocabulary, of_rows)
-
-    pl.run_scoped(with_targets, pltpu.VMEM(values.shape, jnp.float32))
+    cross_entropy.to_gradient(values, first, vocabulary, of_rows)
 
 
 def supports_masked_divergence_backward(hidden, weight, target_weight, **_):
