@@ -44,7 +44,7 @@ def direction(config, params, classifier, tokens, seen, **options):
         hidden = model.hidden_states(config, params, tokens, embedded=embedded, **options)
         return log_p(classifier, hidden, seen).sum()
 
-    return jax.grad(total)(params["embed"][tokens])
+    return jax.grad(total)(model.look_up(params["embed"], tokens))
 
 
 def fit(loaded, wanted, unwanted, *, length=64, maskings=4, strength=1e-2, seed=0, implementation=None):

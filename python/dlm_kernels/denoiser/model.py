@@ -79,7 +79,7 @@ def self_conditioned(config, params, embedded, soft):
     """
     p = {name: params[f"soft.{name}"] for name in ("ffn_norm", "gate", "up", "down")}
     h = rms_norm(soft, p["ffn_norm"], config.rms_norm_eps)
-    return embedded + (jax.nn.gelu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+    return embedded + product(jax.nn.gelu(product(h, p["gate"])) * product(h, p["up"]), p["down"])
 
 
 def empty_cache(config, batch, length, dtype):
@@ -117,6 +117,27 @@ def read_window(array, at, length):
     return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, length, 0))(array, at)
 
 
+def look_up(table, tokens):
+    """table[tokens], the embeddings [..., d_model]. Of 16 bits on a CPU as integers: XLA there widens a table of floats."""
+    if table.dtype == jnp.float32:
+        return table[tokens]
+    return jax.lax.platform_dependent(table, tokens, cpu=_look_up_half, default=lambda table, tokens: table[tokens])
+
+
+@jax.custom_vjp
+def _look_up_half(table, tokens):
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens], table.dtype)
+
+
+def _look_up_half_bwd(given, gradient):
+    table, tokens = given
+    total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+_look_up_half.defvjp(lambda table, tokens: (_look_up_half(table, tokens), (table, tokens)), _look_up_half_bwd)
+
+
 def head_weight(config, params):
     """The LM head, [vocab, d_model]."""
     return params["embed"] if config.tie_embeddings else params["head"]
@@ -150,7 +171,7 @@ def _states(config, params, tokens, positions, attend, embedded=None):
     if positions is None:
         positions = jnp.arange(length, dtype=jnp.int32)[None]
     rotation = rope(positions, config.head_size, config.rope_theta)
-    x = params["embed"][tokens] if embedded is None else embedded
+    x = look_up(params["embed"], tokens) if embedded is None else embedded
     # Two axes, not three: XLA's CPU compiler takes half as long again over the gradients of products of [B, L, D].
     x = x.reshape(b * length, -1)
     for i in range(config.layers):
@@ -167,8 +188,14 @@ def _states(config, params, tokens, positions, attend, embedded=None):
 
 
 def product(x, weight):
-    """x @ weight. Unless told to sum in float32, XLA on a CPU widens bfloat16 weights, and keeps all of them so through a loop."""
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    """x @ weight. Of 16 bits on a CPU the sum is float32 by name: else XLA there widens all weights, and keeps them for a loop."""
+    if x.dtype == jnp.float32:
+        return x @ weight
+
+    def on_a_cpu(x, weight):
+        return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, weight, cpu=on_a_cpu, default=jnp.matmul)
 
 
 def _layer_names(config):

@@ -111,7 +111,7 @@ def _decode(static, params, tokens, columns, data):
         # What follows the block is not there yet.
         end = jnp.minimum(columns["stop"], columns["first"] + (state.index + 1) * block)
         begin, end = (jnp.broadcast_to(x[:, None], tokens.shape) for x in (columns["start"], end))
-        embedded = params["embed"][decoded.tokens]
+        embedded = model.look_up(params["embed"], decoded.tokens)
         if config.self_conditioning:
             window = model.self_conditioned(config, params, model.read_window(embedded, at, block), state.soft)
             embedded = model.write_window(embedded, window, at)

@@ -164,7 +164,7 @@ def uniform_loss(config, params, tokens, key, *, implementation=None):
     noisy = jnp.where(jax.random.uniform(for_place, (b, length)) < ratio, random, tokens)
     document = masks.packed(data.segments(tokens, config.eos_id).astype(jnp.int32))
     options = dict(mask=document, implementation=implementation)
-    head, embedded = model.head_weight(config, params), params["embed"][noisy]
+    head, embedded = model.head_weight(config, params), model.look_up(params["embed"], noisy)
     first = model.hidden_states(config, params, noisy, **options)
     soft = soft_embedding(first, head, embedding=params["embed"], implementation=implementation)
     # Neighbouring ratios take turns, whichever rows begin.
