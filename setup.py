@@ -51,11 +51,16 @@ class BuildKernels(build_ext):
             )
 
         jobs = [("common", name) for name in COMMON] + [(isa, name) for isa in sets for name in KERNELS]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(_processors()) as pool:
             objects = [path for paths in pool.map(lambda job: compile_for(*job), jobs) for path in paths]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(extension.name), extra_postargs=sanitize, target_lang="c++"
         )
+
+
+def _processors():
+    """Those that this process may use: in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _system_includes():

@@ -91,9 +91,12 @@ struct Backward {
 
   void head(int64_t batch, int64_t head) {
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * ((rows + 5 * kTileRows + 5 * kTileKeys) * width + 3 * kTileRows * kTileKeys + 2 * kTileRows) +
+    scratch.reset(4 * ((5 * kTileRows + 5 * kTileKeys) * width + 3 * kTileRows * kTileKeys + 2 * kTileRows) +
                   sizeof(RowTile) + 4096);
-    float* dquery = scratch.take<float>(rows * width);        // [rows, width], to be scaled
+    // Not the thread's to keep: it grows with the number of queries.
+    Scratch memory;
+    memory.reset(4 * rows * width + 64);
+    float* dquery = memory.take<float>(rows * width);             // [rows, width], to be scaled
     float* query = scratch.take<float>(kTileRows * width);        // [rows, width], scaled
     float* dout = scratch.take<float>(kTileRows * width);         // [rows, width]
     float* query_panels = scratch.take<float>(kTileRows * width); // [width / kPanel][rows][kPanel]

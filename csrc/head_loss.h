@@ -12,7 +12,6 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kChunk = 8;  // tiles of kHeadColumns
 constexpr int64_t kRun = 128;  // of a row of the weight's gradient, written at once: lone cache lines take memory twice as long
 
 // The sum of exp(logit - greatest) over some columns of a row.
@@ -82,8 +81,10 @@ struct HeadGradients {
     const int64_t count = rows.size(), panels = (d + kPanel - 1) / kPanel, depth = elements<E>(count);
     const int64_t tiles = (v + kHeadColumns - 1) / kHeadColumns;
     Scratch memory;
-    memory.reset(sizeof(Gradient) * kChunk * count * kHeadColumns + (sizeof(E) * depth + 4 * count) * panels * kPanel + 256);
-    Gradient* dlogits = memory.take<Gradient>(kChunk * count * kHeadColumns);  // [tiles of the chunk][rows][kHeadColumns]
+    // Tiles at once: a few for each thread. Where a chunk ends changes no sum's order.
+    const int64_t most = std::max<int64_t>(8, 2 * parallel.threads());
+    memory.reset(sizeof(Gradient) * most * count * kHeadColumns + (sizeof(E) * depth + 4 * count) * panels * kPanel + 256);
+    Gradient* dlogits = memory.take<Gradient>(most * count * kHeadColumns);  // [tiles of the chunk][rows][kHeadColumns]
     E* hidden_panels = memory.take<E>(panels * depth * kPanel);                // [D / kPanel][elements of rows][kPanel]
     float* sums = memory.take<float>(panels * count * kPanel);                 // [D / kPanel][rows][kPanel]
     std::fill(sums, sums + panels * count * kPanel, 0.0f);
@@ -100,8 +101,8 @@ struct HeadGradients {
     const int64_t bytes = v * d * (int64_t)sizeof(T);
     if (bytes >= kLargeBytes) prefer_huge_pages(dweight, bytes);
 
-    for (int64_t chunk = 0; chunk < tiles; chunk += kChunk) {
-      const int64_t some = std::min(kChunk, tiles - chunk);
+    for (int64_t chunk = 0; chunk < tiles; chunk += most) {
+      const int64_t some = std::min(most, tiles - chunk);
       parallel(some, [&](int64_t tile) {
         Gradient* slopes = dlogits + tile * count * kHeadColumns;
         logit_gradients((chunk + tile) * kHeadColumns, slopes);

@@ -30,7 +30,7 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
   const Banned banned(args.scoring);
   const int64_t tiles = (args.v + kHeadColumns - 1) / kHeadColumns;
   // Statistics of a whole tile, not logits: 1 / 16 of the logits' size, and of a run of tiles less still.
-  const int64_t run = std::max<int64_t>(1, tiles / 64);  // tiles that one row's statistics go through; of V alone
+  const int64_t run = std::max<int64_t>(1, tiles / 256);  // tiles that one row's statistics go through; of V alone
   const int64_t parts = (tiles + run - 1) / run;
   std::vector<Statistics> partial(args.r * parts);
   const std::unique_ptr<std::atomic<float>[]> floors(new std::atomic<float>[args.r]);

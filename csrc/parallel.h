@@ -5,14 +5,15 @@
 
 namespace dlm {
 
-// Calls tile(0) ... tile(tiles - 1), each once, in any order, on any thread; returns when all are done. XLA's thread pool
-// stands behind it in the FFI handlers, the calling thread alone in tests.
+// Calls tile(0) ... tile(tiles - 1), each once, in any order, on any thread; returns when all are done. Where one throws, the others
+// may be left out, and it throws that too.
 class Parallel {
  public:
   static constexpr int64_t kLeastShared = 1 << 22;  // multiply-adds, about 0.1 ms of one thread
 
   virtual ~Parallel() = default;
   virtual void run(int64_t tiles, void (*tile)(void* context, int64_t index), void* context) const = 0;
+  virtual int64_t threads() const = 0;
 
   // work: of all tiles together, in multiply-adds. Little work stays on the calling thread: waking another takes as long.
   template <typename Tile>

@@ -136,7 +136,8 @@ class RowScorer {
     while (j + kLanes <= n && !any(logits.at(j) == value)) j += kLanes;
     const F x = vector(logits, j, n);
     int lane = 0;
-    while (x[lane] != value) ++lane;
+    // Not without an end: logits that another thread writes meanwhile may not have it any more.
+    while (lane < kLanes - 1 && x[lane] != value) ++lane;
     return j + lane;
   }
 

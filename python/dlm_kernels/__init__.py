@@ -3,7 +3,7 @@
 The operations are those of `__all__`; `masks` builds attention masks, and `explain` tells which kernel a call takes.
 """
 
-from dlm_kernels import masks
+from dlm_kernels import cpu_kernels, masks
 from dlm_kernels.ops.attention import attention
 from dlm_kernels.ops.divergence import masked_divergence
 from dlm_kernels.ops.explain import explain
@@ -13,6 +13,8 @@ from dlm_kernels.ops.soft_embedding import soft_embedding
 from dlm_kernels.ops.unmask import TokenScores, UnmaskResult, score_tokens, unmask_step, unmask_topk
 
 __version__ = "0.1.0"
+
+cpu_kernels.register()
 
 __all__ = [
     "PackedHead",

@@ -1,7 +1,9 @@
 """The operations on torch tensors give what they give on JAX arrays. Needs the `torch` extra."""
 
+import contextlib
 import importlib
 import pathlib
+import pickle
 import re
 import types
 
@@ -17,6 +19,7 @@ from dlm_kernels.denoiser.config import DenoiserConfig
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 adapter = importlib.import_module("dlm_kernels.torch")
+FakeTensorMode = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode
 torch_llada = importlib.import_module("bench.torch_llada")
 
 
@@ -116,6 +119,49 @@ def test_gradients_that_would_be_wrong_are_refused():
         weight += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("changed", ["query", "out", "lse"])
+def test_what_was_written_since_has_no_gradient(changed):
+    """JAX keeps the memory of inputs and results: gradients of what is there now would be wrong."""
+    query = torch.randn(1, 9, 2, 16)
+    learnt = (2 * query).requires_grad_() if changed != "query" else query.clone().requires_grad_() * 1
+    out, lse = adapter.attention(learnt, query, query, return_lse=True)
+    with torch.no_grad() if changed == "query" else contextlib.nullcontext():
+        {"query": learnt, "out": out, "lse": lse}[changed].mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out.sum() + lse.sum()).backward()
+
+
+def test_torch_keeps_what_the_gradients_need():
+    """So that it frees it with the graph, and checkpointing sees it."""
+    query = torch.randn(1, 9, 2, 16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = adapter.attention(query, query, query)
+    assert len(kept) > 4
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.sum().backward()
+
+
+def test_a_model_with_an_operation_is_saved_and_loaded():
+    assert pickle.loads(pickle.dumps(adapter.attention)) is adapter.attention
+    assert pickle.loads(pickle.dumps(adapter.unmask_step)) is adapter.unmask_step
+
+
+def test_integers_beyond_32_bits_are_refused():
+    scores = adapter.score_tokens(torch.randn(1, 2, 9))
+    assert scores.token.dtype == torch.int64
+    with pytest.raises(ValueError, match=f"expected integers of 32 bits, got one of {2**32 + 3}"):
+        adapter.unmask_topk(torch.tensor([[2**32 + 3, 3]]), scores, mask_id=3, num_unmask=1)
+
+
+def test_tensors_without_memory_are_refused():
+    with FakeTensorMode():
+        hidden = torch.randn(1, 2, 8)
+    with pytest.raises(ValueError, match="expected tensors with memory of their own, got a FakeTensor"):
+        adapter.score_tokens(hidden)
 
 
 def test_float64_is_refused_and_not_rounded_unasked():

@@ -12,7 +12,7 @@ TARGETS = "dlm_kernels_"  # before a handler's name; bench/tune.py has others be
 
 @functools.cache
 def unavailable() -> str | None:
-    """None where the kernels can be called, else the sentence that says why not; registers them with XLA on the first call.
+    """None where the kernels can be called, else the sentence that says why not.
 
     Raises ValueError where DLM_KERNELS_ISA names an instruction set that is unknown or not to be had here.
     """
@@ -22,9 +22,17 @@ def unavailable() -> str | None:
         return f"the extension dlm_kernels._cpu cannot be imported ({error})"
     # Else a DLM_KERNELS_ISA that this machine cannot honour would be found out only inside XLA.
     _cpu.isa()
+    return None
+
+
+def register():
+    """Makes the kernels known to XLA, on import: a program compiled or exported by another process asks for them by name."""
+    try:
+        from dlm_kernels import _cpu
+    except ImportError:  # `unavailable` says so where a kernel is wanted
+        return
     for name, handler in _cpu.ffi_handlers().items():
         jax.ffi.register_ffi_target(TARGETS + name, handler, platform="cpu")
-    return None
 
 
 def isa() -> str:

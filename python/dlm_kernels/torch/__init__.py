@@ -6,8 +6,10 @@
 Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). Tensors on the CPU are handed to JAX and back
 through DLPack, without a copy where they are contiguous. On both attention, the losses and the soft embedding have gradients;
 the others refuse a tensor that requires one rather than detach it silently. Keys are JAX's (`jax.random.key(0)`).
-Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given.
-The first call with a new kind of arguments compiles its kernels, in seconds; Triton keeps them in TRITON_CACHE_DIR.
+Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given, those of scores int64.
+The first call with new shapes compiles: on a GPU kernels, in seconds, which Triton keeps in TRITON_CACHE_DIR; on the CPU programs
+of XLA, in tenths of a second, which stay in memory, megabytes each. Lengths that grow are better padded to multiples of 64 or more.
+A boolean mask goes to XLA: `masks.KeyIntervals`, which most masks are, to the kernels.
 torch.compile leaves the operations as they are and breaks its graph around them; torch.func's transforms do not take them.
 """
 
@@ -39,8 +41,13 @@ def _to_jax(leaf):
         return leaf
     if leaf.device.type != "cpu":
         raise ValueError(f"dlm_kernels.torch: expected all tensors on one device, the CPU or a GPU, got one on {leaf.device}")
+    if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
+        raise ValueError(f"dlm_kernels.torch: expected tensors with memory of their own, got a {type(leaf).__name__}")
     if leaf.dtype == torch.int64:
-        leaf = leaf.to(torch.int32)
+        narrow = leaf.to(torch.int32)
+        if not torch.equal(narrow, leaf):
+            raise ValueError(f"dlm_kernels.torch: expected integers of 32 bits, got one of {leaf.abs().max().item()}")
+        leaf = narrow
     return jax.dlpack.from_dlpack(leaf.detach().contiguous())
 
 
@@ -60,19 +67,24 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(context, function, wide, *tensors):
         with jax.enable_x64(wide):
-            out, context.back = jax.vjp(function, *map(_to_jax, tensors))
+            out, back = jax.vjp(function, *map(_to_jax, tensors))
         context.one, context.wide = isinstance(out, jax.Array), wide
-        # Read in `backward` for torch to raise where one was written since: JAX has kept the tensors' own memory.
-        context.save_for_backward(*tensors)
-        return jax.tree.map(_to_torch, jax.block_until_ready(out))
+        out = jax.tree.map(_to_torch, jax.block_until_ready(out))
+        # What JAX keeps for the gradients is torch's to keep, which frees it with the graph. It may be the memory of the inputs and
+        # of the results: they are read in `backward` for torch to raise where one of them was written since.
+        kept, context.tree = jax.tree.flatten(back)
+        context.save_for_backward(*tensors, *jax.tree.leaves(out), *map(_to_torch, kept))
+        context.kept = len(kept)
+        return out
 
     @staticmethod
     def backward(context, *cotangents):
         refuse_second_gradients()
-        _ = context.saved_tensors
+        saved = context.saved_tensors
         with jax.enable_x64(context.wide):
+            back = jax.tree.unflatten(context.tree, map(_to_jax, saved[len(saved) - context.kept :]))
             cotangents = tuple(map(_to_jax, cotangents))
-            gradients = context.back(cotangents[0] if context.one else cotangents)
+            gradients = back(cotangents[0] if context.one else cotangents)
             return None, None, *map(_to_torch, jax.block_until_ready(gradients))
 
 
@@ -103,6 +115,7 @@ def _on_tensors(operation, *, differentiable=False):
         with jax.enable_x64(wide):
             return jax.tree.map(_to_torch, jax.block_until_ready(function()))
 
+    call.__module__ = __name__  # where pickle looks for it
     return call
 
 
@@ -113,7 +126,18 @@ def _of_their_dtype(operation, position):
     def call(*args, **kwargs):
         result = operation(*args, **kwargs)
         given = kwargs["tokens"] if "tokens" in kwargs else args[position]
-        return result._replace(tokens=result.tokens.to(given.dtype))
+        return result._replace(tokens=result.tokens.to(given.dtype)) if isinstance(given, torch.Tensor) else result
+
+    return call
+
+
+def _of_int64(operation):
+    """`operation`, whose scores have tokens of int64, as what indexes and fills torch's canvases is."""
+
+    @functools.wraps(operation)
+    def call(*args, **kwargs):
+        scores = operation(*args, **kwargs)
+        return scores._replace(token=scores.token.long())
 
     return call
 
@@ -126,11 +150,11 @@ def _native():
 
 attention = _on_tensors(dlm_kernels.attention, differentiable=True)
 combine_guidance = _on_tensors(dlm_kernels.combine_guidance)
-lm_head_scores = _on_tensors(dlm_kernels.lm_head_scores)
+lm_head_scores = _of_int64(_on_tensors(dlm_kernels.lm_head_scores))
 masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy, differentiable=True)
 masked_divergence = _on_tensors(dlm_kernels.masked_divergence, differentiable=True)
 mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
-score_tokens = _on_tensors(dlm_kernels.score_tokens)
+score_tokens = _of_int64(_on_tensors(dlm_kernels.score_tokens))
 soft_embedding = _on_tensors(dlm_kernels.soft_embedding, differentiable=True)
 unmask_step = _of_their_dtype(_on_tensors(dlm_kernels.unmask_step), 1)
 unmask_topk = _of_their_dtype(_on_tensors(dlm_kernels.unmask_topk), 0)
