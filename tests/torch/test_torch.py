@@ -36,6 +36,31 @@ def test_attention_on_a_transposed_tensor_with_a_mask(dtype):
     np.testing.assert_array_equal(out.float().numpy(), np.asarray(expected, np.float32))
 
 
+def test_masks_of_torch():
+    """As scaled_dot_product_attention has them; as intervals for the kernels where they can be."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 7, n, 16) for n in (4, 4, 4))
+    where = torch.arange(7)
+    runs = (where[:, None] // 2 == where // 2) | (where < 1)  # one for the first queries, two for the others
+    padding = (where < torch.tensor([[5], [7]]))[:, None, None]
+    combs = (where % 2 == 0).expand(7, 7)  # four runs
+    nothing = torch.zeros(7, 7, dtype=torch.bool)
+    of_heads = torch.stack([runs, combs, runs, runs])[None]
+    cases = [(runs, True), (padding, True), (padding & runs, True), (combs, False), (nothing, True), (of_heads, False)]
+    for mask, kept in cases:
+        bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        for given in (mask, bias, bias.double().masked_fill(~mask, -torch.inf)):
+            assert isinstance(adapter.intervals(given, 7, 7), masks.KeyIntervals) == kept
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask
+            ).transpose(1, 2)
+            torch.testing.assert_close(adapter.attention(query, key, value, mask=given), expected.nan_to_num())
+    with pytest.raises(ValueError, match="mask: expected bool, or 0 where a query sees a key and -inf elsewhere"):
+        adapter.attention(query, key, value, mask=torch.full((7, 7), -1.0))
+    with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \[2, 4, 7, 7\]"):
+        adapter.attention(query, key, value, mask=torch.ones(7, 6, dtype=torch.bool))
+
+
 def test_a_step_with_a_key():
     logits = torch.randn(2, 7, 31, generator=torch.Generator().manual_seed(1))
     tokens = torch.full((2, 7), 30)

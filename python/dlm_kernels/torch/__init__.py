@@ -9,7 +9,8 @@ the others refuse a tensor that requires one rather than detach it silently. Key
 Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given, those of scores int64.
 The first call with new shapes compiles: on a GPU kernels, in seconds, which Triton keeps in TRITON_CACHE_DIR; on the CPU programs
 of XLA, in tenths of a second, which stay in memory, megabytes each. Lengths that grow are better padded to multiples of 64 or more.
-A boolean mask goes to XLA: `masks.KeyIntervals`, which most masks are, to the kernels.
+Masks may be those of scaled_dot_product_attention, boolean or of 0 and -inf: most are `masks.KeyIntervals`, which the kernels take,
+and become so at each call; the others go to XLA.
 torch.compile leaves the operations as they are and breaks its graph around them; torch.func's transforms do not take them.
 """
 
@@ -21,6 +22,7 @@ import torch
 
 import dlm_kernels
 from dlm_kernels import triton_kernels
+from dlm_kernels.torch.intervals import intervals
 
 __all__ = [
     "attention",
@@ -148,7 +150,18 @@ def _native():
     return importlib.import_module("dlm_kernels.torch.native")
 
 
-attention = _on_tensors(dlm_kernels.attention, differentiable=True)
+_attention = _on_tensors(dlm_kernels.attention, differentiable=True)
+
+
+@torch.compiler.disable
+@functools.wraps(dlm_kernels.attention)
+def attention(query, key, value, *, mask=None, **options):
+    if isinstance(mask, torch.Tensor):
+        mask = intervals(mask, query.shape[1], key.shape[1])
+    return _attention(query, key, value, mask=mask, **options)
+
+
+attention.__module__ = __name__
 combine_guidance = _on_tensors(dlm_kernels.combine_guidance)
 lm_head_scores = _of_int64(_on_tensors(dlm_kernels.lm_head_scores))
 masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy, differentiable=True)
