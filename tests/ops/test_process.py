@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from dlm_kernels import _cpu
-
 
 def run(script, **environment):
     command = [sys.executable, "-c", script]
@@ -16,7 +14,7 @@ def run(script, **environment):
     )
 
 
-@pytest.mark.skipif("sanitize" in _cpu.__file__, reason="AddressSanitizer reserves terabytes of addresses")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold a process to a size")
 def test_too_little_memory_is_an_error_and_not_the_end_of_the_process():
     """Of a gradient whose threads find none for their sums, while XLA finds enough for its arrays."""
     done = run("""
