@@ -273,7 +273,8 @@ def _tiles(dtype: str, h: int, pairs: int) -> tuple[dict, int, int]:
     if h > 128 or multiplies_by_warp():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
     num_stages = 1 if pairs == 2 and h > 64 and arch() >= 100 else 2
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if h > 64 or pairs == 2 else 64, "PRECISION": "ieee"}, 8, num_stages
+    # Of 64 keys at once, in more than one stage, ptxas would have Hopper's products wait for one another.
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, num_stages
 
 
 def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *, scale, logits_soft_cap):
