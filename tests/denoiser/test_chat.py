@@ -98,7 +98,9 @@ def test_a_rule_alone_is_rehearsed_in_one_pass(answering, monkeypatch):
     monkeypatch.setattr(sampler, "decode", counted)
     for rule in (dict(threshold=0.999), dict(factor=1e-3), dict(entropy_budget=0.0)):
         generate.generate(answering, ["def"], length=8, block=8, **rule)
-    assert passes == [1, 8] * 3
+    compiled = sampler._decode._cache_size()
+    generate.generate(answering, ["def"] * 2, length=8, block=8, threshold=np.array([0.999, 0.999]))
+    assert passes == [1, 8] * 4 and sampler._decode._cache_size() == compiled + 1
 
 
 def test_bfloat16_stays_so():

@@ -206,7 +206,8 @@ def generate(
     asked = time.perf_counter()
     # Numbers of passes are data: this compiles the very loop that is measured next.
     viewer.shows = False
-    rehearsal = options | ({rule: ALL[rule] for rule in ALL if options.get(rule) is not None} if steps is None else {"steps": 1})
+    rules = {rule: np.full(np.shape(options[rule]), most) for rule, most in ALL.items() if options.get(rule) is not None}
+    rehearsal = options | (rules if steps is None else {"steps": 1})
     jax.block_until_ready(decode(config, params, board.tokens, **rehearsal))
     jax.effects_barrier()
     ready = time.perf_counter()
