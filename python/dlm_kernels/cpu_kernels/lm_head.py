@@ -1,5 +1,6 @@
 """The LM head fused with scoring and with the loss: csrc/head.h, csrc/lm_head.cc and csrc/cross_entropy.cc."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,6 +10,7 @@ from dlm_kernels.cpu_kernels.unmask import scores
 PANEL = 32  # kPackedPanel in csrc/head.h
 
 
+@jax.jit  # step by step it would copy the weight three times
 def pack(weight):
     """weight [V,D] -> [ceil(V/32), ceil(D/G), 32, G]: panels of 32 rows in the order in which the product reads them.
 

@@ -82,10 +82,46 @@ def recording():
 
 
 def call(leaf, implementation, operands, **static):
-    """Runs `leaf` on `operands` (name -> array or None) with the chosen implementation; returns a tuple of arrays."""
+    """Runs `leaf` on `operands` (name -> array or None) with the chosen implementation; returns a tuple of arrays.
+
+    What `leaf.fold` is in the kernel may be several axes here, [B, L, V] for "rv", and then is in the results.
+    """
+    arguments = leaf, implementation, operands, tuple(static.items())
+    if (choices := _recorder.get()) is None:
+        return _call(*arguments)
+    recorded = len(choices)
+    with _traced_for(object()):  # a call like an earlier one is seen too
+        results = _call(*arguments)
+    # Under vmap the call for all entries has recorded itself too, and in a vmap around that one another: the last is what runs.
+    choices[recorded:] = choices[recorded:][-1:]
+    return results
+
+
+# One program: outside of any, JAX would copy the logits to reshape them, which takes longer than the kernel.
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def _call(leaf, implementation, operands, static):
+    name, letters = leaf.operands[0]
+    begin, extra = letters.index(leaf.fold), operands[name].ndim - len(letters)
+    several = operands[name].shape[begin : begin + extra + 1]
+
+    def merge(letters, array):
+        at = letters.find(leaf.fold)
+        if array is None or at < 0 or not extra:
+            return array
+        return array.reshape(*array.shape[:at], math.prod(several), *array.shape[at + extra + 1 :])
+
+    def spread(letters, array):
+        at = letters.find(leaf.fold)
+        return array if at < 0 or not extra else array.reshape(*array.shape[:at], *several, *array.shape[at + 1 :])
+
+    operands = {name: merge(letters, operands[name]) for name, letters in leaf.operands}
+    return tuple(map(spread, leaf.results, _run(leaf, implementation, operands, dict(static))))
+
+
+def _run(leaf, implementation, operands, static):
     choice = _choose(leaf, implementation, operands, static)
-    choices = _recorder.get()
-    recorded = None if choices is None else len(choices)
+    if (choices := _recorder.get()) is not None:
+        choices.append(choice)
     present = tuple(name for name, array in operands.items() if array is not None)
     arrays = [operands[name] for name in present]
     axes = _axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays])
@@ -101,11 +137,7 @@ def call(leaf, implementation, operands, **static):
     if (mesh := _explicit_mesh(arrays)) is not None:
         operands = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
         function = _mapped(function, *(_split(leaf, axes, mesh, operands, terms) for terms in (axes, leaf.results)))
-    results = function(*arrays)
-    if choices is not None:
-        # Under vmap the call for all entries has recorded itself, and in a vmap around that one another: the last is what runs.
-        choices[recorded:] = choices[recorded:][-1:] or [choice]
-    return results
+    return function(*arrays)
 
 
 def _explicit_mesh(arrays):

@@ -41,7 +41,7 @@ def masked_divergence(hidden, weight, target_hidden, target_weight, weights, *, 
     hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")
     target_hidden = checks.floats("target_hidden", target_hidden, "BLE")
     target_weight = checks.floats("target_weight", target_weight, "VE")
-    (b, length, d), (v, _), e = hidden.shape, weight.shape, target_hidden.shape[2]
+    (b, length, _), (v, _), e = hidden.shape, weight.shape, target_hidden.shape[2]
     checks.head("hidden", hidden, "weight", weight.shape, weight.dtype)
     checks.shaped("target_hidden", target_hidden, (b, length, e), "batch, length of hidden")
     checks.head("target_hidden", target_hidden, "target_weight", target_weight.shape, target_weight.dtype)
@@ -53,8 +53,7 @@ def masked_divergence(hidden, weight, target_hidden, target_weight, weights, *, 
     if hidden.size == 0:
         loss = jnp.zeros((b, length), jnp.float32)
     else:
-        rows = hidden.reshape(-1, d), weight, target_hidden.reshape(-1, e), target_weight, (weights != 0).reshape(-1)
-        loss = _loss(implementation, *rows).reshape(b, length)
+        loss = _loss(implementation, hidden, weight, target_hidden, target_weight, weights != 0)
     return jnp.sum(weights * loss) if reduction == "sum" else weights * loss
 
 

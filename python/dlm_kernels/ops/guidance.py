@@ -39,12 +39,10 @@ def mix_guidance(conditional, unconditional, scale, *, implementation=None):
     if conditional.dtype != unconditional.dtype:
         raise ValueError(f"unconditional: expected conditional's dtype {conditional.dtype}, got {unconditional.dtype}")
     batch, length = conditional.shape[0], conditional.shape[1] if conditional.ndim == 3 else 1
-    rows = checks.per_row("scale", scale, batch, length).reshape(-1)
+    scale = checks.per_row("scale", scale, batch, length).reshape(conditional.shape[:-1])
     if conditional.size == 0:
         return conditional
-    width = conditional.shape[-1]
-    mixed = _mix(implementation, conditional.reshape(-1, width), unconditional.reshape(-1, width), rows)
-    return mixed.reshape(conditional.shape)
+    return _mix(implementation, conditional, unconditional, scale)
 
 
 def combine_guidance(logits, weights, *, implementation=None):
@@ -72,9 +70,7 @@ def combine_guidance(logits, weights, *, implementation=None):
     weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(lead) - weights.ndim)), lead)
     if logits.size == 0:
         return jnp.zeros(logits.shape[1:], logits.dtype)
-    streams, width = lead[0], logits.shape[-1]
-    mixed = _combine(implementation, logits.reshape(streams, -1, width), weights.reshape(streams, -1))
-    return mixed.reshape(logits.shape[1:])
+    return _combine(implementation, logits, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -119,7 +119,7 @@ def lm_head_scores(
     """
     dispatch.check(implementation)
     hidden = checks.floats("hidden", hidden, "BLD")
-    b, length, d = hidden.shape
+    b, length, _ = hidden.shape
     head = weight if isinstance(weight, PackedHead) else PackedHead(checks.floats("weight", weight, "VD"), "rows", *weight.shape)
     v = head.vocabulary
     checks.head("hidden", hidden, "weight", (v, head.width), head.array.dtype)
@@ -136,20 +136,20 @@ def lm_head_scores(
         hidden = guidance.mix_guidance(hidden, unconditional_hidden, guidance_scale, implementation=implementation)
     logits_dtype = checks.float_dtype("logits_dtype", logits_dtype)
     operands = unmask.sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
-    operands |= dict(hidden=hidden.reshape(-1, d), weight=head.array)
+    operands |= dict(hidden=hidden, weight=head.array)
     if hidden.size == 0:
         return unmask.empty_scores(b, length)
     results = dispatch.call(
         leaf,
         implementation,
-        {name: operands[name] for name, _ in leaf.operands},
+        operands,
         confidence="probability" if confidence == "random" else confidence,
         tempered_confidence=bool(tempered_confidence),
         logits_soft_cap=checks.soft_cap(logits_soft_cap),
         logits_dtype=logits_dtype,
         **packed,
     )
-    return unmask.token_scores(results, b, length, confidence, key, active)
+    return unmask.token_scores(results, confidence, key, active)
 
 
 def masked_cross_entropy(
@@ -175,7 +175,7 @@ def masked_cross_entropy(
     dispatch.check(implementation)
     hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")
     checks.head("hidden", hidden, "weight", weight.shape, weight.dtype)
-    b, length, d = hidden.shape
+    b, length, _ = hidden.shape
     targets = checks.shaped("targets", checks.ints("targets", targets, "BL"), (b, length), "batch, length of hidden")
     weights = checks.shaped("weights", checks.numbers("weights", weights), (b, length), "batch, length of hidden")
     checks.one_of("reduction", reduction, ("sum", "none"))
@@ -183,8 +183,7 @@ def masked_cross_entropy(
         loss = jnp.zeros((b, length), jnp.float32)
     else:
         static = (checks.soft_cap(logits_soft_cap), implementation)
-        active = (weights != 0).reshape(-1)
-        loss = _loss(static, hidden.reshape(-1, d), weight, targets.reshape(-1), active).reshape(b, length)
+        loss = _loss(static, hidden, weight, targets, weights != 0)
     return jnp.sum(weights * loss) if reduction == "sum" else weights * loss
 
 

@@ -46,11 +46,14 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
         return jnp.zeros((b, length, e), hidden.dtype)
     reason = _attention_cannot(hidden, e, temperature, soft_cap)
     if reason is None and implementation != "xla":
-        return _by_attention(hidden, weight, embedding, temperature, soft_cap, implementation)
+        if isinstance(temperature, (int, float)):
+            scale, soft_cap = 1 / temperature, None if soft_cap is None else soft_cap / temperature
+        else:
+            hidden, scale = hidden / temperature, 1.0
+        return _by_attention(hidden, weight, embedding, scale, soft_cap, implementation)
     if implementation not in (None, "xla"):
         raise ValueError(f"implementation={implementation!r} cannot run soft_embedding: {reason}")
-    rows = _by_chunks(hidden.reshape(-1, d), weight, embedding, jnp.asarray(temperature, jnp.float32), soft_cap)
-    return rows.reshape(b, length, e).astype(hidden.dtype)
+    return _by_chunks(hidden, weight, embedding, jnp.asarray(temperature, jnp.float32), soft_cap)
 
 
 def _attention_cannot(hidden, e, temperature, soft_cap):
@@ -66,27 +69,26 @@ def _attention_cannot(hidden, e, temperature, soft_cap):
     return None if hidden.dtype == jnp.float32 else "for a temperature that is an array it takes float32"
 
 
-def _by_attention(hidden, weight, embedding, temperature, soft_cap, implementation):
-    b, length, d = hidden.shape
-    if isinstance(temperature, (int, float)):
-        scale, soft_cap = 1 / temperature, None if soft_cap is None else soft_cap / temperature
-    else:
-        hidden, scale = hidden / temperature, 1.0
-    query, key, value = (rows[None, :, None] for rows in (hidden.reshape(-1, d), weight, embedding))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _by_attention(hidden, weight, embedding, scale, soft_cap, implementation):
+    query, key, value = (rows[None, :, None] for rows in (hidden.reshape(-1, hidden.shape[-1]), weight, embedding))
     out = attention(query, key, value, scale=scale, logits_soft_cap=soft_cap, implementation=implementation)
-    return out[0, :, 0].reshape(b, length, d)
+    return out[0, :, 0].reshape(hidden.shape)
 
 
+@functools.partial(jax.jit, static_argnums=4)
 def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
-    """[R, E] float32 of hidden [R, D], with a running maximum over chunks of the vocabulary."""
-    (r, _), (v, e) = hidden.shape, embedding.shape
+    """[B, L, E] of hidden [B, L, D], with a running maximum over chunks of the vocabulary."""
+    *lead, d = hidden.shape
+    rows, (v, e) = hidden.reshape(-1, d), embedding.shape
+    r = rows.shape[0]
 
     # The backward pass makes a chunk's logits anew; keeping them all would be the matrix that this avoids.
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
     def add(state, begin, size):
         most, total, mean = state
         keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, size) for x in (weight, embedding))
-        logits = jnp.einsum("rd,vd->rv", hidden, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("rd,vd->rv", rows, keys, preferred_element_type=jnp.float32)
         logits = (logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)) / temperature
         new = jnp.maximum(most, logits.max(-1))
         p, keep = jnp.exp(logits - new[:, None]), jnp.exp(most - new)
@@ -99,4 +101,4 @@ def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
     if rest := v % CHUNK:
         state = add(state, v - rest, rest)
     _, total, mean = state
-    return mean / total[:, None]
+    return (mean / total[:, None]).reshape(*lead, e).astype(hidden.dtype)

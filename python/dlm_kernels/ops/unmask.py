@@ -107,34 +107,34 @@ def score_tokens(
     if (unconditional is None) != (guidance_scale is None):
         raise ValueError("unconditional, guidance_scale: expected both or neither")
     operands = sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
-    operands |= dict(logits=logits.reshape(-1, v), unconditional=None, guidance_scale=None)
+    operands |= dict(logits=logits, unconditional=None, guidance_scale=None)
     if unconditional is not None:
         unconditional = checks.floats("unconditional", unconditional, "BLV")
         checks.shaped("unconditional", unconditional, logits.shape, "the shape of logits")
         if unconditional.dtype != logits.dtype:
             raise ValueError(f"unconditional: expected dtype {logits.dtype} of logits, got {unconditional.dtype}")
-        operands["unconditional"] = unconditional.reshape(-1, v)
-        operands["guidance_scale"] = checks.per_row("guidance_scale", guidance_scale, b, length).reshape(-1)
+        operands["unconditional"] = unconditional
+        operands["guidance_scale"] = checks.per_row("guidance_scale", guidance_scale, b, length)
     if logits.size == 0:
         return empty_scores(b, length)
     results = dispatch.call(
         SCORE,
         implementation,
-        {name: operands[name] for name, _ in SCORE.operands},
+        operands,
         confidence="probability" if confidence == "random" else confidence,
         tempered_confidence=bool(tempered_confidence),
         logits_soft_cap=checks.soft_cap(logits_soft_cap),
     )
-    return token_scores(results, b, length, confidence, key, active)
+    return token_scores(results, confidence, key, active)
 
 
 def sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v):
-    """Checks what `score_tokens` and `lm_head_scores` share, and lays it out by rows (R = B * L) as kernels take it."""
+    """Checks what `score_tokens` and `lm_head_scores` share, and gives what of it the kernels take."""
     checks.one_of("confidence", confidence, CONFIDENCES)
     operands = dict.fromkeys(("temperature", "key_data", "counter_row", "noise", "active", "banned"))
     if active is not None:
         active = checks.bools("active", active, "BL")
-        operands["active"] = checks.shaped("active", active, (b, length), "batch, length").reshape(-1)
+        operands["active"] = checks.shaped("active", active, (b, length), "batch, length")
     if banned_tokens is not None:
         operands["banned"] = checks.ints("banned_tokens", banned_tokens, "M")
     if confidence == "random" and key is None:
@@ -147,9 +147,9 @@ def sampling_operands(b, length, temperature, key, noise, active, banned_tokens,
             raise ValueError(f"temperature: expected 0 or more, got {temperature}")
         if temperature == 0:
             return operands
-    operands["temperature"] = checks.per_row("temperature", temperature, b, length).reshape(-1)
+    operands["temperature"] = checks.per_row("temperature", temperature, b, length)
     if noise is not None:
-        operands["noise"] = noise.astype(jnp.float32).reshape(-1, v)
+        operands["noise"] = noise.astype(jnp.float32)
     elif counters is not None:
         operands["key_data"], operands["counter_row"] = counters
     else:
@@ -158,12 +158,12 @@ def sampling_operands(b, length, temperature, key, noise, active, banned_tokens,
 
 
 def _counters(key, b, length):
-    """Each row's key, and the row of that key's draw which is its own: uint32 [R, 2] and int32 [R]."""
+    """Each position's key, and the row of that key's draw which is its own: uint32 [B, L, 2] and int32 [B, L]."""
     data = _key_data(key)
     if data.shape == (2,):
-        return jnp.broadcast_to(data, (b * length, 2)), jnp.arange(b * length, dtype=jnp.int32)
+        return jnp.broadcast_to(data, (b, length, 2)), jnp.arange(b * length, dtype=jnp.int32).reshape(b, length)
     checks.shaped("key", data, (b, 2), "key data of a single key, or of one per batch row")
-    return jnp.repeat(data, length, axis=0), jnp.tile(jnp.arange(length, dtype=jnp.int32), b)
+    return jnp.broadcast_to(data[:, None], (b, length, 2)), jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
 
 
 def _key_data(key):
@@ -179,18 +179,21 @@ def _key_data(key):
     return jax.random.key_data(key)
 
 
-def token_scores(results, b, length, confidence, key, active):
-    token, sure, entropy, logsumexp = (x.reshape(b, length) for x in results)
+def token_scores(results, confidence, key, active):
+    token, sure, entropy, logsumexp = results
     if confidence == "random":
-        data = _key_data(key)
-        # A stream of its own: the rank must not depend on the noise that chose the token.
-        draw = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(k), 1), (length,)))
-        if data.ndim == 1:
-            sure = jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(data), 1), (b, length))
-        else:
-            sure = draw(data)
+        sure = random_confidence(key, *token.shape)
         sure = sure if active is None else jnp.where(active, sure, -jnp.inf)
     return TokenScores(token, sure, entropy, logsumexp)
+
+
+def random_confidence(key, b, length):
+    def draw(data, shape):
+        # A stream of its own: the rank must not depend on the noise that chose the token.
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(data), 1), shape)
+
+    data = _key_data(key)
+    return draw(data, (b, length)) if data.ndim == 1 else jax.vmap(lambda row: draw(row, (length,)))(data)
 
 
 def empty_scores(b, length):

@@ -235,7 +235,8 @@ def _scores(score, b, length, v, device, *, confidence="probability", temperatur
     else:
         temperature = _rows(temperature, (b, length), device)
         if noise is None:
-            key_data, counter_row = (torch.from_numpy(np.array(x)).to(device) for x in ops._counters(key, b, length))
+            counters = (torch.from_numpy(np.array(x)) for x in ops._counters(key, b, length))
+            key_data, counter_row = (x.flatten(0, 1).to(device) for x in counters)
         else:
             noise = noise.float().reshape(-1, v)
     rows_active = None if active is None else active.reshape(-1).contiguous()
@@ -247,8 +248,7 @@ def _scores(score, b, length, v, device, *, confidence="probability", temperatur
     )  # fmt: skip
     scores = dlm_kernels.TokenScores(*(x.reshape(b, length) for x in results))
     if confidence == "random":
-        draw = ops.token_scores([np.zeros((b, length), np.float32)] * 4, b, length, confidence, key, None).confidence
-        sure = torch.from_numpy(np.array(draw)).to(device)
+        sure = torch.from_numpy(np.array(ops.random_confidence(key, b, length))).to(device)
         scores = scores._replace(confidence=sure if active is None else torch.where(active, sure, -torch.inf))
     return scores
 
