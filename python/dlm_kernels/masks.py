@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_kernels.ops import checks
 
@@ -42,6 +43,8 @@ class KeyIntervals:
 
     def __and__(self, other):
         """The keys that both masks show. Defined where `other` has one interval; more could need more than two runs."""
+        if not isinstance(other, KeyIntervals):
+            raise ValueError(f"mask & mask: expected KeyIntervals on both sides, got {type(other).__name__}")
         if other.start2 is not None:
             if self.start2 is not None:
                 raise ValueError("mask & mask: expected a single interval on at least one side, got two on both")
@@ -55,7 +58,7 @@ class KeyIntervals:
 def bounds(mask, key_length):
     """`mask` as the kernels want it: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order, empty ones as stop == start."""
     ends = (mask.start, mask.stop, mask.start2, mask.stop2)
-    ends = (jnp.clip(end, 0, key_length).astype(jnp.int32) for end in ends if end is not None)
+    ends = (checks.ints("mask", end, "BT").clip(0, key_length) for end in ends if end is not None)
     start, stop, *second = jnp.broadcast_arrays(*ends)
     stop = jnp.maximum(stop, start)
     if not second:
@@ -117,8 +120,9 @@ def block_causal(query_length, block_size, *, key_length=None, offset=0, segment
     if segment_ids is not None:
         segment_ids = checks.ints("segment_ids", segment_ids, "BL")
         checks.shaped("segment_ids", segment_ids, (segment_ids.shape[0], query_length), "batch, query_length")
-        if not isinstance(offset, int) or offset != 0:
-            raise ValueError(f"offset: expected 0 with segment_ids, which start at a document, got {offset!r}")
+        for name, value, absent in (("offset", offset, 0), ("key_length", key_length, None)):
+            if isinstance(value, jax.Array) or value != absent:
+                raise ValueError(f"{name}: expected {absent} with segment_ids, which start at a document, got {value!r}")
         first, last = _runs(segment_ids)
         stop = first + jnp.minimum(((position - first) // block_size + 1) * block_size, last - first)
         return KeyIntervals(first, jnp.where(segment_ids < 0, first, stop))
@@ -187,7 +191,7 @@ def _sizes(query_length, key_length):
 
 
 def _block_size(value):
-    if isinstance(value, int) and value < 1:
+    if isinstance(value, (int, np.integer)) and value < 1:
         raise ValueError(f"block_size: expected at least 1, got {value}")
     return checks.integer("block_size", value)
 

@@ -40,9 +40,14 @@ CASES = {
     ),
     "scale that is traced": (
         lambda: jax.jit(lambda scale: dlm.attention(q, kv, kv, scale=scale))(1.0),
-        r"scale: expected a number, not traced, got .*Tracer",
+        r"scale: expected a finite number, not traced, got .*Tracer",
     ),
-    "soft cap of text": (lambda: dlm.attention(q, kv, kv, logits_soft_cap="30"), r"logits_soft_cap: expected a number, .*'30'"),
+    "scale past all floats": (lambda: dlm.attention(q, kv, kv, scale=10**400), r"scale: expected a finite number, .*got 1000"),
+    "scale of no number": (lambda: dlm.attention(q, kv, kv, scale=np.nan), r"scale: expected a finite number, .*got nan"),
+    "soft cap of text": (
+        lambda: dlm.attention(q, kv, kv, logits_soft_cap="30"),
+        r"logits_soft_cap: expected a finite number, .*'30'",
+    ),
     "soft cap of zero": (
         lambda: dlm.attention(q, kv, kv, logits_soft_cap=0),
         r"logits_soft_cap: expected None or a number above 0",
@@ -91,6 +96,10 @@ CASES = {
     "weights of truth values": (
         lambda: dlm.combine_guidance(logits[None], jnp.array([True])),
         r"weights: expected a number or an array of numbers, got dtype bool",
+    ),
+    "soft cap below zero for no positions": (
+        lambda: dlm.score_tokens(logits[:, :0], logits_soft_cap=-1.0),
+        r"logits_soft_cap: expected None or a number above 0, got -1.0",
     ),
     "no vocabulary": (lambda: dlm.score_tokens(logits[..., :0]), r"logits: expected a vocabulary of at least 1"),
     "guidance without a scale": (lambda: dlm.score_tokens(logits, unconditional=logits), r"expected both or neither"),
@@ -257,6 +266,10 @@ CASES = {
     ),
     "lengths of one row": (lambda: masks.padding(3, 4), r"lengths: expected shape \[B\], got \[\]"),
     "lengths that are no integers": (lambda: masks.padding(jnp.ones(2), 4), r"lengths: expected an integer .*got dtype float32"),
+    "temperature of NumPy's zero": (
+        lambda: dlm.soft_embedding(hidden, weight, temperature=np.float32(0)),
+        r"temperature: expected a number above 0, got 0.0",
+    ),
     "temperature of a truth value": (
         lambda: dlm.soft_embedding(hidden, weight, temperature=jnp.array(True)),
         r"temperature: expected a number or an array of numbers, got dtype bool",
@@ -272,6 +285,7 @@ CASES = {
     "a cache for text": (lambda: masks.cache("2", 3), r"query_length: expected an integer .*got '2'"),
     "documents of one row": (lambda: masks.packed(jnp.array([1, 1])), r"segment_ids: expected shape \[B, L\], got \[2\]"),
     "blocks of nothing": (lambda: masks.block_causal(4, 0), r"block_size: expected at least 1, got 0"),
+    "blocks of NumPy's nothing": (lambda: masks.block_causal(4, np.int64(0)), r"block_size: expected at least 1, got 0"),
     "blocks of half a token": (lambda: masks.block_diffusion(4, 0.5), r"block_size: expected a single integer, got dtype float32"),
     "documents of another length": (
         lambda: masks.block_causal(5, 2, segment_ids=tokens),
@@ -280,6 +294,14 @@ CASES = {
     "documents that begin in a cache": (
         lambda: masks.block_causal(3, 2, segment_ids=tokens, offset=4),
         r"offset: expected 0 with segment_ids.*got 4",
+    ),
+    "documents with more keys": (
+        lambda: masks.block_causal(3, 2, segment_ids=tokens, key_length=9),
+        r"key_length: expected None with segment_ids.*got 9",
+    ),
+    "a mask of intervals and a dense one": (
+        lambda: masks.block_causal(3, 2) & whole,
+        r"mask & mask: expected KeyIntervals on both sides, got ArrayImpl",
     ),
     "half a block": (lambda: masks.cache(2, 3, block_start=1), r"block_start, block_stop: expected both or neither"),
     "caches of two batches": (
@@ -298,6 +320,15 @@ def test_message_names_the_argument(case):
     call, message = CASES[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+def test_integers_past_32_bits_are_not_wrapped(library):
+    with jax.enable_x64(True):
+        many, nobody = library.int64(2**62), library.full((2, 3), 2**32 + 1, "int64")
+        assert (dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=many).count == 3).all()
+        assert (dlm.unmask_topk(tokens, scores, mask_id=library.int64(2**32), num_unmask=many).count == 0).all()
+        assert jnp.isnan(dlm.masked_cross_entropy(hidden, weight, nobody, jnp.ones((2, 3), jnp.float32)))
 
 
 def test_a_temperature_of_zero_needs_no_noise():

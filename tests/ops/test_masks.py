@@ -125,6 +125,13 @@ def test_the_greatest_int_is_every_key():
     np.testing.assert_array_equal(got, ids[:, :, None] == ids[:, None])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
+def test_ends_of_dtypes_that_do_not_hold_the_keys(dtype):
+    most = jnp.iinfo(dtype).max  # of uint32 beyond any int32
+    mask = masks.KeyIntervals(jnp.zeros((1, 2), dtype), jnp.array([[100, most]], dtype))
+    np.testing.assert_array_equal(masks.bounds(mask, 300)[0], [[0, 100], [0, min(most, 300)]])
+
+
 @pytest.mark.parametrize("second", [{}, dict(start2=jnp.full((1, 3), 5), stop2=jnp.full((1, 3), 6))])
 def test_ends_of_one_row_stand_for_all_rows(second):
     mask = masks.KeyIntervals(jnp.zeros((1, 3), int), jnp.array([[1, 2, 3], [4, 0, 2]]), **second)

@@ -57,6 +57,10 @@ def test_masks_of_torch():
             torch.testing.assert_close(adapter.attention(query, key, value, mask=given), expected.nan_to_num())
     with pytest.raises(ValueError, match="mask: expected bool, or 0 where a query sees a key and -inf elsewhere"):
         adapter.attention(query, key, value, mask=torch.full((7, 7), -1.0))
+    with pytest.raises(ValueError, match="mask: expected bool, or 0 .*, got dtype torch.int64"):
+        adapter.attention(query, key, value, mask=padding.long())
+    with pytest.raises(ValueError, match="query: expected an array, got NoneType"):
+        adapter.attention(None, key, value, mask=padding)
     with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \[2, 4, 7, 7\]"):
         adapter.attention(query, key, value, mask=torch.ones(7, 6, dtype=torch.bool))
 
@@ -168,6 +172,18 @@ def test_torch_keeps_what_the_gradients_need():
     out.sum().backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         out.sum().backward()
+
+
+def test_a_packed_head_and_rounded_logits():
+    hidden, weight = torch.randn(1, 3, 40).bfloat16(), torch.randn(301, 40).bfloat16()
+    packed = adapter.pack_lm_head(weight)
+    assert isinstance(packed.array, torch.Tensor)
+    for options in ({}, dict(logits_dtype=torch.bfloat16)):
+        got, expected = (adapter.lm_head_scores(hidden, x, **options) for x in (packed, weight))
+        assert all(torch.equal(*pair) for pair in zip(got, expected))
+    assert not torch.equal(got.logsumexp, adapter.lm_head_scores(hidden, weight).logsumexp)  # they were rounded
+    with pytest.raises(ValueError, match=r"weight: expected an array of numbers, got Tensor of torch.bfloat16, shape \[301, 40\]"):
+        dlm_kernels.pack_lm_head(weight)
 
 
 def test_a_model_with_an_operation_is_saved_and_loaded():

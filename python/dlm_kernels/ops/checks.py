@@ -1,5 +1,7 @@
 """Checks that the operations share. Each raises a ValueError that names the argument, what was expected and what came."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,28 @@ def array(name, value):
 def _as_array(name, value, expected):
     try:
         return value if isinstance(value, jax.Array) else jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):  # JAX's own message does not know the argument
-        raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # JAX's own message does not know the argument, nor torch's
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}") from None
+
+
+def _of_32_bits(value):
+    """An array's integers as int32, what 32 bits do not hold as the nearest that they do: wrapped, it would be another token, or a
+    small count in the place of all. Other values as they are.
+    """
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or not jnp.issubdtype(value.dtype, jnp.integer):
+        return value
+    library = jnp if isinstance(value, jax.Array) else np
+    given, least, most = jnp.iinfo(value.dtype), -(2**31), 2**31 - 1
+    if given.max > most:
+        value = library.clip(value, max(least, given.min), most)
+    return value.astype(np.int32)
+
+
+def shown(value):
+    """`value` in an error, where an array's numbers would fill the screen."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of {value.dtype}, shape {list(value.shape)}"
+    return repr(value)
 
 
 def floats(name, value, axes):
@@ -29,10 +51,10 @@ def floats(name, value, axes):
 
 
 def ints(name, value, axes):
-    value = array(name, value)
+    value = array(name, _of_32_bits(value))
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}")
-    return ranked(name, value, axes).astype(jnp.int32)
+    return ranked(name, value, axes)
 
 
 def bools(name, value, axes):
@@ -86,7 +108,7 @@ def numbers(name, value):
 
 def integers(name, value, expected="an integer or an array of integers"):
     """Traced or not, as int32."""
-    value = _as_array(name, value, expected)
+    value = _as_array(name, _of_32_bits(value), expected)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"{name}: expected {expected}, got dtype {value.dtype}")
     return value.astype(jnp.int32)
@@ -108,13 +130,13 @@ def size(name, value):
 
 
 def number(name, value):
-    """A number that kernels are compiled for, as a float."""
+    """A finite number that kernels are compiled for, as a float."""
     try:
-        if not isinstance(value, (str, bytes)):
+        if not isinstance(value, (str, bytes)) and math.isfinite(value):
             return float(value)
-    except TypeError:  # of a traced value too
+    except (TypeError, ValueError, OverflowError):  # of a traced value too
         pass
-    raise ValueError(f"{name}: expected a number, not traced, got {value!r}")
+    raise ValueError(f"{name}: expected a finite number, not traced, got {shown(value)}")
 
 
 def head(name, hidden, weight_name, shape, dtype):

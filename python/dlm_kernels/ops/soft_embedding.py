@@ -1,6 +1,7 @@
 """The soft embedding, the mean under the LM head's distribution: for self-conditioning, with no probabilities in memory."""
 
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
         raise ValueError(f"weight: expected a vocabulary and a width of at least 1, got shape {[v, d]}")
     if not hidden.dtype == weight.dtype == embedding.dtype:
         raise ValueError(f"weight, embedding: expected hidden's dtype {hidden.dtype}, got {weight.dtype} and {embedding.dtype}")
-    if not isinstance(temperature, (int, float)):
+    if not isinstance(temperature, numbers.Real):
         temperature = checks.shaped("temperature", checks.numbers("temperature", temperature), (), "a scalar")
     elif not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
@@ -46,8 +47,8 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
         return jnp.zeros((b, length, e), hidden.dtype)
     reason = _attention_cannot(hidden, e, temperature, soft_cap)
     if reason is None and implementation != "xla":
-        if isinstance(temperature, (int, float)):
-            scale, soft_cap = 1 / temperature, None if soft_cap is None else soft_cap / temperature
+        if isinstance(temperature, numbers.Real):
+            scale, soft_cap = float(1 / temperature), None if soft_cap is None else soft_cap / temperature
         else:
             hidden, scale = hidden / temperature, 1.0
         return _by_attention(hidden, weight, embedding, scale, soft_cap, implementation)
@@ -61,7 +62,7 @@ def _attention_cannot(hidden, e, temperature, soft_cap):
     d = hidden.shape[-1]
     if d != e or d > HEAD_SIZE:
         return f"it takes equal widths of at most {HEAD_SIZE}, got {d} and {e}"
-    if isinstance(temperature, (int, float)):
+    if isinstance(temperature, numbers.Real):
         return None
     if soft_cap is not None:
         return "with a soft cap it takes a temperature that is a Python number"

@@ -41,18 +41,25 @@ CONFIDENCES = ("probability", "margin", "neg_entropy", "random")
 
 
 class TokenScores(NamedTuple):
-    """What one pass over the vocabulary says of each position; each [B, L]."""
+    """What one pass over the vocabulary says of each position; each [B, L].
 
-    token: jax.Array  # int32, the greedy or sampled token; -1 where not active
-    confidence: jax.Array  # float32; -inf where not active
-    entropy: jax.Array  # float32, nats; +inf where not active
-    logsumexp: jax.Array  # float32; -inf where not active
+    token: int32, the greedy or sampled token; -1 where not active.
+    confidence: float32; -inf where not active. entropy: float32, nats; +inf where not active.
+    logsumexp: float32; -inf where not active.
+    """
+
+    token: jax.Array
+    confidence: jax.Array
+    entropy: jax.Array
+    logsumexp: jax.Array
 
 
 class UnmaskResult(NamedTuple):
-    tokens: jax.Array  # int32 [B, L]
-    unmasked: jax.Array  # bool [B, L], the positions that were masked and now are not
-    count: jax.Array  # int32 [B], how many
+    """tokens: int32 [B, L]. unmasked: bool [B, L], the positions that were masked and now are not. count: int32 [B], how many."""
+
+    tokens: jax.Array
+    unmasked: jax.Array
+    count: jax.Array
 
 
 def score_tokens(
@@ -81,7 +88,7 @@ def score_tokens(
         confidence = p[token]                                                   # "probability"
         confidence = top_k(p, 2)[0] - top_k(p, 2)[1]                            # "margin"
         confidence = sum(p * log(p))                                            # "neg_entropy"
-        confidence = jax.random.uniform(...)                                    # "random"
+        confidence = jax.random.uniform(jax.random.fold_in(key, 1), (B, L))     # "random"
 
     Arguments:
       logits: [B, L, V]; float32, bfloat16 or float16. unconditional: the same, mixed in with guidance_scale (scalar, [B] or [B, L];
@@ -115,6 +122,7 @@ def score_tokens(
             raise ValueError(f"unconditional: expected dtype {logits.dtype} of logits, got {unconditional.dtype}")
         operands["unconditional"] = unconditional
         operands["guidance_scale"] = checks.per_row("guidance_scale", guidance_scale, b, length)
+    soft_cap = checks.soft_cap(logits_soft_cap)
     if logits.size == 0:
         return empty_scores(b, length)
     results = dispatch.call(
@@ -123,7 +131,7 @@ def score_tokens(
         operands,
         confidence="probability" if confidence == "random" else confidence,
         tempered_confidence=bool(tempered_confidence),
-        logits_soft_cap=checks.soft_cap(logits_soft_cap),
+        logits_soft_cap=soft_cap,
     )
     return token_scores(results, confidence, key, active)
 
@@ -234,8 +242,8 @@ def unmask_topk(
       edit_threshold: scalar or [B]; candidates that hold another token than the mask take the proposal where confidence is
         above it (they count neither in `unmasked` nor in `count`).
 
-    Returns UnmaskResult(tokens, unmasked, count). Ties go to the lower position; NaN confidence ranks last. A row with nothing
-    eligible is returned as it is. Raises ValueError for arguments that do not fit.
+    Returns UnmaskResult(tokens, unmasked, count). Ties go to the lower position; NaN confidence ranks last, with -inf. A row with
+    nothing eligible is returned as it is. Raises ValueError for arguments that do not fit.
     Source: LLaDA get_num_transfer_tokens, Fast-dLLM (threshold, factor), DiffusionGemma (entropy budget), LLaDA2.1 (edits).
     """
     dispatch.check(implementation)

@@ -31,6 +31,7 @@ __all__ = [
     "masked_cross_entropy",
     "masked_divergence",
     "mix_guidance",
+    "pack_lm_head",
     "score_tokens",
     "soft_embedding",
     "unmask_step",
@@ -39,6 +40,8 @@ __all__ = [
 
 
 def _to_jax(leaf):
+    if isinstance(leaf, torch.dtype):
+        return str(leaf).removeprefix("torch.")
     if not isinstance(leaf, torch.Tensor):
         return leaf
     if leaf.device.type != "cpu":
@@ -156,7 +159,8 @@ _attention = _on_tensors(dlm_kernels.attention, differentiable=True)
 @torch.compiler.disable
 @functools.wraps(dlm_kernels.attention)
 def attention(query, key, value, *, mask=None, **options):
-    if isinstance(mask, torch.Tensor):
+    # Of other than queries and keys of four axes `_attention` says what is wrong.
+    if isinstance(mask, torch.Tensor) and all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (query, key)):
         mask = intervals(mask, query.shape[1], key.shape[1])
     return _attention(query, key, value, mask=mask, **options)
 
@@ -167,6 +171,7 @@ lm_head_scores = _of_int64(_on_tensors(dlm_kernels.lm_head_scores))
 masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy, differentiable=True)
 masked_divergence = _on_tensors(dlm_kernels.masked_divergence, differentiable=True)
 mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
+pack_lm_head = _on_tensors(dlm_kernels.pack_lm_head)
 score_tokens = _of_int64(_on_tensors(dlm_kernels.score_tokens))
 soft_embedding = _on_tensors(dlm_kernels.soft_embedding, differentiable=True)
 unmask_step = _of_their_dtype(_on_tensors(dlm_kernels.unmask_step), 1)

@@ -10,15 +10,17 @@ def intervals(mask, queries, keys):
 
     mask: bool, True where a query sees a key, or float, 0 there and elsewhere -inf or below half of its dtype's least number; of a
     shape that broadcasts to [B, N, T, S]. It can be one where it is the same for all heads and no query sees more than two runs of
-    keys; its values are looked at for that, for which a GPU is waited for. Raises ValueError for a float mask with other numbers.
+    keys; its values are looked at for that, for which a GPU is waited for. Raises ValueError for other dtypes and other numbers.
     """
+    if not mask.is_floating_point() and mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool, or 0 where a query sees a key and -inf elsewhere, got dtype {mask.dtype}")
     if mask.is_floating_point():
         seen = mask == 0
         if not (seen | (mask <= torch.finfo(mask.dtype).min / 2)).all():
             raise ValueError("mask: expected bool, or 0 where a query sees a key and -inf elsewhere, got other numbers")
         mask = seen
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    fits = mask.dtype == torch.bool and len(shape) == 4 and shape[2] in (1, queries) and shape[3] in (1, keys)
+    fits = len(shape) == 4 and shape[2] in (1, queries) and shape[3] in (1, keys)
     if not fits or shape[1] != 1 or 0 in (*shape, queries, keys):
         return mask
     seen = mask.reshape(shape)[:, 0].expand(-1, queries, keys)

@@ -205,6 +205,11 @@ def score_tokens(logits, **options):
 
 
 @_operation
+def pack_lm_head(weight):
+    return dlm_kernels.PackedHead(weight, "rows", *weight.shape)
+
+
+@_operation
 @torch.no_grad()
 def lm_head_scores(hidden, weight, **options):
     if isinstance(weight, dlm_kernels.PackedHead):
@@ -309,6 +314,8 @@ def _checked(operation, tree, leaves):
 
 
 def _abstract(leaf):
+    if isinstance(leaf, torch.dtype):
+        return _dtype(leaf)
     if isinstance(leaf, torch.Tensor):
         dtype = "int32" if leaf.dtype == torch.int64 else str(leaf.dtype).removeprefix("torch.")
         return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
