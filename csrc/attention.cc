@@ -333,11 +333,7 @@ struct Forward {
 }  // namespace
 
 void attention_forward(const AttentionArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return Forward<float>{args}.run(parallel);
-    case DType::kBFloat16: return Forward<BFloat16>{args}.run(parallel);
-    case DType::kFloat16: return Forward<Float16>{args}.run(parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { Forward<decltype(of)>{args}.run(parallel); });
 }
 
 }  // namespace dlm::DLM_ISA

@@ -190,11 +190,7 @@ struct Backward {
 }  // namespace
 
 void attention_backward(const AttentionArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return Backward<float>{args}.run(parallel);
-    case DType::kBFloat16: return Backward<BFloat16>{args}.run(parallel);
-    case DType::kFloat16: return Backward<Float16>{args}.run(parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { Backward<decltype(of)>{args}.run(parallel); });
 }
 
 }  // namespace dlm::DLM_ISA
