@@ -144,10 +144,10 @@ struct Forward {
   const int64_t splits = row_tiles == 1 ? (args.s + kSplitKeys - 1) / kSplitKeys : 1;
   const int64_t depth = elements<E>(args.h);          // of the product with keys
   const int64_t key_row = round_up(depth, kLanes), value_row = round_up(args.h, kLanes);
-  // A scale that is not positive, or a soft cap, is applied to the logits; else they go without it up to the exponent.
+  // A scale that is not positive, or a soft cap, is applied to the logits; else they go without the scale up to the exponent.
   const bool bent = args.soft_cap != 0 || !(args.scale > 0);
-  const float left = bent ? 1.0f : args.scale;        // of the scale, to be applied
-  const float factor = left * kLog2E;                 // from logits to powers of two
+  const float scale = bent ? 1.0f : args.scale;       // that the logits still lack
+  const float factor = scale * kLog2E;
 
   float* partial = nullptr;                           // [B,K,splits,panels] sums, as sums_at() lays them
 
@@ -286,7 +286,7 @@ struct Forward {
       const I unseen = (greatest == -kInfinity) & (total == 0.0f);
       const F inverse = unseen ? splat(0.0f) : 1.0f / total;
       float lse[kLanes];
-      store(lse, unseen ? splat(-kInfinity) : greatest * left + log(total));
+      store(lse, unseen ? splat(-kInfinity) : greatest * scale + log(total));
       T* targets[kLanes];
       for (int64_t i = 0; i < count; ++i) {
         args.lse[lse_offset(args, batch, head, m + half + i)] = lse[i];
