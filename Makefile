@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-sanitize test-gpu bench-gpu test-tpu test-browser lint clean
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h csrc/*/*.h)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -e '.[test]'

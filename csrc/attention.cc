@@ -2,7 +2,12 @@
 //
 // The G query heads that share a kv head make one run of rows: row m is query m / G, head m % G. Within a tile, a panel of rows
 // at a time goes from logits over weights to its part of the result, all of which lie in first-level cache.
+//
+// Logits are computed transposed: keys are the rows of a tile, and query rows its lanes. So keys and values are multiplied as
+// they lie, without being transposed; maxima and sums over keys are additions of vectors; and a row is one lane everywhere, so
+// that nothing of it depends on the rows beside it.
 #include <cmath>
+#include <cstring>
 
 #include "attention.h"
 
@@ -10,12 +15,120 @@ namespace dlm::DLM_ISA {
 namespace {
 
 constexpr int64_t kSplitKeys = 4096;  // few rows split their keys in pieces of this; of S alone, so batch-invariant
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr int64_t kRows = tiles::kAttentionPanels * kPanel;  // most query rows of a tile, which share its copies of keys and values
+constexpr int64_t kKeys = tiles::kAttentionKeys;  // most keys of a tile: even, for pairs, and a multiple of kRowTile
+constexpr float kLog2E = 1.44269504f;
+
+// Rows [first, first + count) of `in` [B,T,N,H] as out [count, H].
+template <typename T>
+inline void gather(const AttentionArgs& args, const void* in, int64_t batch, int64_t head, int64_t first, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i)
+    std::memcpy(out + i * args.h, static_cast<const T*>(in) + query_offset(args, batch, head, first + i), args.h * sizeof(T));
+}
+
+// Two keys' weights, which follow each other along the depth of the products with values.
+inline void store_keys(float* p, F even, F odd) {
+  store(p, even);
+  store(p + kPanel, odd);
+}
+#if defined(__AVX512BF16__)
+inline void store_keys(Pair* p, F even, F odd) {
+  static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_loadu_si512(kInterleave), halves));
+}
+#endif
+
+// Which keys the rows of a tile see, a panel of rows at a time.
+class Sight {
+ public:
+  // Keys [start, stop) of the tile, of which rows of a panel see some; whole: every row sees them all.
+  struct Range {
+    int64_t start, stop;
+    bool whole;
+  };
+
+  void init(const AttentionArgs& args, int64_t batch, int64_t first, int64_t count) {
+    pairs_ = args.bounds == nullptr ? 0 : args.bounds_width / 2;
+    panels_ = (count + kPanel - 1) / kPanel;
+    const int64_t groups = args.n / args.k, row = args.bounds_b == 1 ? 0 : batch;
+    // Rows of padding see nothing.
+    std::memset(start_, 0, sizeof(start_));
+    std::memset(stop_, 0, sizeof(stop_));
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t pair = 0; pair < pairs_; ++pair) {
+        const int32_t* bounds = args.bounds + (row * args.t + (first + i) / groups) * args.bounds_width + 2 * pair;
+        start_[pair][i] = bounds[0];
+        stop_[pair][i] = bounds[1];
+      }
+    }
+  }
+
+  // Turns to the keys [key, key + n), n at most kKeys. False where no row sees any of them.
+  bool look(int64_t key, int64_t n) {
+    key_ = key;
+    if (pairs_ == 0) {
+      for (int64_t panel = 0; panel < panels_; ++panel) ranges_[panel] = {0, n, true};
+      return true;
+    }
+    seen_.clear();
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      Range range{n, 0, true};
+      int64_t least = n;
+      for (int64_t i = panel * kPanel; i < (panel + 1) * kPanel; ++i) {
+        int64_t seen = 0;
+        for (int64_t pair = 0; pair < pairs_; ++pair) {
+          const int64_t start = std::clamp<int64_t>(start_[pair][i] - key, 0, n);
+          const int64_t stop = std::clamp<int64_t>(stop_[pair][i] - key, 0, n);
+          if (start >= stop) continue;
+          range = {std::min(range.start, start), std::max(range.stop, stop), true};
+          seen += stop - start;
+          seen_.add(start, stop);
+        }
+        least = std::min(least, seen);
+      }
+      range.start &= ~int64_t{1};  // where a pair of keys starts
+      range.whole = least == range.stop - range.start;
+      ranges_[panel] = range;
+    }
+    return seen_.some(n);
+  }
+
+  // As SeenKeys has it.
+  const uint8_t* keep() const { return pairs_ == 0 ? nullptr : seen_.keep(); }
+
+  const Range& range(int64_t panel) const { return ranges_[panel]; }
+
+  // Sets the logits [kKeys, kPanel] of the panel's keys in range that one of its first `columns` rows does not see to -inf.
+  void hide(int64_t panel, int64_t columns, float* logits) const {
+    const Range& range = ranges_[panel];
+    if (range.whole) return;
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      U start[2] = {}, length[2] = {};
+      for (int64_t pair = 0; pair < pairs_; ++pair) {
+        start[pair] = *(const ULoad*)(start_[pair] + panel * kPanel + i) - (uint32_t)key_;
+        length[pair] = *(const ULoad*)(stop_[pair] + panel * kPanel + i) - (uint32_t)key_ - start[pair];
+      }
+      for (int64_t j = range.start; j < range.stop; ++j) {
+        float* row = logits + j * kPanel + i;
+        const I seen = ((uint32_t)j - start[0] < length[0]) | ((uint32_t)j - start[1] < length[1]);
+        store(row, seen ? load(row) : splat(-kInfinity));
+      }
+    }
+  }
+
+ private:
+  int64_t pairs_, panels_, key_;
+  int32_t start_[2][kRows], stop_[2][kRows];
+  Range ranges_[kRows / kPanel];
+  SeenKeys<kKeys> seen_;
+};
 
 // What a panel of rows has summed so far.
 struct Sums {
   float* out;       // [H, kPanel], to be divided by total
-  float* greatest;  // [kPanel] logit times log2(e); -inf: nothing seen yet
+  float* greatest;  // [kPanel] logit; -inf: nothing seen yet
   float* total;     // [kPanel] of the weights, relative to the greatest
 };
 
@@ -31,9 +144,10 @@ struct Forward {
   const int64_t splits = row_tiles == 1 ? (args.s + kSplitKeys - 1) / kSplitKeys : 1;
   const int64_t depth = elements<E>(args.h);          // of the product with keys
   const int64_t key_row = round_up(depth, kLanes), value_row = round_up(args.h, kLanes);
-  // A scale that is not positive, or a soft cap, is applied to the logits; else it goes into the exponent's factor.
+  // A scale that is not positive, or a soft cap, is applied to the logits; else they go without the scale up to the exponent.
   const bool bent = args.soft_cap != 0 || !(args.scale > 0);
-  const float factor = bent ? kLog2E : args.scale * kLog2E;
+  const float scale = bent ? 1.0f : args.scale;       // that the logits still lack
+  const float factor = scale * kLog2E;
 
   float* partial = nullptr;                           // [B,K,splits,panels] sums, as sums_at() lays them
 
@@ -131,10 +245,10 @@ struct Forward {
         for (int i = 0; i < 4; ++i) best[i] = max(best[i], load(column + (j + i) * kPanel));
       for (; j < n; ++j) best[0] = max(best[0], load(column + j * kPanel));
       const F before = load(sums.greatest + half * kLanes);
-      greatest[half] = max(before, factor * max(max(best[0], best[1]), max(best[2], best[3])));
+      greatest[half] = max(before, max(max(best[0], best[1]), max(best[2], best[3])));
       // A row that has seen nothing yet: -inf - -inf would be NaN.
       base[half] = greatest[half] == -kInfinity ? splat(0.0f) : greatest[half];
-      rescale[half] = before - base[half];
+      rescale[half] = (before - base[half]) * factor;
       moved |= any(before != greatest[half]);
     }
     if (moved) {
@@ -152,8 +266,9 @@ struct Forward {
     for (int64_t j = 0; j < n; j += 2, logits += 2 * kPanel, weights += 2 / kValues<E> * kPanel) {
       F p[2 * Halves];
       for (int half = 0; half < Halves; ++half) {
-        p[half] = load(logits + half * kLanes) * factor - base[half];
-        p[Halves + half] = j + 1 < n ? load(logits + kPanel + half * kLanes) * factor - base[half] : splat(-kInfinity);
+        // Before the factor: of huge products a fused multiply-subtract would leave the rounding, which may be hundreds.
+        p[half] = (load(logits + half * kLanes) - base[half]) * factor;
+        p[Halves + half] = j + 1 < n ? (load(logits + kPanel + half * kLanes) - base[half]) * factor : splat(-kInfinity);
       }
       exp2_each<2 * Halves>(p);
       for (int i = 0; i < 2 * Halves; ++i) added[i] += p[i];
@@ -171,7 +286,7 @@ struct Forward {
       const I unseen = (greatest == -kInfinity) & (total == 0.0f);
       const F inverse = unseen ? splat(0.0f) : 1.0f / total;
       float lse[kLanes];
-      store(lse, unseen ? splat(-kInfinity) : greatest * kLn2 + log(total));
+      store(lse, unseen ? splat(-kInfinity) : greatest * scale + log(total));
       T* targets[kLanes];
       for (int64_t i = 0; i < count; ++i) {
         args.lse[lse_offset(args, batch, head, m + half + i)] = lse[i];
@@ -200,7 +315,7 @@ struct Forward {
       const F base = greatest == -kInfinity ? splat(0.0f) : greatest;
       F total = F{};
       for (int64_t split = 0; split < splits; ++split) {
-        F rescale = load(part(split).greatest + half) - base;
+        F rescale = (load(part(split).greatest + half) - base) * factor;
         exp2_each<1>(&rescale);
         total += load(part(split).total + half) * rescale;
         for (int64_t i = half; i < args.h * kPanel; i += kPanel) {
@@ -218,11 +333,7 @@ struct Forward {
 }  // namespace
 
 void attention_forward(const AttentionArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return Forward<float>{args}.run(parallel);
-    case DType::kBFloat16: return Forward<BFloat16>{args}.run(parallel);
-    case DType::kFloat16: return Forward<Float16>{args}.run(parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { Forward<decltype(of)>{args}.run(parallel); });
 }
 
 }  // namespace dlm::DLM_ISA

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kTileRows = tiles::kBackwardRows;
 constexpr int64_t kTileKeys = tiles::kBackwardKeys;
 
-// Which keys of a tile each of up to 192 rows sees.
+// Which keys of a tile each row of another sees.
 class RowTile {
  public:
   void init(const AttentionArgs& args, int64_t batch, int64_t first, int64_t count) {
@@ -21,37 +21,27 @@ class RowTile {
       bounds_[i] = args.bounds + (row * args.t + (first + i) / groups) * width_;
   }
 
-  // Turns to the keys [key, key + n), n at most kMost. False where no row sees any of them.
+  // Turns to the keys [key, key + n), n at most kTileKeys. False where no row sees any of them.
   bool look(int64_t key, int64_t n) {
     key_ = key;
     n_ = n;
     if (width_ == 0) return true;
-    int32_t steps[kMost + 1] = {};
+    seen_.clear();
     whole_ = true;
     for (int64_t i = 0; i < count_; ++i) {
       int64_t seen = 0;
       for (int64_t w = 0; w < width_; w += 2) {
         const int64_t start = clip(bounds_[i][w]), stop = clip(bounds_[i][w + 1]);
-        steps[start] += 1;
-        steps[stop] -= 1;
+        seen_.add(start, stop);
         seen += stop - start;
       }
       whole_ &= seen == n;
     }
-    int32_t rows = 0;
-    bool some = false, all = true;
-    for (int64_t j = 0; j < n; ++j) {
-      rows += steps[j];
-      keep_[j] = rows > 0;
-      some |= keep_[j];
-      all &= keep_[j];
-    }
-    every_ = all;
-    return some;
+    return seen_.some(n);
   }
 
-  // Per key whether any row sees it; null where all are seen. Only such keys may be read: others may hold NaN.
-  const uint8_t* keep() const { return width_ == 0 || every_ ? nullptr : keep_; }
+  // As SeenKeys has it.
+  const uint8_t* keep() const { return width_ == 0 ? nullptr : seen_.keep(); }
 
   // Sets the logits of keys that row i does not see, and those of the padding behind the n-th, to -inf.
   void hide(int64_t i, float* row, int64_t padded) const {
@@ -68,14 +58,12 @@ class RowTile {
   }
 
  private:
-  static constexpr int64_t kMost = 128;
-
   int64_t clip(int64_t end) const { return std::clamp<int64_t>(end - key_, 0, n_); }
 
   int64_t count_, width_, key_, n_;
-  bool whole_, every_;         // every row sees every key; every key is seen by some row
-  const int32_t* bounds_[192];  // per row, its [start, stop) pairs
-  uint8_t keep_[kMost];
+  bool whole_;                        // every row sees every key
+  const int32_t* bounds_[kTileRows];  // per row, its [start, stop) pairs
+  SeenKeys<kTileKeys> seen_;
 };
 
 template <typename T>
@@ -148,7 +136,9 @@ struct Backward {
           // A row that sees nothing has lse -inf; its logits are all -inf, so any finite number gives weights of zero.
           const float base = lse[i] == -kInfinity ? 0.0f : lse[i];
           for (int64_t j = 0; j < padded; j += kPanel) {
-            F p[2] = {load(row + j) - base, load(row + j + kLanes) - base};
+            F p[2];
+            // No weight is above 1, but huge logits round by hundreds, and here otherwise than for lse. NaN, the second, stays.
+            for (int half = 0; half < 2; ++half) p[half] = min(splat(0.0f), load(row + j + half * kLanes) - base);
             exp_each<2>(p);
             for (int half = 0; half < 2; ++half) {
               const int64_t at = j + half * kLanes;
@@ -200,11 +190,7 @@ struct Backward {
 }  // namespace
 
 void attention_backward(const AttentionArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return Backward<float>{args}.run(parallel);
-    case DType::kBFloat16: return Backward<BFloat16>{args}.run(parallel);
-    case DType::kFloat16: return Backward<Float16>{args}.run(parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { Backward<decltype(of)>{args}.run(parallel); });
 }
 
 }  // namespace dlm::DLM_ISA

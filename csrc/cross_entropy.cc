@@ -9,30 +9,35 @@ template <typename T>
 struct CrossEntropy {
   const CrossEntropyArgs& args;
   const HeadRows rows = HeadRows(args.r, [this](int64_t row) { return args.active[row]; });
+  HeadProduct<T> product = HeadProduct<T>(args.hidden, args.weight, false, args.v, args.d);
+
+  // Calls use(i, logits) for all rows i that have a loss: [n], to write to, up to a multiple of kLanes.
+  template <typename Use>
+  void for_rows(int64_t column, int64_t n, Use&& use) const {
+    Scratch& scratch = thread_scratch();
+    scratch.reset(product.scratch());
+    const auto tile = product.tile(column, n, scratch);
+    for (int64_t block = 0; block < rows.blocks(); ++block) {
+      product.fill(tile, block);
+      for (int64_t i = 0; i < rows.count(block); ++i) use(rows.first(block) + i, tile.logits + i * kHeadColumns);
+    }
+  }
 
   void forward(const Parallel& parallel) {
     const int64_t tiles = (args.v + kHeadColumns - 1) / kHeadColumns;
-    HeadProduct<T> product(args.hidden, args.weight, false, args.v, args.d);
     std::vector<ExpSum> parts(rows.size() * tiles);
     std::vector<float> target_logit(rows.size(), NAN);  // stays so where the target is no token
     product.take(rows, parallel);
-    parallel(tiles, [&](int64_t index) {
-      const int64_t column = index * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
-      Scratch& scratch = thread_scratch();
-      scratch.reset(product.scratch());
-      const auto tile = product.tile(column, n, scratch);
-      for (int64_t block = 0; block < rows.blocks(); ++block) {
-        product.fill(tile, block);
-        for (int64_t i = 0; i < rows.count(block); ++i) {
-          const int64_t at = rows.first(block) + i, target = args.targets[rows[at]] - column;
-          float* row = tile.logits + i * kHeadColumns;
-          if (args.soft_cap != 0)
-            for (int64_t j = 0; j < n; j += kLanes) store(row + j, args.soft_cap * tanh(load(row + j) / args.soft_cap));
-          std::fill(row + n, row + round_up(n, kLanes), -kInfinity);
-          if (target >= 0 && target < n) target_logit[at] = row[target];
-          parts[at * tiles + index] = exp_sum(row, n);
-        }
-      }
+    parallel(tiles, [&](int64_t tile) {
+      const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
+      for_rows(column, n, [&](int64_t i, float* logits) {
+        if (args.soft_cap != 0)
+          for (int64_t j = 0; j < n; j += kLanes) store(logits + j, args.soft_cap * tanh(load(logits + j) / args.soft_cap));
+        std::fill(logits + n, logits + round_up(n, kLanes), -kInfinity);
+        const int64_t target = args.targets[rows[i]] - column;
+        if (target >= 0 && target < n) target_logit[i] = logits[target];
+        parts[i * tiles + tile] = exp_sum(logits, n);
+      });
     });
     std::fill(args.loss, args.loss + args.r, 0.0f);
     std::fill(args.lse, args.lse + args.r, 0.0f);
@@ -44,34 +49,26 @@ struct CrossEntropy {
   }
 
   void backward(const Parallel& parallel) {
-    HeadProduct<T> product(args.hidden, args.weight, false, args.v, args.d);
     product.take(rows, parallel);
     HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* slopes) {
       const int64_t n = std::min(kHeadColumns, args.v - column);
-      Scratch& scratch = thread_scratch();
-      scratch.reset(product.scratch());
-      const auto tile = product.tile(column, n, scratch);
-      for (int64_t block = 0; block < rows.blocks(); ++block) {
-        product.fill(tile, block);
-        for (int64_t i = 0; i < rows.count(block); ++i) {
-          const int64_t at = rows.first(block) + i, row = rows[at], target = args.targets[row] - column;
-          const float* logits = tile.logits + i * kHeadColumns;
-          const float dloss = args.dloss[row], lse = args.lse[row];
-          auto* out = slopes + at * kHeadColumns;
-          for (int64_t j = 0; j < n; j += kLanes) {
-            F x = load(logits + j), slope = splat(dloss);
-            if (args.soft_cap != 0) {
-              const F bent = tanh(x / args.soft_cap);
-              x = args.soft_cap * bent;
-              slope *= 1.0f - bent * bent;
-            }
-            F p = exp(x - lse);
-            if (target >= j && target < j + kLanes) p[target - j] -= 1.0f;
-            store(out + j, p * slope);
+      for_rows(column, n, [&](int64_t i, const float* logits) {
+        const int64_t row = rows[i], target = args.targets[row] - column;
+        const float dloss = args.dloss[row], lse = args.lse[row];
+        auto* out = slopes + i * kHeadColumns;
+        for (int64_t j = 0; j < n; j += kLanes) {
+          F x = load(logits + j), slope = splat(dloss);
+          if (args.soft_cap != 0) {
+            const F bent = tanh(x / args.soft_cap);
+            x = args.soft_cap * bent;
+            slope *= 1.0f - bent * bent;
           }
-          std::fill(out + n, out + round_up(n, kLanes), std::remove_reference_t<decltype(*out)>{});
+          F p = exp(x - lse);
+          if (target >= j && target < j + kLanes) p[target - j] -= 1.0f;
+          store(out + j, p * slope);
         }
-      }
+        std::fill(out + n, out + round_up(n, kLanes), std::remove_reference_t<decltype(*out)>{});
+      });
     });
   }
 };
@@ -79,19 +76,11 @@ struct CrossEntropy {
 }  // namespace
 
 void masked_cross_entropy_forward(const CrossEntropyArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return CrossEntropy<float>{args}.forward(parallel);
-    case DType::kBFloat16: return CrossEntropy<BFloat16>{args}.forward(parallel);
-    case DType::kFloat16: return CrossEntropy<Float16>{args}.forward(parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { CrossEntropy<decltype(of)>{args}.forward(parallel); });
 }
 
 void masked_cross_entropy_backward(const CrossEntropyArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return CrossEntropy<float>{args}.backward(parallel);
-    case DType::kBFloat16: return CrossEntropy<BFloat16>{args}.backward(parallel);
-    case DType::kFloat16: return CrossEntropy<Float16>{args}.backward(parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { CrossEntropy<decltype(of)>{args}.backward(parallel); });
 }
 
 }  // namespace dlm::DLM_ISA

@@ -95,19 +95,11 @@ struct Divergence {
 }  // namespace
 
 void masked_divergence_forward(const DivergenceArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return Divergence<float>{args}.forward(parallel);
-    case DType::kBFloat16: return Divergence<BFloat16>{args}.forward(parallel);
-    case DType::kFloat16: return Divergence<Float16>{args}.forward(parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { Divergence<decltype(of)>{args}.forward(parallel); });
 }
 
 void masked_divergence_backward(const DivergenceArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return Divergence<float>{args}.backward(parallel);
-    case DType::kBFloat16: return Divergence<BFloat16>{args}.backward(parallel);
-    case DType::kFloat16: return Divergence<Float16>{args}.backward(parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { Divergence<decltype(of)>{args}.backward(parallel); });
 }
 
 }  // namespace dlm::DLM_ISA

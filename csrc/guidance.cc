@@ -94,19 +94,11 @@ void combine_rows(const MixArgs& args, const Parallel& parallel) {
 }  // namespace
 
 void mix_guidance(const MixArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return mix_rows<float>(args, parallel);
-    case DType::kBFloat16: return mix_rows<BFloat16>(args, parallel);
-    case DType::kFloat16: return mix_rows<Float16>(args, parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { mix_rows<decltype(of)>(args, parallel); });
 }
 
 void combine_guidance(const MixArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return combine_rows<float>(args, parallel);
-    case DType::kBFloat16: return combine_rows<BFloat16>(args, parallel);
-    case DType::kFloat16: return combine_rows<Float16>(args, parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { combine_rows<decltype(of)>(args, parallel); });
 }
 
 }  // namespace dlm::DLM_ISA

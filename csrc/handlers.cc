@@ -30,6 +30,11 @@ const T* optional(const Operand& operand) {
 }
 
 template <typename T>
+T* data(const Operand& operand) {
+  return static_cast<T*>(operand.untyped_data());
+}
+
+template <typename T>
 T* data(Output& output) {
   return static_cast<T*>(output->untyped_data());
 }
@@ -72,8 +77,8 @@ ffi::Error attention_backward(ffi::ThreadPool pool, Operand query, Operand key, 
                               float scale, float soft_cap) {
   return guarded([&] {
     AttentionArgs args = attention_args(query, key, value, bounds, scale, soft_cap);
-    args.out = out.untyped_data(), args.lse = static_cast<float*>(lse.untyped_data());
-    args.dout = dout.untyped_data(), args.dlse = optional<float>(dlse);
+    args.out = out.untyped_data(), args.lse = data<float>(lse);
+    args.dout = dout.untyped_data(), args.dlse = data<float>(dlse);
     args.dquery = data<void>(dquery), args.dkey = data<void>(dkey), args.dvalue = data<void>(dvalue);
     kernels().attention_backward(args, XlaParallel(pool));
   });
@@ -119,9 +124,9 @@ ffi::Error unmask_topk(ffi::ThreadPool pool, Operand tokens, Operand proposal, O
   return guarded([&] {
     UnmaskArgs args{};
     args.b = tokens.dimensions()[0], args.l = tokens.dimensions()[1];
-    args.tokens = optional<int32_t>(tokens), args.proposal = optional<int32_t>(proposal);
-    args.confidence = optional<float>(confidence), args.entropy = optional<float>(entropy);
-    args.eligible = optional<bool>(eligible), args.editable = optional<bool>(editable);
+    args.tokens = data<int32_t>(tokens), args.proposal = data<int32_t>(proposal);
+    args.confidence = data<float>(confidence), args.entropy = optional<float>(entropy);
+    args.eligible = data<bool>(eligible), args.editable = optional<bool>(editable);
     args.num_unmask = optional<int32_t>(num_unmask), args.threshold = optional<float>(threshold);
     args.factor = optional<float>(factor), args.entropy_budget = optional<float>(entropy_budget);
     args.edit_threshold = optional<float>(edit_threshold);
@@ -134,7 +139,7 @@ ffi::Error mix_guidance(ffi::ThreadPool pool, Operand conditional, Operand uncon
   return guarded([&] {
     const auto shape = conditional.dimensions();
     MixArgs args{dtype(conditional), 2, shape[0], shape[1], {conditional.untyped_data(), unconditional.untyped_data()},
-                 optional<float>(scale), data<void>(out)};
+                 data<float>(scale), data<void>(out)};
     kernels().mix_guidance(args, XlaParallel(pool));
   });
 }
@@ -142,7 +147,7 @@ ffi::Error mix_guidance(ffi::ThreadPool pool, Operand conditional, Operand uncon
 ffi::Error combine_guidance(ffi::ThreadPool pool, Operand logits, Operand weights, Output out) {
   return guarded([&] {
     const auto shape = logits.dimensions();
-    MixArgs args{dtype(logits), shape[0], shape[1], shape[2], {logits.untyped_data(), nullptr}, optional<float>(weights),
+    MixArgs args{dtype(logits), shape[0], shape[1], shape[2], {logits.untyped_data(), nullptr}, data<float>(weights),
                  data<void>(out)};
     kernels().combine_guidance(args, XlaParallel(pool));
   });
@@ -173,7 +178,7 @@ CrossEntropyArgs cross_entropy_args(const Operand& hidden, const Operand& weight
   args.dtype = dtype(hidden);
   args.r = hidden.dimensions()[0], args.d = hidden.dimensions()[1], args.v = weight.dimensions()[0];
   args.hidden = hidden.untyped_data(), args.weight = weight.untyped_data();
-  args.targets = optional<int32_t>(targets), args.active = optional<bool>(active);
+  args.targets = data<int32_t>(targets), args.active = data<bool>(active);
   args.soft_cap = soft_cap;
   return args;
 }
@@ -192,7 +197,7 @@ ffi::Error masked_cross_entropy_backward(ffi::ThreadPool pool, Operand hidden, O
                                          float soft_cap) {
   return guarded([&] {
     CrossEntropyArgs args = cross_entropy_args(hidden, weight, targets, active, soft_cap);
-    args.lse = static_cast<float*>(lse.untyped_data()), args.dloss = optional<float>(dloss);
+    args.lse = data<float>(lse), args.dloss = data<float>(dloss);
     args.dhidden = data<void>(dhidden), args.dweight = data<void>(dweight);
     kernels().masked_cross_entropy_backward(args, XlaParallel(pool));
   });
@@ -206,7 +211,7 @@ DivergenceArgs divergence_args(const Operand& hidden, const Operand& weight, con
   args.e = target_hidden.dimensions()[1];
   args.hidden = hidden.untyped_data(), args.weight = weight.untyped_data();
   args.target_hidden = target_hidden.untyped_data(), args.target_weight = target_weight.untyped_data();
-  args.active = optional<bool>(active);
+  args.active = data<bool>(active);
   return args;
 }
 
@@ -224,8 +229,8 @@ ffi::Error masked_divergence_backward(ffi::ThreadPool pool, Operand hidden, Oper
                                       Output dhidden, Output dweight) {
   return guarded([&] {
     DivergenceArgs args = divergence_args(hidden, weight, target_hidden, target_weight, active);
-    args.lse = static_cast<float*>(lse.untyped_data()), args.target_lse = static_cast<float*>(target_lse.untyped_data());
-    args.dloss = optional<float>(dloss);
+    args.lse = data<float>(lse), args.target_lse = data<float>(target_lse);
+    args.dloss = data<float>(dloss);
     args.dhidden = data<void>(dhidden), args.dweight = data<void>(dweight);
     kernels().masked_divergence_backward(args, XlaParallel(pool));
   });

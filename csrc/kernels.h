@@ -35,7 +35,7 @@ struct AttentionArgs {
 
 // How tokens are scored, the same for given logits and for those of an LM head.
 struct Scoring {
-  const float* temperature;            // [R]; null: greedy everywhere; 0: greedy in that row
+  const float* temperature;            // [R]; null: greedy everywhere; not above 0: greedy in that row
   const uint32_t* key_data;            // [R,2] threefry keys; null without noise of our own
   const int32_t* counter_row;          // [R]: element (r, v) has counter counter_row[r] * V + v
   const float* noise;                  // [R,V] or null

@@ -64,11 +64,7 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
 }  // namespace
 
 void lm_head_scores(const HeadArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return score_head<float>(args, parallel);
-    case DType::kBFloat16: return score_head<BFloat16>(args, parallel);
-    case DType::kFloat16: return score_head<Float16>(args, parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { score_head<decltype(of)>(args, parallel); });
 }
 
 }  // namespace dlm::DLM_ISA

@@ -10,7 +10,6 @@ namespace py = pybind11;
 PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return dlm::kernels().isa; });
   module.def("available_isas", dlm::available_isas);
-  module.def("ffi_version", [] { return py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   module.def("ffi_handlers", [] {
     py::dict handlers;
     for (const dlm::Handler& handler : dlm::handlers())

@@ -47,16 +47,17 @@ inline void for_vectors(const Logits& logits, int64_t n, Body&& body) {
   if (j < n) body(j, logits.first(j, n - j));
 }
 
+// Whether row draws its token; else the greatest logit's is taken, also where the temperature is NaN.
+inline bool samples(const Scoring& scoring, int64_t row) { return scoring.temperature != nullptr && scoring.temperature[row] > 0; }
+
 // What one row asks of its columns.
 class RowScorer {
  public:
   // floor is shared by all who score parts of this row: a score that some column is known to reach.
   RowScorer(const Scoring& scoring, int64_t row, int64_t vocabulary, std::atomic<float>& floor)
-      : margin_(scoring.confidence == Scoring::Confidence::kMargin), floor_(floor) {
-    const float temperature = scoring.temperature == nullptr ? 0.0f : scoring.temperature[row];
-    samples_ = temperature != 0;
+      : margin_(scoring.confidence == Scoring::Confidence::kMargin), samples_(samples(scoring, row)), floor_(floor) {
     if (!samples_) return;
-    (scoring.tempered ? logit_divisor_ : sample_divisor_) = temperature;
+    (scoring.tempered ? logit_divisor_ : sample_divisor_) = scoring.temperature[row];
     if (scoring.noise != nullptr) {
       noise_ = scoring.noise + row * vocabulary;
     } else {
@@ -335,15 +336,15 @@ inline void finish_logits(const Scoring& scoring, const RowScorer& scorer, const
 
 // Writes row's results from the statistics of all its columns.
 inline void write_scores(const Scoring& scoring, int64_t row, const Statistics& all) {
-  const bool samples = scoring.temperature != nullptr && scoring.temperature[row] != 0;
+  const bool hot = samples(scoring, row);
   const double log_total = std::log(all.total), logsumexp = all.greatest + log_total;
   const double entropy = log_total - all.weighted / all.total;
-  scoring.token[row] = samples ? all.sampled : all.token;
+  scoring.token[row] = hot ? all.sampled : all.token;
   scoring.logsumexp[row] = (float)logsumexp;
   scoring.entropy[row] = (float)entropy;
   switch (scoring.confidence) {
     case Scoring::Confidence::kProbability:
-      scoring.sureness[row] = (float)std::exp((samples ? all.sampled_logit : all.greatest) - logsumexp);
+      scoring.sureness[row] = (float)std::exp((hot ? all.sampled_logit : all.greatest) - logsumexp);
       break;
     case Scoring::Confidence::kMargin:
       scoring.sureness[row] = (float)(std::exp(all.greatest - logsumexp) - std::exp(all.second - logsumexp));

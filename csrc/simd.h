@@ -27,12 +27,12 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// may_alias and aligned(4): vectors are loaded from any float or uint32 address.
+// may_alias, and aligned to one element, of ULoad to half of one, for pairs of bfloat16 are read as uint32: vectors are loaded from
+// any address where such a value lies.
 typedef float F __attribute__((vector_size(kLanes * 4)));
 typedef int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 typedef float FLoad __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef int32_t ILoad __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint32_t ULoad __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef uint16_t H16 __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t H16Load __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
@@ -69,8 +69,8 @@ inline F min(F a, F b) {
 
 inline F load(const float* p) { return *(const FLoad*)p; }
 inline void store(float* p, F x) { *(FLoad*)p = x; }
-inline U load(const uint32_t* p) { return (U) * (const ILoad*)p; }
-inline void store(uint32_t* p, U x) { *(ILoad*)p = (I)x; }
+inline U load(const uint32_t* p) { return *(const ULoad*)p; }
+inline void store(uint32_t* p, U x) { *(ULoad*)p = x; }
 
 inline F load(const BFloat16* p) {
   const H16 bits = *(const H16Load*)p;

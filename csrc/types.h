@@ -63,5 +63,15 @@ inline void from_float(float x, Float16& out) {
   }
 }
 
+// Calls use(a value of the type) for the type that dtype names.
+template <typename Use>
+inline void with_dtype(DType dtype, Use&& use) {
+  switch (dtype) {
+    case DType::kFloat32: return use(float{});
+    case DType::kBFloat16: return use(BFloat16{});
+    case DType::kFloat16: return use(Float16{});
+  }
+}
+
 }  // namespace
 }  // namespace dlm

@@ -161,11 +161,7 @@ void unmask_row(const UnmaskArgs& args, int64_t b) {
 }  // namespace
 
 void score_tokens(const ScoreArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case DType::kFloat32: return score_rows<float>(args, parallel);
-    case DType::kBFloat16: return score_rows<BFloat16>(args, parallel);
-    case DType::kFloat16: return score_rows<Float16>(args, parallel);
-  }
+  with_dtype(args.dtype, [&](auto of) { score_rows<decltype(of)>(args, parallel); });
 }
 
 void unmask_topk(const UnmaskArgs& args, const Parallel& parallel) {

@@ -160,3 +160,41 @@ def test_one_row_sees_all_keys(leaf, queries):
     expected = reference.attention_backward(query, key, value, bounds, None, None, None, *saved[2:], **options)
     for got, want in zip(gradients, expected, strict=True):
         close(got, want, "float32")
+
+
+# The greatest logit's own exponent must be 0 whatever its size: of what 6e9 loses to rounding, no exponential is finite.
+@pytest.mark.parametrize("queries", [3, 133])
+@pytest.mark.parametrize("spread", [1e10, 1e30])
+def test_huge_logits(leaf, queries, spread):
+    query, key, value, best = huge_logits(queries, spread)
+    out, lse = leaf("attention", "attention_forward")(query, key, value, None, None, scale=1.0, logits_soft_cap=None)
+    np.testing.assert_array_equal(out, value[:, best])
+    np.testing.assert_allclose(lse[0, 0], np.abs(key[0, best, 0, 0]), rtol=2**-22)
+
+
+# With a scale that is no power of two the weights' logits are rounded otherwise than those that lse was made of.
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_gradients_of_huge_logits(leaf, scale):
+    if leaf.package != "cpu_kernels":
+        pytest.skip("elsewhere the exponential of what is lost to rounding may be infinite")
+    query, key, value, best = huge_logits(133, 1e10)
+    dout = jnp.round(4 * jax.random.normal(jax.random.key(3), query.shape))
+    options = dict(scale=scale, logits_soft_cap=None)
+    out, lse = leaf("attention", "attention_forward")(query, key, value, None, None, **options)
+    saved = out, lse, dout, np.zeros_like(lse)
+    dquery, dkey, dvalue = leaf("attention", "attention_backward")(query, key, value, None, None, *saved, **options)
+    np.testing.assert_array_equal(out, value[:, best])
+    assert all(np.isfinite(x).all() for x in (dquery, dkey, dvalue))
+    if scale == 1:
+        wanted = np.zeros(value.shape)
+        np.add.at(wanted[0], best, np.asarray(dout[0], np.float64))
+        close(dvalue, wanted, "float32")
+        assert not dquery.any() and not dkey.any()
+
+
+def huge_logits(queries, spread):
+    """query, key, value [1,.,1,1], and of each query the one key that counts. Logits are exact, and values whole numbers."""
+    key, value = (4 * jax.random.normal(jax.random.key(i), (1, 200, 1, 1)) for i in range(2))
+    best = np.full(queries, np.argmax(key))
+    best[0] = np.argmin(key)
+    return jnp.ones((1, queries, 1, 1)).at[:, 0].set(-1), spread * key, jnp.round(value), best

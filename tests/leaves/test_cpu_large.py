@@ -1,7 +1,10 @@
-"""What only large arrays reach in the CPU kernels: outputs stored past the caches, and offsets that 32 bits cannot hold."""
+"""What only large arrays reach in the CPU kernels: outputs stored past the caches, rows whose pieces one thread takes together, and
+offsets that 32 bits cannot hold.
+"""
 
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +32,23 @@ def test_outputs_stored_past_the_caches(dtype):
         part = np.ascontiguousarray(streams[:, :, first : first + 400000])
         np.testing.assert_array_equal(mixed[:, first : first + 400000], guidance.mix_guidance(*part, scale))
         np.testing.assert_array_equal(combined[:, first : first + 400000], guidance.combine_guidance(part, weights))
+
+
+def test_rows_in_several_pieces_do_not_depend_on_the_batch():
+    rows, v = 64, 70000  # two pieces (csrc/unmask.cc's kPiece), which are shared out together only where rows are this many
+    keys = jax.random.split(jax.random.key(0))
+    logits = jax.random.normal(keys[0], (rows, v), jnp.bfloat16)
+    temperature = jnp.arange(rows) % 3 / 2  # one of three rows is greedy
+    draws = jax.random.bits(keys[1], (rows, 2)), jnp.arange(rows, dtype=jnp.int32)
+    static = dict(confidence="neg_entropy", tempered_confidence=False, logits_soft_cap=None)
+    together = unmask.score_tokens(logits, None, None, temperature, *draws, None, None, None, **static)
+    for row in (0, 31, 62, 63):
+        part = slice(row, row + 1)
+        alone = unmask.score_tokens(
+            logits[part], None, None, temperature[part], *(x[part] for x in draws), None, None, None, **static
+        )
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(a[0], b[row])
 
 
 def test_offsets_past_2_to_the_31():

@@ -50,7 +50,7 @@ def check(leaf, logits, static, **operands):
     return got
 
 
-# One element, below, at and above a vector of every instruction set, above a chunk and above a piece of a row.
+# One element, below, at and above a vector of every instruction set, and above a chunk. The largest vocabulary has several pieces.
 @pytest.mark.parametrize("v", [1, 2, 15, 64, 1003, 17001])
 @pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -102,6 +102,12 @@ def test_noise_is_jax_random_gumbel():
 def test_given_noise(leaf):
     noise = jax.random.gumbel(jax.random.key(8), (3, 777))
     check(leaf, normal(6, 3, 777), PLAIN, temperature=jnp.array([1, 0.0, 2]), noise=noise)
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+def test_a_temperature_not_above_zero_is_greedy(leaf, tempered):
+    options = PLAIN | dict(tempered_confidence=tempered)
+    check(leaf, normal(6, 5, 777), options, temperature=jnp.array([-1, jnp.nan, -jnp.inf, 0, 1]), **sampling(5))
 
 
 @pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])

@@ -1,7 +1,7 @@
 """What must hold of the operations whatever the numbers: relations between calls, each for the kernels and the plain version.
 
 Shapes are drawn small, so that edges (one query, one key, one token) come up often, and from few values, for each is compiled,
-which is what takes the time here; the kernels' tiles have 128 keys, 192 rows and 1024 columns, so the largest of each list is in
+which is what takes the time here; the kernels' tiles have 192 keys, 192 rows and 128 columns, so the largest of each list is in
 several. Only what must hold to the bit is tried in a second dtype. The examples are the same in every run.
 """
 
