@@ -1,4 +1,4 @@
-"""The LM head and the scores of its logits in one pass over the weight; the loss is in cross_entropy.py.
+"""The LM head and the scores of its logits in one pass over the weight.
 
 The weight goes through VMEM in tiles of whole rows, contiguous in HBM, while the hidden rows stay. A tile's logits are there for
 one step only: the same step adds them to statistics per lane, as scores.py has them.
@@ -11,21 +11,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import chips, head, numerics, scores
-from dlm_kernels.pallas_kernels.cross_entropy import (
-    masked_cross_entropy_backward,
-    masked_cross_entropy_forward,
-    supports_masked_cross_entropy_backward,
-    supports_masked_cross_entropy_forward,
-)
-
-__all__ = [
-    "lm_head_scores",
-    "masked_cross_entropy_backward",
-    "masked_cross_entropy_forward",
-    "supports_lm_head_scores",
-    "supports_masked_cross_entropy_backward",
-    "supports_masked_cross_entropy_forward",
-]
 
 
 def _stream_kernel(live, hidden, weight, *refs, given, tiles, confidence, tempered, soft_cap, logits_dtype, vocabulary):

@@ -1,27 +1,12 @@
-"""The LM head and the scores of its logits, taken in the epilogue of the matrix product; the loss is in cross_entropy.py."""
+"""The LM head and the scores of its logits, taken in the epilogue of the matrix product."""
 
 import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
-from dlm_kernels.triton_kernels.cross_entropy import (
-    masked_cross_entropy_backward,
-    masked_cross_entropy_forward,
-    supports_masked_cross_entropy_backward,
-    supports_masked_cross_entropy_forward,
-)
 from dlm_kernels.triton_kernels.head import grouped_block
 from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
 from dlm_kernels.triton_kernels.numerics import gumbel, head_tile, tanh
-
-__all__ = [
-    "lm_head_scores",
-    "masked_cross_entropy_backward",
-    "masked_cross_entropy_forward",
-    "supports_lm_head_scores",
-    "supports_masked_cross_entropy_backward",
-    "supports_masked_cross_entropy_forward",
-]
 
 
 @triton.jit
