@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels import masks
-from dlm_kernels.ops import checks, dispatch
+from dlm_kernels.ops import checks, dispatch, sharding
 
 _INPUTS = (("query", "btnh"), ("key", "bskh"), ("value", "bskh"), ("bounds", "bti"), ("dense", "bnts"))
 FORWARD = dispatch.Leaf("attention", "attention_forward", _INPUTS, ("btnh", "bnt"), fold="b", sharded="bk")
@@ -117,7 +117,7 @@ def _attention_bwd(static, residuals, cotangents):
         query=query, key=key, value=value, bounds=bounds, dense=dense, out=out, lse=lse, dout=dout, dlse=dlse
     )
     gradients = dispatch.call(BACKWARD, implementation, operands, scale=scale, logits_soft_cap=soft_cap)
-    return (*dispatch.typed_as((query, key, value), gradients), None, None)
+    return (*sharding.typed_as((query, key, value), gradients), None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

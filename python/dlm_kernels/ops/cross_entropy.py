@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.ops import checks, dispatch
+from dlm_kernels.ops import checks, dispatch, sharding
 
 _INPUTS = (("hidden", "rd"), ("weight", "vd"), ("targets", "r"), ("active", "r"))
 FORWARD = dispatch.Leaf("cross_entropy", "masked_cross_entropy_forward", _INPUTS, ("r", "r"), fold="r", sharded="r")
@@ -71,7 +71,7 @@ def _loss_bwd(static, residuals, dloss):
     operands, lse = residuals
     operands = operands | dict(lse=lse, dloss=dloss)
     dhidden, dweight = dispatch.call(BACKWARD, implementation, operands, logits_soft_cap=soft_cap)
-    return *dispatch.typed_as((operands["hidden"], operands["weight"]), (dhidden, dweight)), None, None
+    return *sharding.typed_as((operands["hidden"], operands["weight"]), (dhidden, dweight)), None, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.ops import checks, dispatch
+from dlm_kernels.ops import checks, dispatch, sharding
 
 _INPUTS = (("hidden", "rd"), ("weight", "vd"), ("target_hidden", "re"), ("target_weight", "ve"), ("active", "r"))
 FORWARD = dispatch.Leaf("divergence", "masked_divergence_forward", _INPUTS, ("r", "r", "r"), fold="r", sharded="r")
@@ -70,7 +70,7 @@ def _loss_fwd(implementation, *arrays):
 
 def _loss_bwd(implementation, operands, dloss):
     gradients = dispatch.call(BACKWARD, implementation, operands | dict(dloss=dloss))
-    return *dispatch.typed_as((operands["hidden"], operands["weight"]), gradients), None, None, None
+    return *sharding.typed_as((operands["hidden"], operands["weight"]), gradients), None, None, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
