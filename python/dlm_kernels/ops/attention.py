@@ -42,7 +42,7 @@ def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None,
 
     Returns [B, T, N, H] in query's dtype, and with return_lse also float32 [B, N, T]. Accumulates in float32. A query that sees no
     key gives zeros and lse -inf, with zero gradients. NaN or infinity in a key or value that no query may see has no effect.
-    Differentiable in query, key and value, through lse as well.
+    Differentiable in query, key and value, through lse as well: a first gradient, in reverse mode alone.
 
     Raises ValueError for shapes, dtypes or masks that do not fit, and where `implementation` cannot run the call.
     Layout and names follow jax.nn.dot_product_attention.

@@ -35,8 +35,9 @@ def masked_cross_entropy(
       reduction: "sum", or "none" for weights * loss of every position.
       logits_soft_cap, implementation: as in `score_tokens`.
 
-    Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero).
-    A target outside [0, V) gives NaN. Raises ValueError for shapes or dtypes that do not fit.
+    Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero): a
+    first gradient, in reverse mode alone. A target outside [0, V) gives NaN.
+    Raises ValueError for shapes or dtypes that do not fit.
     Source: LLaDA and MDLM's loss; fused as Cut Cross-Entropy (Wijmans et al. 2024) does.
     """
     dispatch.check(implementation)
@@ -46,10 +47,10 @@ def masked_cross_entropy(
     targets = checks.shaped("targets", checks.ints("targets", targets, "BL"), (b, length), "batch, length of hidden")
     weights = checks.shaped("weights", checks.numbers("weights", weights), (b, length), "batch, length of hidden")
     checks.one_of("reduction", reduction, ("sum", "none"))
+    static = (checks.soft_cap(logits_soft_cap), implementation)
     if hidden.size == 0:
         loss = jnp.zeros((b, length), jnp.float32)
     else:
-        static = (checks.soft_cap(logits_soft_cap), implementation)
         loss = _loss(static, hidden, weight, targets, weights != 0)
     return jnp.sum(weights * loss) if reduction == "sum" else weights * loss
 

@@ -8,7 +8,7 @@ score_tokens(logits [B, L, V]), whose leaf has "rv" for logits:
     `_run`             asks `_choose` for an implementation per platform (which `explain` tells), and `_compiled` for their function
     `_batched`         under vmap only: folds the mapped axis into R too, and begins anew at `call`
     partitioned        where the compiler splits arrays over devices: how, and what each runs on its part (sharding.py)
-    one_device         on a TPU in the place of that, for there nothing asks
+    kernel_or          on a TPU in the place of that, for there nothing asks (lowering.py)
     platform_dependent when it is lowered takes the platform's kernel
     `_kernel`          calls, on a CPU, cpu_kernels/unmask.py: score_tokens(logits [R, V], ...)
 
@@ -28,10 +28,11 @@ import jax
 
 # The TPU kernels import it too, but within a trace, after which JAX 0.12 would trace and compile the same function once more.
 import jax.experimental.pallas.tpu
+import numpy as np
 from jax.custom_batching import custom_vmap
 
 from dlm_kernels import triton_kernels
-from dlm_kernels.ops import one_device, sharding
+from dlm_kernels.ops import lowering, sharding
 
 PACKAGES = {
     "cpu": "cpu_kernels",
@@ -179,7 +180,8 @@ def _refusal(leaf, implementation, operands, static):
     module = _module(implementation, leaf.module)
     if not hasattr(module, leaf.name):
         return f"{PACKAGES[implementation]}.{leaf.module} has no {leaf.name}"
-    return getattr(module, f"supports_{leaf.name}")(**operands, **static)
+    supports = getattr(module, f"supports_{leaf.name}", None)  # missing where the kernel runs everything
+    return supports and supports(**operands, **static)
 
 
 @functools.cache
@@ -199,7 +201,9 @@ def _compiled(leaf, implementation, implementations, present, axes, groups, stat
     """The jitted, batchable, partitionable function of the `present` operands; cached, or each call would compile anew."""
     kernels = {platform: _kernel(leaf, name, present, static) for platform, name in implementations}
     default = kernels.pop("default")
-    tpu = one_device.kernel_or(kernels.pop("tpu"), default) if "tpu" in kernels else default
+    if implementation in ("triton", "pallas"):
+        default = lowering.asked(default, implementation, leaf.name)
+    tpu = lowering.kernel_or(kernels.pop("tpu"), default) if "tpu" in kernels else default
 
     def run(*arrays):
         return jax.lax.platform_dependent(*arrays, **kernels, default=default) if kernels else default(*arrays)
@@ -209,7 +213,7 @@ def _compiled(leaf, implementation, implementations, present, axes, groups, stat
     def anywhere(*arrays):
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=partitioned)
 
-    return jax.jit(_batched(leaf, implementation, anywhere, present, static))
+    return jax.jit(_without_derivative(leaf, _batched(leaf, implementation, anywhere, present, static)))
 
 
 def _kernel(leaf, implementation, present, static):
@@ -224,6 +228,23 @@ def _kernel(leaf, implementation, present, static):
         return sharding.varying_as(arrays, results)
 
     return kernel
+
+
+def _without_derivative(leaf, function):
+    """As `function`, which is differentiated only where its results are integers, that have no derivative."""
+    function = jax.custom_jvp(function)
+
+    @function.defjvp
+    def rule(primals, tangents):
+        results = function(*primals)
+        if any(jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in results):
+            raise ValueError(
+                f"{leaf.name} has no derivative: put jax.lax.stop_gradient around its arguments; "
+                "attention and the losses have a first gradient, in reverse mode alone"
+            )
+        return results, tuple(np.zeros(x.shape, jax.dtypes.float0) for x in results)
+
+    return function
 
 
 def _batched(leaf, implementation, function, present, static):

@@ -33,8 +33,9 @@ def masked_divergence(hidden, weight, target_hidden, target_weight, weights, *, 
       reduction: "sum", or "none" for weights * divergence of every position.
       implementation: "cpu", "triton", "pallas", "xla" or None.
 
-    Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero); the
-    target is a constant, its gradients zero. Raises ValueError for shapes or dtypes that do not fit.
+    Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero): a
+    first gradient, in reverse mode alone; the target is a constant, its gradients zero.
+    Raises ValueError for shapes or dtypes that do not fit.
     Source: knowledge distillation (Hinton et al. 2015); fused as Cut Cross-Entropy (Wijmans et al. 2024) fuses the loss.
     """
     dispatch.check(implementation)

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from dlm_kernels.ops import checks, dispatch, sharding
 
-MIX = dispatch.Leaf(
-    "guidance", "mix_guidance", (("conditional", "rv"), ("unconditional", "rv"), ("scale", "r")), ("rv",), "r", "r"
-)
-COMBINE = dispatch.Leaf("guidance", "combine_guidance", (("logits", "crv"), ("weights", "cr")), ("rv",), "r", "r")
+_STREAMS = (("conditional", "rv"), ("unconditional", "rv"), ("scale", "r"))
+MIX = dispatch.Leaf("guidance", "mix_guidance", _STREAMS, ("rv",), fold="r", sharded="r")
+COMBINE = dispatch.Leaf("guidance", "combine_guidance", (("logits", "crv"), ("weights", "cr")), ("rv",), fold="r", sharded="r")
 
 
 def mix_guidance(conditional, unconditional, scale, *, implementation=None):

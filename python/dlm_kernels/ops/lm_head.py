@@ -122,8 +122,13 @@ def lm_head_scores(
             raise ValueError(
                 "logits_soft_cap: guidance in hidden space is exact for a linear head only; mix logits instead"
             )
+        unconditional_hidden = checks.floats("unconditional_hidden", unconditional_hidden, "BLD")
+        checks.shaped("unconditional_hidden", unconditional_hidden, hidden.shape, "hidden's shape")
+        if unconditional_hidden.dtype != hidden.dtype:
+            raise ValueError(f"unconditional_hidden: expected hidden's dtype {hidden.dtype}, got {unconditional_hidden.dtype}")
+        guidance_scale = checks.per_row("guidance_scale", guidance_scale, b, length)
         hidden = guidance.mix_guidance(hidden, unconditional_hidden, guidance_scale, implementation=implementation)
-    logits_dtype = checks.float_dtype("logits_dtype", logits_dtype)
+    soft_cap, logits_dtype = checks.soft_cap(logits_soft_cap), checks.float_dtype("logits_dtype", logits_dtype)
     operands = unmask.sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
     operands |= dict(hidden=hidden, weight=head.array)
     if hidden.size == 0:
@@ -134,7 +139,7 @@ def lm_head_scores(
         operands,
         confidence="probability" if confidence == "random" else confidence,
         tempered_confidence=bool(tempered_confidence),
-        logits_soft_cap=checks.soft_cap(logits_soft_cap),
+        logits_soft_cap=soft_cap,
         logits_dtype=logits_dtype,
         **packed,
     )
