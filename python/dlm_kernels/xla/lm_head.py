@@ -32,8 +32,8 @@ def lm_head_scores(
     logits = logits_of(hidden, weight)
     if logits_dtype is not None:
         # XLA may drop a pair of casts; this it keeps.
-        format = jnp.finfo(logits_dtype)
-        logits = jax.lax.reduce_precision(logits, exponent_bits=format.nexp, mantissa_bits=format.nmant)
+        kept = jnp.finfo(logits_dtype)
+        logits = jax.lax.reduce_precision(logits, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
     return unmask.score_tokens(
         logits,
         None,
