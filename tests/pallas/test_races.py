@@ -202,6 +202,12 @@ def test_a_core_with_fewer_tiles_counts_none_twice(run, head_operands):
     CLOSE(run(divergence.masked_divergence_forward, *arrays), divergence_reference.masked_divergence_forward(*as_numpy(arrays)))
 
 
+def test_a_weight_is_refused_by_the_width_that_it_has_in_memory():
+    kept = head.streamed(4)
+    most = max(d for d in range(128, 2**17, 128) if head.refuse(jax.ShapeDtypeStruct((300, d), jnp.float32), *kept) is None)
+    assert "VMEM holds no" in head.refuse(jax.ShapeDtypeStruct((300, most + 1), jnp.float32), *kept)
+
+
 def test_cores_share_the_rows_where_each_has_enough():
     sizes = 50258, 768, 2, *head.streamed(2)
     assert [head.tiles(r, *sizes, least=2)[0] for r in (100, 511, 512, 1000)] == [112, 512, 256, 512]
