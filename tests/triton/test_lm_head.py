@@ -3,6 +3,8 @@
 300 tokens are three spans of 128, the last one short; 37 rows are two row tiles of float32; 40 columns divide no tile.
 """
 
+import mmap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +110,14 @@ def test_every_operand_is_read_by_its_own_strides():
 
     for mine, other in zip(run(*map(np.asfortranarray, (hidden, weight, noise))), run(hidden, weight, noise)):
         np.testing.assert_array_equal(mine, other)
+
+
+def test_columns_that_lie_more_elements_apart_than_32_bits_count():
+    """As a transposed weight of torch has them. Zeros lie before the first column, where an offset that wraps around would read."""
+    step, reserve = 2**24, getattr(mmap, "MAP_NORESERVE", 0x4000)
+    size = 2 * (2**31 + 160 * step)
+    memory = np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve), np.float16)
+    right = np.lib.stride_tricks.as_strided(memory[2**31 :], (16, 160), (2, 2 * step))
+    right[...] = 1
+    left = np.ones((16, 16), np.float16)
+    np.testing.assert_array_equal(cross_entropy._product(left, (16, 1), right, None, None, 16, 160, 16, "float32"), 16)
