@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import attention_tiles, chips
 from dlm_kernels.pallas_kernels.attention_backward import attention_backward, supports_attention_backward
-from dlm_kernels.pallas_kernels.attention_tiles import DEAD, EDGE, LANES, LOG2_E, WHOLE
+from dlm_kernels.pallas_kernels.attention_tiles import DEAD, EDGE, LOG2_E, WHOLE
+from dlm_kernels.pallas_kernels.chips import LANES
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
 
@@ -48,7 +49,7 @@ def _forward_kernel(*refs, tiles, masked, shared_bounds, steps, scale, soft_cap)
 
     schedule: int32 [.] in SMEM, if masked: per grid step a tile of keys, as attention_tiles.schedule gives it
     query [1, n, R, H], or [1, n, H, R] if tiles.rows_last; key, value [1, n, S, H], or [1, n, H, S] if tiles.keys_last
-    bounds: int32 [1, 1, 2|4, R], if masked; [1, 1, R, 2|4] where not tiles.keys_first
+    bounds: int32 [1, 1, 2|4, R], if masked; [1, 1, R, 2|4] where not tiles.keys_first; per pair start (inclusive), stop (exclusive)
     out, as query; lse float32 [1, n, 1, R], natural
     best, total, sums: float32 scratch, each row's greatest logit, the sum of its weights in 8 parts, and that of weight times
         value: [n, 1, R], [n, 8, R], [n, H, R]; where not tiles.keys_first [n, R, 1], [n, R, 128] in 128 parts, [n, R, H]

@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import attention_tiles, chips
-from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LANES, LOG2_E, WHOLE
+from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LOG2_E, WHOLE
+from dlm_kernels.pallas_kernels.chips import LANES
 
 
 def choose_tiles(kv_heads, rows, keys, head_size, dtype):
@@ -33,7 +34,7 @@ def _kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap, of_keys):
     schedule: int32 [.] in SMEM, if masked: per grid step a tile of rows or keys, as attention_tiles.schedule gives it
     query, dout [1, n, R, H], or [1, n, H, R] if tiles.keys_last; key, value [1, n, S, H], or [1, n, H, S]
     lse, delta float32 [1, n, 1, 1, R]; delta: sum(out * dout) - dlse
-    bounds: int32 [1, 1, 2|4, R], if masked
+    bounds: int32 [1, 1, 2|4, R], if masked; per pair a start (inclusive) and a stop (exclusive)
     of_keys: dkey, dvalue, as key, out; float32 [n, S, H] each, or [n, H, S] if tiles.keys_last, scratch
     otherwise: dquery, as query, out; float32 [n, H, R], scratch
     """

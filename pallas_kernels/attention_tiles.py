@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dlm_kernels.pallas_kernels import chips
+from dlm_kernels.pallas_kernels.chips import LANES
 
-LANES = 128
 LOG2_E = math.log2(math.e)
 MOST_TILES = 250_000  # of a schedule: a core has 1 MiB of scalar memory, and the compiler takes some of it
 DEAD, EDGE, WHOLE = 0, 1, 2  # of a tile of keys: no row sees any of it; some row does not see all of it; every row sees all

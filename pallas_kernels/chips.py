@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 MIB = 2**20
+LANES = 128  # of a vector register, and so of a block in VMEM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import chips, head, numerics
-
-LANES = 128
+from dlm_kernels.pallas_kernels.chips import LANES
 
 
 def over_groups(rows, body):

@@ -8,8 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import chips, cross_entropy, head
-
-LANES = cross_entropy.LANES
+from dlm_kernels.pallas_kernels.chips import LANES
 
 
 def _forward_kernel(

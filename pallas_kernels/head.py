@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dlm_kernels.pallas_kernels import chips
+from dlm_kernels.pallas_kernels.chips import LANES
 
-LANES = 128
 MOST_ROWS, MOST_COLUMNS = 1024, 1024
 PART = 256  # rows multiplied at a time, for the code of a product grows with its rows
 # Of a tile of the weight: a step must outlast what starting it and a copy costs.
@@ -20,8 +20,8 @@ def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES, bes
     beside: (d, row_bytes, column_bytes) of each other head that goes through in the same tiles.
     least: tiles of rows that there are to be, where each can have as many rows as are multiplied at a time.
     """
-    heads = [(chips.round_up(width, LANES), *kept) for width, *kept in ((d, row_bytes, column_bytes), *beside)]
-    depth, wide = sum(width for width, *_ in heads), chips.chip().mxu
+    heads = [(d, row_bytes, column_bytes), *beside]
+    depth, wide = sum(chips.round_up(width, LANES) for width, *_ in heads), chips.chip().mxu
     columns = tile_bytes // (depth * itemsize) // wide * wide
     columns = chips.tile(v, min(max(columns, wide), MOST_COLUMNS), wide)
 
@@ -53,7 +53,9 @@ def resident(shape, index):
 
 def _bytes(heads, rows, columns):
     """Of so many rows of hidden states and of the weight, of all heads."""
-    return sum(width * (rows * row_bytes + columns * column_bytes) for width, row_bytes, column_bytes in heads)
+    return sum(
+        chips.round_up(width, LANES) * (rows * row_bytes + columns * column_bytes) for width, row_bytes, column_bytes in heads
+    )
 
 
 def refuse(weight, row_bytes, column_bytes, tile_bytes=TILE_BYTES, beside=()):

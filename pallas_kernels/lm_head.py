@@ -1,4 +1,4 @@
-"""The LM head and the scores of its logits in one pass over the weight; the loss is in cross_entropy.py.
+"""The LM head and the scores of its logits in one pass over the weight.
 
 The weight goes through VMEM in tiles of whole rows, contiguous in HBM, while the hidden rows stay. A tile's logits are there for
 one step only: the same step adds them to statistics per lane, as scores.py has them.
@@ -11,21 +11,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import chips, head, numerics, scores
-from dlm_kernels.pallas_kernels.cross_entropy import (
-    masked_cross_entropy_backward,
-    masked_cross_entropy_forward,
-    supports_masked_cross_entropy_backward,
-    supports_masked_cross_entropy_forward,
-)
-
-__all__ = [
-    "lm_head_scores",
-    "masked_cross_entropy_backward",
-    "masked_cross_entropy_forward",
-    "supports_lm_head_scores",
-    "supports_masked_cross_entropy_backward",
-    "supports_masked_cross_entropy_forward",
-]
 
 
 def _stream_kernel(live, hidden, weight, *refs, given, tiles, confidence, tempered, soft_cap, logits_dtype, vocabulary):
@@ -104,11 +89,10 @@ def lm_head_scores(
     def by_row(width):
         return pl.BlockSpec((rows, width), lambda i, part, step, live: (i, 0))
 
-    draws = noise is None and temperature is not None
     inputs = {
         "temperature": (None if temperature is None else temperature[:, None], by_row(1)),
-        "words": (scores.words(key_data, counter_row, v) if draws else None, by_row(4)),
-        "noise": (None if temperature is None else noise, pl.BlockSpec((rows, columns), lambda i, *at: (i, tile(i, *at)))),
+        "words": (None if key_data is None else scores.words(key_data, counter_row, v), by_row(4)),
+        "noise": (noise, pl.BlockSpec((rows, columns), lambda i, *at: (i, tile(i, *at)))),
         "banned": (
             None if banned is None else scores.banned_row(banned, v),
             pl.BlockSpec((1, columns), lambda *at: (0, tile(*at))),
@@ -135,8 +119,8 @@ def lm_head_scores(
                 *(spec for _, spec in given.values()),
             ],
             out_specs=[
-                pl.BlockSpec((6, rows, scores.LANES), lambda i, part, step, live: (0, i, part)),
-                pl.BlockSpec((rows, scores.LANES), lambda i, part, step, live: (i, part)),
+                pl.BlockSpec((6, rows, chips.LANES), lambda i, part, step, live: (0, i, part)),
+                pl.BlockSpec((rows, chips.LANES), lambda i, part, step, live: (i, part)),
             ],
             scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
         ),
@@ -147,8 +131,8 @@ def lm_head_scores(
     )(head.live(active, r, rows), hidden, weight, *(array for array, _ in given.values()))
 
     rows = chips.tile(r, 128, scores.ROWS)
-    states = [pl.BlockSpec((6, rows, parts * scores.LANES), lambda i: (0, i, 0))]
-    states += [pl.BlockSpec((rows, parts * scores.LANES), lambda i: (i, 0))]
+    states = [pl.BlockSpec((6, rows, parts * chips.LANES), lambda i: (0, i, 0))]
+    states += [pl.BlockSpec((rows, parts * chips.LANES), lambda i: (i, 0))]
     column = pl.BlockSpec((rows, 1), lambda i: (i, 0))
     masks = [] if active is None else [active[:, None].astype(jnp.float32)]
     results = pl.pallas_call(

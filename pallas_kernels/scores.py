@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import numerics
+from dlm_kernels.pallas_kernels.chips import LANES
 
-LANES = 128
 ROWS = 16  # of a bfloat16 tile; tiles of logits have a multiple of it
 GROUP = 32  # rows at most whose statistics are in registers at once
 # Chunks of a group that are laid out one after the other, so that the latency of one hides behind the others.

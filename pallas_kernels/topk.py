@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import chips
+from dlm_kernels.pallas_kernels.chips import LANES
 
-LANES = 128
 MOST_ROWS = 50_000  # whose five rules a core's 1 MiB of scalar memory holds
 MOST_POSITIONS = 8192  # whose three columns, padded to 128 lanes each, VMEM holds twice
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dlm_kernels.pallas_kernels import chips, numerics, scores
+from dlm_kernels.pallas_kernels import chips, head, numerics, scores
 from dlm_kernels.pallas_kernels.topk import supports_unmask_topk, unmask_topk
 
 __all__ = ["score_tokens", "supports_score_tokens", "supports_unmask_topk", "unmask_topk"]
@@ -89,11 +89,7 @@ def score_tokens(
     Returns token int32, confidence, entropy, logsumexp float32, each [R]. A tile of rows is not read where none is active.
     """
     r, v = logits.shape
-    rows, columns = chips.tile(r, ROWS, scores.ROWS), chips.tile(v, COLUMNS, scores.LANES)
-    row_tiles = pl.cdiv(r, rows)
-    live = jnp.ones(row_tiles, jnp.int32)
-    if active is not None:
-        live = jnp.pad(active, (0, row_tiles * rows - r)).reshape(row_tiles, rows).any(axis=1).astype(jnp.int32)
+    rows, columns = chips.tile(r, ROWS, scores.ROWS), chips.tile(v, COLUMNS, chips.LANES)
 
     # Of a tile that is not live the same block is asked for at each step, and so fetched once.
     by_both = pl.BlockSpec((rows, columns), lambda i, j, live: (i, j * live[i]))
@@ -102,13 +98,12 @@ def score_tokens(
     def by_row(width):
         return pl.BlockSpec((rows, width), lambda i, j, live: (i, 0))
 
-    draws = noise is None and temperature is not None
     inputs = {
         "unconditional": (unconditional, by_both),
         "scale": (None if unconditional is None else guidance_scale[:, None], by_row(1)),
         "temperature": (None if temperature is None else temperature[:, None], by_row(1)),
-        "words": (scores.words(key_data, counter_row, v) if draws else None, by_row(4)),
-        "noise": (None if temperature is None else noise, by_both),
+        "words": (None if key_data is None else scores.words(key_data, counter_row, v), by_row(4)),
+        "noise": (noise, by_both),
         "active": (None if active is None else active[:, None].astype(jnp.float32), by_row(1)),
         "banned": (None if banned is None else scores.banned_row(banned, v), by_token),
     }
@@ -125,7 +120,7 @@ def score_tokens(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(row_tiles, pl.cdiv(v, columns)),
+            grid=(pl.cdiv(r, rows), pl.cdiv(v, columns)),
             in_specs=[by_both, *(spec for _, spec in given.values())],
             out_specs=[by_row(1)] * 4,
             scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32), *scores.scratch(rows)],
@@ -133,5 +128,5 @@ def score_tokens(
         out_shape=scores.outputs(r),
         compiler_params=chips.parameters("parallel", "arbitrary"),
         name="score_tokens",
-    )(live, logits, *(array for array, _ in given.values()))
+    )(head.live(active, r, rows), logits, *(array for array, _ in given.values()))
     return tuple(x[:, 0] for x in results)

@@ -5,10 +5,11 @@ The operations are those of `__all__`; `masks` builds attention masks, and `expl
 
 from dlm_kernels import cpu_kernels, masks
 from dlm_kernels.ops.attention import attention
+from dlm_kernels.ops.cross_entropy import masked_cross_entropy
 from dlm_kernels.ops.divergence import masked_divergence
 from dlm_kernels.ops.explain import explain
 from dlm_kernels.ops.guidance import combine_guidance, mix_guidance
-from dlm_kernels.ops.lm_head import PackedHead, lm_head_scores, masked_cross_entropy, pack_lm_head
+from dlm_kernels.ops.lm_head import PackedHead, lm_head_scores, pack_lm_head
 from dlm_kernels.ops.soft_embedding import soft_embedding
 from dlm_kernels.ops.unmask import TokenScores, UnmaskResult, score_tokens, unmask_step, unmask_topk
 

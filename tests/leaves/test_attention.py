@@ -89,6 +89,13 @@ def test_keys_nobody_sees_change_no_bit(leaf, dtype):
             np.testing.assert_array_equal(clean, got)
 
 
+def test_a_query_whose_logits_are_infinite_sees_keys(leaf):
+    query, key, value, _, _, options = operands((1, 3, 70, 2, 2, 64, 0, None), "float32")
+    out, lse = leaf("attention", "attention_forward")(query.at[0, 1].set(jnp.inf), jnp.ones_like(key), value, None, None, **options)
+    assert np.isfinite(lse[..., [0, 2]]).all() and not np.isfinite(lse[..., 1]).any() and not np.isneginf(lse).any()
+    assert np.isnan(out[:, 1]).all()
+
+
 @pytest.mark.parametrize("queries", [3, 133])
 def test_no_query_sees_a_key(leaf, queries):
     query, key, value, _, _, options = operands((2, queries, 70, 2, 2, 64, 0, None), "float32")

@@ -9,6 +9,7 @@ import pytest
 
 from dlm_kernels import cpu_kernels
 from dlm_kernels.cpu_kernels.lm_head import pack
+from dlm_kernels.reference import cross_entropy as loss_reference
 from dlm_kernels.reference import lm_head as reference
 
 # (R, D, V): one of each; below and above the kernels' tiles of rows and columns; and of depth, with more rows than a tile has that
@@ -107,14 +108,14 @@ def test_loss_and_gradient(leaf, shape, dtype, cap):
         targets = targets.at[0].set(shape[2]).at[2].set(-1)  # NaN; ignored, for row 2 is not active
         hidden = hidden.at[2].set(jnp.nan)
     arrays = hidden, weight, targets, active
-    loss, lse = leaf("lm_head", "masked_cross_entropy_forward")(*arrays, logits_soft_cap=cap)
-    expected, expected_lse = reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=cap)
+    loss, lse = leaf("cross_entropy", "masked_cross_entropy_forward")(*arrays, logits_soft_cap=cap)
+    expected, expected_lse = loss_reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=cap)
     error = 1e-6 + 2 * rounding(hidden, weight)
     np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=error)
     np.testing.assert_allclose(lse[np.asarray(active)], expected_lse[np.asarray(active)], rtol=1e-6, atol=error)
     dloss = jax.random.normal(jax.random.key(4), (shape[0],))
-    wanted = reference.masked_cross_entropy_backward(*as_numpy((*arrays, lse, dloss)), logits_soft_cap=cap)
-    got = leaf("lm_head", "masked_cross_entropy_backward")(*arrays, lse, dloss, logits_soft_cap=cap)
+    wanted = loss_reference.masked_cross_entropy_backward(*as_numpy((*arrays, lse, dloss)), logits_soft_cap=cap)
+    got = leaf("cross_entropy", "masked_cross_entropy_backward")(*arrays, lse, dloss, logits_soft_cap=cap)
     # The result's rounding; in bfloat16 the logits' gradients are rounded too where the matrix instructions take no other dtype.
     roundings = 2 if leaf.package == "cpu_kernels" and cpu_kernels.isa() == "avx512_bf16" else 1
     tolerance = {"float32": 2e-5, "bfloat16": roundings * 2**-8, "float16": 2**-10}[dtype]

@@ -121,6 +121,13 @@ def test_rows_without_a_distribution(leaf, confidence):
     check(leaf, jnp.asarray(logits), PLAIN | dict(confidence=confidence))
 
 
+def test_far_from_zero_the_confidence_is_as_precise(leaf):
+    logits = normal(9, 4, 1000) + 300
+    sure = check(leaf, logits, PLAIN)[1]
+    expected = np.exp(np.asarray(logits, float) - np.asarray(logits, float).max(-1, keepdims=True))
+    np.testing.assert_allclose(sure, 1 / expected.sum(-1), rtol=2e-6)
+
+
 def test_ties_take_the_lowest_token(leaf):
     logits = np.zeros((3, 5000), np.float32)
     logits[1, [70, 71, 4999]] = 2

@@ -215,6 +215,26 @@ CASES = {
         ),
         r"logits_soft_cap: guidance in hidden space",
     ),
+    "a soft cap below zero, of nothing": (
+        lambda: dlm.lm_head_scores(hidden[:, :0], weight, logits_soft_cap=-1),
+        r"logits_soft_cap: expected .*got -1",
+    ),
+    "a loss of nothing with a soft cap below zero": (
+        lambda: dlm.masked_cross_entropy(hidden[:, :0], weight, tokens[:, :0], jnp.ones((2, 0)), logits_soft_cap=-1),
+        r"logits_soft_cap: expected .*got -1",
+    ),
+    "unconditional hidden states of another batch": (
+        lambda: dlm.lm_head_scores(hidden, weight, unconditional_hidden=hidden[:1], guidance_scale=2.0),
+        r"unconditional_hidden: expected shape \[2, 3, 8\]",
+    ),
+    "unconditional hidden states of another dtype": (
+        lambda: dlm.lm_head_scores(hidden, weight, unconditional_hidden=hidden.astype(jnp.float16), guidance_scale=2.0),
+        r"unconditional_hidden: expected hidden's dtype float32, got float16",
+    ),
+    "a guidance scale of another batch": (
+        lambda: dlm.lm_head_scores(hidden, weight, unconditional_hidden=hidden, guidance_scale=jnp.ones(3)),
+        r"guidance_scale: expected a scalar.*got \[3\]",
+    ),
     "integer logits": (
         lambda: dlm.lm_head_scores(hidden, weight, logits_dtype=jnp.int8),
         r"logits_dtype: expected float32",

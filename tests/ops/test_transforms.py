@@ -302,3 +302,25 @@ def test_gradient_of_divergence(wrt):
     np.testing.assert_allclose(dlm_kernels.masked_divergence(*arrays), naive(*arrays), rtol=1e-5)
     got, expected = (jax.grad(function, wrt)(*arrays) for function in (dlm_kernels.masked_divergence, naive))
     np.testing.assert_allclose(got, jnp.zeros_like(got) if wrt in (2, 3) else expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_derivative_says_so_and_how_to_do_without():
+    logits, tokens = normal(4, 2, 6, 301), jnp.full((2, 6), 300)
+
+    def sure(logits):
+        return dlm_kernels.score_tokens(logits).confidence.sum()
+
+    def of_committed(logits):
+        """Differentiable beside the step, whose results are integers."""
+        scores = dlm_kernels.TokenScores(tokens, *(logits[..., i] for i in range(3)))
+        return jnp.sum(logits[..., 0] * dlm_kernels.unmask_topk(tokens, scores, mask_id=300, num_unmask=2).unmasked)
+
+    refused = "has no derivative: put jax.lax.stop_gradient around its arguments"
+    with pytest.raises(ValueError, match=f"score_tokens {refused}"):
+        jax.grad(sure)(logits)
+    assert not jax.grad(lambda x: x.sum() * 0 + sure(jax.lax.stop_gradient(x)))(logits).any()
+    assert jax.jit(jax.grad(of_committed))(logits).sum() == 4
+    query = normal(1, 1, 5, 2, 8)
+    gradient = jax.grad(lambda q: dlm_kernels.attention(q, query, query).sum())
+    with pytest.raises(ValueError, match=f"attention_backward {refused}"):
+        jax.grad(lambda q: gradient(q).sum())(query)

@@ -24,7 +24,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
 import dlm_kernels  # noqa: E402
-from dlm_kernels.pallas_kernels import attention, chips, divergence, guidance, lm_head, unmask  # noqa: E402
+from dlm_kernels.pallas_kernels import attention, chips, cross_entropy, divergence, guidance, lm_head, unmask  # noqa: E402
 
 F32, BF16, INT, BOOL = jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_
 # Rows, model width, vocabulary.
@@ -104,8 +104,8 @@ def head_cases(model, r, d, v):
             # LLaDA's and Dream's heads have no cap, which is the other branch.
             static = dict(logits_soft_cap=30.0 if model == "DiffusionGemma" else None)
             loss = (*head, ((rows,), INT), ((rows,), BOOL))
-            yield f"{name} loss", functools.partial(lm_head.masked_cross_entropy_forward, **static), loss
-            gradient = functools.partial(lm_head.masked_cross_entropy_backward, **static)
+            yield f"{name} loss", functools.partial(cross_entropy.masked_cross_entropy_forward, **static), loss
+            gradient = functools.partial(cross_entropy.masked_cross_entropy_backward, **static)
             yield f"{name} gradient", gradient, (*loss, per_row, per_row)
             # From another model of the kind, and what a narrower student has from it.
             student = head if rows == r else (((rows, 1024), dtype), ((v, 1024), dtype))

@@ -108,6 +108,13 @@ def test_decoding_exported_for_the_tpu_carries_every_kernel_of_a_step():
     assert {"attention_forward", "lm_head_scores", "unmask_topk"} <= kernels
 
 
+def test_pallas_where_it_is_asked_for():
+    score = jax.jit(lambda x: dlm_kernels.score_tokens(x, implementation="pallas"))
+    assert 'kernel_name = "score_tokens"' in export.export(score, platforms=["tpu"])(LOGITS).mlir_module()
+    with pytest.raises(ValueError, match="implementation='pallas' cannot run score_tokens on cpu: Only interpret mode"):
+        score(jnp.zeros(LOGITS.shape))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_tpu_with_too_little_memory_takes_xla(monkeypatch, name):
     monkeypatch.setattr(chips, "kind", lambda: "TPU v4")

@@ -15,8 +15,19 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas
 from jax.experimental.pallas import tpu as pltpu
 
-from dlm_kernels.pallas_kernels import attention, attention_backward, chips, divergence, guidance, head, lm_head, unmask
+from dlm_kernels.pallas_kernels import (
+    attention,
+    attention_backward,
+    chips,
+    cross_entropy,
+    divergence,
+    guidance,
+    head,
+    lm_head,
+    unmask,
+)
 from dlm_kernels.reference import attention as attention_reference
+from dlm_kernels.reference import cross_entropy as cross_entropy_reference
 from dlm_kernels.reference import divergence as divergence_reference
 from dlm_kernels.reference import guidance as guidance_reference
 from dlm_kernels.reference import lm_head as lm_head_reference
@@ -158,13 +169,13 @@ def test_lm_head_scores(run, head_operands):
 def test_masked_cross_entropy(run, head_operands):
     hidden, weight, active = head_operands
     arrays = hidden, weight, jax.random.randint(jax.random.key(2), (20,), 0, 300), active
-    loss, lse = run(lm_head.masked_cross_entropy_forward, *arrays, logits_soft_cap=None)
-    expected, expected_lse = lm_head_reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=None)
+    loss, lse = run(cross_entropy.masked_cross_entropy_forward, *arrays, logits_soft_cap=None)
+    expected, expected_lse = cross_entropy_reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=None)
     CLOSE(loss, expected)
     CLOSE(lse[active], expected_lse[active])
     more = *arrays, lse, normal(3, 20)
-    wanted = lm_head_reference.masked_cross_entropy_backward(*as_numpy(more), logits_soft_cap=None)
-    for result, want in zip(run(lm_head.masked_cross_entropy_backward, *more, logits_soft_cap=None), wanted, strict=True):
+    wanted = cross_entropy_reference.masked_cross_entropy_backward(*as_numpy(more), logits_soft_cap=None)
+    for result, want in zip(run(cross_entropy.masked_cross_entropy_backward, *more, logits_soft_cap=None), wanted, strict=True):
         CLOSE(result, want)
 
 
@@ -185,10 +196,16 @@ def test_a_core_with_fewer_tiles_counts_none_twice(run, head_operands):
     hidden, active = head_operands[0], jnp.ones(20, bool)
     weight, target_weight, tokens = normal(1, 384, 40) / 3, normal(2, 384, 40) / 3, jnp.arange(20) * 19
     arrays = hidden, weight, tokens, active
-    wanted = lm_head_reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=None)
-    CLOSE(run(lm_head.masked_cross_entropy_forward, *arrays, logits_soft_cap=None), wanted)
+    wanted = cross_entropy_reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=None)
+    CLOSE(run(cross_entropy.masked_cross_entropy_forward, *arrays, logits_soft_cap=None), wanted)
     arrays = hidden, weight, hidden, target_weight, active
     CLOSE(run(divergence.masked_divergence_forward, *arrays), divergence_reference.masked_divergence_forward(*as_numpy(arrays)))
+
+
+def test_a_weight_is_refused_by_the_width_that_it_has_in_memory():
+    kept = head.streamed(4)
+    most = max(d for d in range(128, 2**17, 128) if head.refuse(jax.ShapeDtypeStruct((300, d), jnp.float32), *kept) is None)
+    assert "VMEM holds no" in head.refuse(jax.ShapeDtypeStruct((300, most + 1), jnp.float32), *kept)
 
 
 def test_cores_share_the_rows_where_each_has_enough():

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlm_kernels.triton_kernels import attention, divergence, guidance, launch, lm_head, unmask
+from dlm_kernels.triton_kernels import attention, cross_entropy, divergence, guidance, launch, lm_head, unmask
 
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "uint32": "u32", "bool": "i1"}
 
@@ -59,7 +59,7 @@ def attention_cases():
 
 
 def loss_gradient(*arguments):
-    return lm_head.masked_cross_entropy_backward(*arguments, logits_soft_cap=30.0)
+    return cross_entropy.masked_cross_entropy_backward(*arguments, logits_soft_cap=30.0)
 
 
 def vocabulary_cases():
@@ -89,7 +89,7 @@ def vocabulary_cases():
             lambda a=(hidden, weight, *sampled), o=full: lm_head.lm_head_scores(*a, **o, logits_dtype="bfloat16"),
         )
         loss = (hidden, weight, targets, active)
-        yield f"loss {dtype}", lambda a=loss: lm_head.masked_cross_entropy_forward(*a, logits_soft_cap=30.0)
+        yield f"loss {dtype}", lambda a=loss: cross_entropy.masked_cross_entropy_forward(*a, logits_soft_cap=30.0)
         gradient = (*loss, per_row, per_row)
         yield f"loss gradient {dtype}", lambda a=gradient: jax.eval_shape(loss_gradient, *a)
         for h in (few, hidden):

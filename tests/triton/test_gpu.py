@@ -61,6 +61,11 @@ def test_a_block_against_a_long_cache_is_within_the_plain_error_and_repeats_its_
     assert error[0] <= 1.5 * error[1]
 
 
+def test_logits_whose_rounding_is_more_than_exp_can_bear():
+    query, key = (3e5 * jax.random.normal(jax.random.key(i), (1, 64, 2, 64)) for i in range(2))
+    assert np.isfinite(attention(query, key, key, scale=1.0, implementation="triton")).all()
+
+
 def test_cudnn_where_it_is_asked_for():
     query = jax.random.normal(jax.random.key(0), (2, 256, 4, 128)).astype(jnp.bfloat16)
     assert "cudnn" in str(explain(attention, query, query, query, implementation="cudnn"))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from dlm_kernels import score_tokens
-from dlm_kernels.triton_kernels import attention, guidance, launch, lm_head, unmask
+from dlm_kernels.triton_kernels import attention, cross_entropy, guidance, launch, lm_head, unmask
 
 MANY = 70_000  # more than CUDA starts along a grid's second or third axis
 
@@ -29,8 +29,8 @@ CALLS = {
     "score_tokens": lambda *x: unmask.score_tokens(x[6], None, None, x[3], None, None, x[6], x[4], None, **OPTIONS),
     "unmask_topk": lambda *x: unmask.unmask_topk(*[x[6].astype(int)] * 2, x[6], None, x[6] > 0, None, x[5], *[None] * 4),
     "lm_head_scores": lambda *x: lm_head.lm_head_scores(x[7], x[8], *[None] * 6, **OPTIONS, logits_dtype=None),
-    "loss": lambda *x: lm_head.masked_cross_entropy_forward(x[7], x[8], x[5], x[4], logits_soft_cap=None),
-    "loss backward": lambda *x: lm_head.masked_cross_entropy_backward(x[7], x[8], x[5], x[4], x[3], x[3], logits_soft_cap=None),
+    "loss": lambda *x: cross_entropy.masked_cross_entropy_forward(x[7], x[8], x[5], x[4], logits_soft_cap=None),
+    "loss backward": lambda *x: cross_entropy.masked_cross_entropy_backward(*x[7:], x[5], x[4], x[3], x[3], logits_soft_cap=None),
     "mix_guidance": lambda *x: guidance.mix_guidance(x[6], x[6], x[3]),
     "combine_guidance": lambda *x: guidance.combine_guidance(x[6][None], x[3][None]),
 }

@@ -3,6 +3,8 @@
 300 tokens are three spans of 128, the last one short; 37 rows are two row tiles of float32; 40 columns divide no tile.
 """
 
+import mmap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from dlm_kernels import masked_cross_entropy
 from dlm_kernels.triton_kernels import cross_entropy
 from dlm_kernels.triton_kernels import lm_head as kernels
+from dlm_kernels.xla import cross_entropy as plain_loss
 from dlm_kernels.xla import lm_head as plain
 
 R, V, D = 37, 300, 40
@@ -65,13 +68,13 @@ def test_loss_and_gradients(cap, chunk, monkeypatch):
     targets = np.array(jax.random.randint(keys[3], (R,), 0, V, jnp.int32))
     targets[~active] = -7
     dloss = np.asarray(jax.random.normal(keys[1], (R,)))
-    loss, lse = kernels.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=cap)
-    expected, expected_lse = plain.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=cap)
+    loss, lse = cross_entropy.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=cap)
+    expected, expected_lse = plain_loss.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=cap)
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(lse[active], expected_lse[active], rtol=1e-6)
-    got = kernels.masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, logits_soft_cap=cap)
+    got = cross_entropy.masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, logits_soft_cap=cap)
     safe = np.where(active[:, None], hidden, 0)
-    want = plain.masked_cross_entropy_backward(safe, weight, targets, active, lse, dloss, logits_soft_cap=cap)
+    want = plain_loss.masked_cross_entropy_backward(safe, weight, targets, active, lse, dloss, logits_soft_cap=cap)
     for mine, other in zip(got, want):
         assert np.linalg.norm(mine - other) <= 2e-6 * np.linalg.norm(other)
 
@@ -101,9 +104,20 @@ def test_every_operand_is_read_by_its_own_strides():
 
     def run(hidden, weight, noise):
         scores = kernels.lm_head_scores(hidden, weight, ones, None, None, noise, None, None, **options)
-        loss, lse = kernels.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=None)
-        gradients = kernels.masked_cross_entropy_backward(hidden, weight, targets, active, lse, ones, logits_soft_cap=None)
+        loss, lse = cross_entropy.masked_cross_entropy_forward(hidden, weight, targets, active, logits_soft_cap=None)
+        gradients = cross_entropy.masked_cross_entropy_backward(hidden, weight, targets, active, lse, ones, logits_soft_cap=None)
         return (*scores, loss, *gradients)
 
     for mine, other in zip(run(*map(np.asfortranarray, (hidden, weight, noise))), run(hidden, weight, noise)):
         np.testing.assert_array_equal(mine, other)
+
+
+def test_columns_that_lie_more_elements_apart_than_32_bits_count():
+    """As a transposed weight of torch has them. Zeros lie before the first column, where an offset that wraps around would read."""
+    step, reserve = 2**24, getattr(mmap, "MAP_NORESERVE", 0x4000)
+    size = 2 * (2**31 + 160 * step)
+    memory = np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve), np.float16)
+    right = np.lib.stride_tricks.as_strided(memory[2**31 :], (16, 160), (2, 2 * step))
+    right[...] = 1
+    left = np.ones((16, 16), np.float16)
+    np.testing.assert_array_equal(cross_entropy._product(left, (16, 1), right, None, None, 16, 160, 16, "float32"), 16)

@@ -1,4 +1,4 @@
-"""The LM head fused with scoring and with the loss: csrc/head.h, csrc/lm_head.cc and csrc/cross_entropy.cc."""
+"""The LM head fused with scoring: csrc/head.h and csrc/lm_head.cc."""
 
 import jax
 import jax.numpy as jnp
@@ -55,26 +55,3 @@ def lm_head_scores(
         logits_dtype="" if logits_dtype is None else jnp.dtype(logits_dtype).name,
         vocabulary=np.int64(weight.shape[0] if vocabulary is None else vocabulary),
     )
-
-
-def supports_masked_cross_entropy_forward(hidden, **_):
-    return cpu_kernels.refuse(hidden)
-
-
-def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
-    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; loss 0 where inactive."""
-    outputs = cpu_kernels.vector(hidden.shape[0]), cpu_kernels.vector(hidden.shape[0])
-    soft_cap = cpu_kernels.number(logits_soft_cap)
-    return cpu_kernels.run("masked_cross_entropy_forward", outputs, hidden, weight, targets, active, soft_cap=soft_cap)
-
-
-def supports_masked_cross_entropy_backward(hidden, **_):
-    return cpu_kernels.refuse(hidden)
-
-
-def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
-    """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
-    outputs = cpu_kernels.like(hidden), cpu_kernels.like(weight)
-    operands = hidden, weight, targets, active, lse, dloss
-    soft_cap = cpu_kernels.number(logits_soft_cap)
-    return cpu_kernels.run("masked_cross_entropy_backward", outputs, *operands, soft_cap=soft_cap)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels import masks
-from dlm_kernels.ops import checks, dispatch
+from dlm_kernels.ops import checks, dispatch, sharding
 
 _INPUTS = (("query", "btnh"), ("key", "bskh"), ("value", "bskh"), ("bounds", "bti"), ("dense", "bnts"))
 FORWARD = dispatch.Leaf("attention", "attention_forward", _INPUTS, ("btnh", "bnt"), fold="b", sharded="bk")
@@ -42,7 +42,7 @@ def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None,
 
     Returns [B, T, N, H] in query's dtype, and with return_lse also float32 [B, N, T]. Accumulates in float32. A query that sees no
     key gives zeros and lse -inf, with zero gradients. NaN or infinity in a key or value that no query may see has no effect.
-    Differentiable in query, key and value, through lse as well.
+    Differentiable in query, key and value, through lse as well: a first gradient, in reverse mode alone.
 
     Raises ValueError for shapes, dtypes or masks that do not fit, and where `implementation` cannot run the call.
     Layout and names follow jax.nn.dot_product_attention.
@@ -117,7 +117,7 @@ def _attention_bwd(static, residuals, cotangents):
         query=query, key=key, value=value, bounds=bounds, dense=dense, out=out, lse=lse, dout=dout, dlse=dlse
     )
     gradients = dispatch.call(BACKWARD, implementation, operands, scale=scale, logits_soft_cap=soft_cap)
-    return (*dispatch.typed_as((query, key, value), gradients), None, None)
+    return (*sharding.typed_as((query, key, value), gradients), None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

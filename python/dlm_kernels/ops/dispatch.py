@@ -1,9 +1,19 @@
 """Chooses a kernel for a call and makes it work under jit, vmap and sharding.
 
-An operation describes its kernel once, as a `Leaf`: the name, and the axes of every operand and result in letters.
-`call` then nests `custom_vmap(custom_partitioning(platform_dependent(kernels)))`, without the middle one on a TPU (one_device.py).
-The order matters: custom_partitioning has no batching rule of its own, and a gradient (`custom_vjp`, in the operation's file) must
-be outside of both.
+An operation describes its kernel once, as a `Leaf`: the name, and the axes of every operand and result in letters. The way of
+score_tokens(logits [B, L, V]), whose leaf has "rv" for logits:
+
+    ops/unmask.py      checks the arguments and calls `call(SCORE, implementation, {"logits": ..., ...})`
+    `_call`            folds [B, L, V] to [R, V], for R, rows, is what the leaf folds, and spreads the results to [B, L]
+    `_run`             asks `_choose` for an implementation per platform (which `explain` tells), and `_compiled` for their function
+    `_batched`         under vmap only: folds the mapped axis into R too, and begins anew at `call`
+    partitioned        where the compiler splits arrays over devices: how, and what each runs on its part (sharding.py)
+    kernel_or          on a TPU in the place of that, for there nothing asks (lowering.py)
+    platform_dependent when it is lowered takes the platform's kernel
+    `_kernel`          calls, on a CPU, cpu_kernels/unmask.py: score_tokens(logits [R, V], ...)
+
+The order, `custom_vmap(custom_partitioning(platform_dependent(kernels)))`, matters: custom_partitioning has no batching rule of its
+own, and a gradient (`custom_vjp`, in the operation's file) must be outside of both.
 """
 
 import contextlib
@@ -18,12 +28,11 @@ import jax
 
 # The TPU kernels import it too, but within a trace, after which JAX 0.12 would trace and compile the same function once more.
 import jax.experimental.pallas.tpu
+import numpy as np
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dlm_kernels import triton_kernels
-from dlm_kernels.ops import one_device
+from dlm_kernels.ops import lowering, sharding
 
 PACKAGES = {
     "cpu": "cpu_kernels",
@@ -124,39 +133,17 @@ def _run(leaf, implementation, operands, static):
         choices.append(choice)
     present = tuple(name for name, array in operands.items() if array is not None)
     arrays = [operands[name] for name in present]
-    axes = _axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays])
+    axes = sharding.axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays])
     function = _compiled(
         leaf,
         implementation,
         tuple(choice.implementations.items()),
         present,
         axes,
-        _groups(leaf, operands),
+        sharding.groups(leaf, operands),
         tuple(static.items()),
     )
-    if (mesh := _explicit_mesh(arrays)) is not None:
-        operands = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
-        function = _mapped(function, *(_split(leaf, axes, mesh, operands, terms) for terms in (axes, leaf.results)))
-    return function(*arrays)
-
-
-def _explicit_mesh(arrays):
-    """The mesh by whose explicit axes any of these arrays is split, or None."""
-    shardings = [jax.typeof(array).sharding for array in arrays]
-    split = any(axis is not None for sharding in shardings for axis in sharding.spec)
-    return next(sharding.mesh for sharding in shardings if not sharding.mesh.empty) if split else None
-
-
-def typed_as(inputs, gradients):
-    """Gradients typed as their inputs: summed over devices that shard_map knows to share one, split as explicit axes split it."""
-
-    def typed(x, gradient):
-        over = tuple(_varying(gradient) - _varying(x))
-        gradient = jax.lax.psum(gradient, over) if over else gradient
-        here, there = jax.typeof(gradient).sharding, jax.typeof(x).sharding
-        return gradient if here.spec == there.spec else jax.sharding.reshard(gradient, there)
-
-    return tuple(map(typed, inputs, gradients))
+    return sharding.by_parts(leaf, function, axes, arrays)
 
 
 def check(implementation):
@@ -186,19 +173,15 @@ def _refusal(leaf, implementation, operands, static):
         return None
     if implementation == "triton" and (reason := triton_kernels.unavailable()):
         return reason
-    if implementation == "pallas" and any(_varying(x) for x in operands.values() if x is not None):
+    if implementation == "pallas" and any(sharding.varying(x) for x in operands.values() if x is not None):
         return "within shard_map it takes check_vma=False"
     if not _installed(f"dlm_kernels.{PACKAGES[implementation]}.{leaf.module}"):
         return f"{PACKAGES[implementation]} has no {leaf.module}"
     module = _module(implementation, leaf.module)
     if not hasattr(module, leaf.name):
         return f"{PACKAGES[implementation]}.{leaf.module} has no {leaf.name}"
-    return getattr(module, f"supports_{leaf.name}")(**operands, **static)
-
-
-def _varying(array):
-    """The mesh's axes over which this array is known to vary: of what shard_map checks, which is not told of FFI calls."""
-    return jax.typeof(array).manual_axis_type.varying
+    supports = getattr(module, f"supports_{leaf.name}", None)  # missing where the kernel runs everything
+    return supports and supports(**operands, **static)
 
 
 @functools.cache
@@ -213,42 +196,24 @@ def _module(implementation, module):
     return importlib.import_module(f"dlm_kernels.{PACKAGES[implementation]}.{module}")
 
 
-def _groups(leaf, operands):
-    """Query heads per kv head, where the leaf has both; 1 elsewhere."""
-    axes = dict(leaf.operands)
-    if "n" not in axes.get("query", "") or "k" not in axes.get("key", ""):
-        return 1
-    return operands["query"].shape[axes["query"].index("n")] // operands["key"].shape[axes["key"].index("k")]
-
-
-def _axis_names(axes, shapes):
-    """The axes' letters, with "1" for an axis of size 1 that broadcasts: it can be neither split nor folded into."""
-    size = {}
-    for letters, shape in zip(axes, shapes, strict=True):
-        for letter, n in zip(letters, shape, strict=True):
-            size[letter] = n if size.get(letter, 1) == 1 else size[letter]
-    return tuple(
-        "".join("1" if n == 1 and size[letter] != 1 else letter for letter, n in zip(letters, shape))
-        for letters, shape in zip(axes, shapes)
-    )
-
-
 @functools.cache
 def _compiled(leaf, implementation, implementations, present, axes, groups, static):
     """The jitted, batchable, partitionable function of the `present` operands; cached, or each call would compile anew."""
     kernels = {platform: _kernel(leaf, name, present, static) for platform, name in implementations}
     default = kernels.pop("default")
-    tpu = one_device.kernel_or(kernels.pop("tpu"), default) if "tpu" in kernels else default
+    if implementation in ("triton", "pallas"):
+        default = lowering.asked(default, implementation, leaf.name)
+    tpu = lowering.kernel_or(kernels.pop("tpu"), default) if "tpu" in kernels else default
 
     def run(*arrays):
         return jax.lax.platform_dependent(*arrays, **kernels, default=default) if kernels else default(*arrays)
 
-    partitioned = _partitioned(leaf, run, axes, groups)
+    partitioned = sharding.partitioned(leaf, run, axes, groups)
 
     def anywhere(*arrays):
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=partitioned)
 
-    return jax.jit(_batched(leaf, implementation, anywhere, present, static))
+    return jax.jit(_without_derivative(leaf, _batched(leaf, implementation, anywhere, present, static)))
 
 
 def _kernel(leaf, implementation, present, static):
@@ -260,10 +225,26 @@ def _kernel(leaf, implementation, present, static):
         with jax.enable_x64(False) if implementation == "pallas" else contextlib.nullcontext():
             result = function(**dict(zip(present, arrays)), **absent, **dict(static))
         results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
-        over = frozenset().union(*map(_varying, arrays))
-        return tuple(jax.lax.pcast(x, tuple(over - _varying(x)), to="varying") if over - _varying(x) else x for x in results)
+        return sharding.varying_as(arrays, results)
 
     return kernel
+
+
+def _without_derivative(leaf, function):
+    """As `function`, which is differentiated only where its results are integers, that have no derivative."""
+    function = jax.custom_jvp(function)
+
+    @function.defjvp
+    def rule(primals, tangents):
+        results = function(*primals)
+        if any(jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in results):
+            raise ValueError(
+                f"{leaf.name} has no derivative: put jax.lax.stop_gradient around its arguments; "
+                "attention and the losses have a first gradient, in reverse mode alone"
+            )
+        return results, tuple(np.zeros(x.shape, jax.dtypes.float0) for x in results)
+
+    return function
 
 
 def _batched(leaf, implementation, function, present, static):
@@ -285,7 +266,7 @@ def _batched(leaf, implementation, function, present, static):
                     [array for array, b in zip(arrays, batched) if b],
                 )
 
-            return _on_whole_arrays(one_by_one, arrays), every_result
+            return sharding.on_whole_arrays(one_by_one, arrays), every_result
         rows = max(
             x.shape[letters.index(leaf.fold) + b]
             for x, letters, b in zip(arrays, axes, batched)
@@ -299,16 +280,6 @@ def _batched(leaf, implementation, function, present, static):
         ), every_result
 
     return batched_function
-
-
-def _on_whole_arrays(function, arrays):
-    """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
-    if (mesh := _explicit_mesh(arrays)) is None:
-        return function(*arrays)
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
-    whole = PartitionSpec()
-    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, axis_names=explicit, check_vma=False)
-    return function(*(jax.sharding.reshard(array, NamedSharding(mesh, whole)) for array in arrays))
 
 
 def _merge(batched, mapped, arrays):
@@ -331,80 +302,3 @@ def _fold(array, axis, batched, size, rows):
 def _unfold(array, axis, size, rows):
     array = array.reshape(*array.shape[:axis], size, rows, *array.shape[axis + 1 :])
     return jax.numpy.moveaxis(array, axis, 0)
-
-
-def _partitioned(leaf, run, axes, groups):
-    function = custom_partitioning(run)
-    rule, factors = _sharding_rule(leaf, axes, groups)
-    def split(mesh, arg_shapes, terms):
-        # Within a shard_map over some axes alone JAX gives shardings that tell nothing of axes.
-        specs = [getattr(a.sharding, "spec", PartitionSpec()) for a in arg_shapes]
-        return _split(leaf, axes, mesh, [(a.shape, spec) for a, spec in zip(arg_shapes, specs)], terms)
-
-    def alone(*arrays):
-        """One device's part, which has no mesh: the call's own may have explicit axes, of which the part knows nothing."""
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return run(*arrays)
-
-    def partition(mesh, arg_shapes, result_shapes):
-        return mesh, alone, split(mesh, arg_shapes, leaf.results), split(mesh, arg_shapes, axes)
-
-    def infer(mesh, arg_shapes, result_shapes):
-        """Only GSPMD asks."""
-        return split(mesh, arg_shapes, leaf.results)
-
-    function.def_partition(
-        partition=partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=rule,
-        need_replication_factors=tuple(f for f in factors if f not in leaf.sharded),
-        **({"g": groups} if groups > 1 else {}),
-    )
-    return function
-
-
-def _split(leaf, axes, mesh, operands, terms):
-    """Shardings of arrays with these axes, given each operand's (shape, spec): each letter that may be split is, in all of them, as
-    the first operand has it that splits it. The rule does not keep the others whole: an array may come split along any axis.
-    """
-    spec, used = {}, set()
-    for names, (shape, parts) in zip(axes, operands):
-        for letter, part, n in zip(names, parts, shape):
-            over = part if isinstance(part, tuple) else () if part is None else (part,)
-            even = n % math.prod(mesh.shape[axis] for axis in over) == 0
-            if over and letter in leaf.sharded and letter not in spec and even and used.isdisjoint(over):
-                spec[letter] = part
-                used.update(over)
-    spec["n"] = spec.get("k")
-    return tuple(NamedSharding(mesh, PartitionSpec(*(spec.get(letter) for letter in names))) for names in terms)
-
-
-@functools.cache
-def _mapped(function, operands, results):
-    """`function` of each device's part, for arrays of a mesh with explicit axes, split as these shardings say."""
-
-    def call(*arrays):
-        in_specs, out_specs = (tuple(x.spec for x in shardings) for shardings in (operands, results))
-        # Made anew for each trace: it keeps the axes of the first, and in a vmap over a split axis there are fewer.
-        of_parts = jax.shard_map(function, mesh=operands[0].mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return of_parts(*map(jax.sharding.reshard, arrays, operands))
-
-    return jax.jit(call)
-
-
-def _sharding_rule(leaf, axes, groups):
-    """Shardy's einsum-like rule; query heads n are kv heads k times g, and each broadcast axis gets a factor of its own."""
-    unique = iter(f"u{i}" for i in range(100))
-    factors = []
-
-    def term(names):
-        parts = []
-        for letter in names:
-            parts.append(
-                {"n": "(k g)" if groups > 1 else "k"}.get(letter) or (next(unique) if letter == "1" else letter)
-            )
-        factors.extend(p for part in parts for p in part.strip("()").split())
-        return " ".join(parts)
-
-    rule = ", ".join(term(names) for names in axes) + " -> " + ", ".join(term(names) for names in leaf.results)
-    return rule, tuple(dict.fromkeys(factors))

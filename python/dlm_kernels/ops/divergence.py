@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.ops import checks, dispatch
+from dlm_kernels.ops import checks, dispatch, sharding
 
 _INPUTS = (("hidden", "rd"), ("weight", "vd"), ("target_hidden", "re"), ("target_weight", "ve"), ("active", "r"))
 FORWARD = dispatch.Leaf("divergence", "masked_divergence_forward", _INPUTS, ("r", "r", "r"), fold="r", sharded="r")
@@ -33,8 +33,9 @@ def masked_divergence(hidden, weight, target_hidden, target_weight, weights, *, 
       reduction: "sum", or "none" for weights * divergence of every position.
       implementation: "cpu", "triton", "pallas", "xla" or None.
 
-    Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero); the
-    target is a constant, its gradients zero. Raises ValueError for shapes or dtypes that do not fit.
+    Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero): a
+    first gradient, in reverse mode alone; the target is a constant, its gradients zero.
+    Raises ValueError for shapes or dtypes that do not fit.
     Source: knowledge distillation (Hinton et al. 2015); fused as Cut Cross-Entropy (Wijmans et al. 2024) fuses the loss.
     """
     dispatch.check(implementation)
@@ -70,7 +71,7 @@ def _loss_fwd(implementation, *arrays):
 
 def _loss_bwd(implementation, operands, dloss):
     gradients = dispatch.call(BACKWARD, implementation, operands | dict(dloss=dloss))
-    return *dispatch.typed_as((operands["hidden"], operands["weight"]), gradients), None, None, None
+    return *sharding.typed_as((operands["hidden"], operands["weight"]), gradients), None, None, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)

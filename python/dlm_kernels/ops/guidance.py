@@ -5,12 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.ops import checks, dispatch
+from dlm_kernels.ops import checks, dispatch, sharding
 
-MIX = dispatch.Leaf(
-    "guidance", "mix_guidance", (("conditional", "rv"), ("unconditional", "rv"), ("scale", "r")), ("rv",), "r", "r"
-)
-COMBINE = dispatch.Leaf("guidance", "combine_guidance", (("logits", "crv"), ("weights", "cr")), ("rv",), "r", "r")
+_STREAMS = (("conditional", "rv"), ("unconditional", "rv"), ("scale", "r"))
+MIX = dispatch.Leaf("guidance", "mix_guidance", _STREAMS, ("rv",), fold="r", sharded="r")
+COMBINE = dispatch.Leaf("guidance", "combine_guidance", (("logits", "crv"), ("weights", "cr")), ("rv",), fold="r", sharded="r")
 
 
 def mix_guidance(conditional, unconditional, scale, *, implementation=None):
@@ -86,7 +85,7 @@ def _mix_fwd(implementation, conditional, unconditional, scale):
 def _mix_bwd(implementation, residuals, cotangent):
     conditional, unconditional, scale = residuals
     gradients = _combine_gradients(jnp.stack([conditional, unconditional]), jnp.stack([scale, 1 - scale]), cotangent)
-    return dispatch.typed_as(residuals, (gradients[0][0], gradients[0][1], gradients[1][0] - gradients[1][1]))
+    return sharding.typed_as(residuals, (gradients[0][0], gradients[0][1], gradients[1][0] - gradients[1][1]))
 
 
 _mix.defvjp(_mix_fwd, _mix_bwd)
@@ -102,7 +101,7 @@ def _combine_fwd(implementation, logits, weights):
 
 
 def _combine_bwd(implementation, residuals, cotangent):
-    return dispatch.typed_as(residuals, _combine_gradients(*residuals, cotangent))
+    return sharding.typed_as(residuals, _combine_gradients(*residuals, cotangent))
 
 
 def _combine_gradients(logits, weights, cotangent):

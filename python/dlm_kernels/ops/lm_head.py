@@ -1,10 +1,9 @@
-"""The LM head fused with what follows it: scores of tokens, and the training loss, with no logits in memory."""
+"""The LM head fused with the scores of its logits, which never exist in memory."""
 
 import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from dlm_kernels import cpu_kernels
 from dlm_kernels.cpu_kernels import lm_head as cpu_lm_head
@@ -29,16 +28,6 @@ SCORES = dispatch.Leaf(
 )
 _PACKED = tuple((name, "xyzt" if name == "weight" else axes) for name, axes in SCORES.operands)
 PACKED_SCORES = dataclasses.replace(SCORES, operands=_PACKED)
-_LOSS_INPUTS = (("hidden", "rd"), ("weight", "vd"), ("targets", "r"), ("active", "r"))
-LOSS = dispatch.Leaf("lm_head", "masked_cross_entropy_forward", _LOSS_INPUTS, ("r", "r"), fold="r", sharded="r")
-LOSS_BACKWARD = dispatch.Leaf(
-    "lm_head",
-    "masked_cross_entropy_backward",
-    (*_LOSS_INPUTS, ("lse", "r"), ("dloss", "r")),
-    ("rd", "vd"),
-    fold="r",
-    sharded="",
-)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["layout", "vocabulary", "width"])
@@ -133,8 +122,13 @@ def lm_head_scores(
             raise ValueError(
                 "logits_soft_cap: guidance in hidden space is exact for a linear head only; mix logits instead"
             )
+        unconditional_hidden = checks.floats("unconditional_hidden", unconditional_hidden, "BLD")
+        checks.shaped("unconditional_hidden", unconditional_hidden, hidden.shape, "hidden's shape")
+        if unconditional_hidden.dtype != hidden.dtype:
+            raise ValueError(f"unconditional_hidden: expected hidden's dtype {hidden.dtype}, got {unconditional_hidden.dtype}")
+        guidance_scale = checks.per_row("guidance_scale", guidance_scale, b, length)
         hidden = guidance.mix_guidance(hidden, unconditional_hidden, guidance_scale, implementation=implementation)
-    logits_dtype = checks.float_dtype("logits_dtype", logits_dtype)
+    soft_cap, logits_dtype = checks.soft_cap(logits_soft_cap), checks.float_dtype("logits_dtype", logits_dtype)
     operands = unmask.sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
     operands |= dict(hidden=hidden, weight=head.array)
     if hidden.size == 0:
@@ -145,66 +139,8 @@ def lm_head_scores(
         operands,
         confidence="probability" if confidence == "random" else confidence,
         tempered_confidence=bool(tempered_confidence),
-        logits_soft_cap=checks.soft_cap(logits_soft_cap),
+        logits_soft_cap=soft_cap,
         logits_dtype=logits_dtype,
         **packed,
     )
     return unmask.token_scores(results, confidence, key, active)
-
-
-def masked_cross_entropy(
-    hidden, weight, targets, weights, *, reduction="sum", logits_soft_cap=None, implementation=None
-):
-    """The training loss of a masked diffusion model: cross-entropy of the LM head where weights are not zero.
-
-        logits = jnp.einsum("bld,vd->blv", hidden, weight)                      # never in memory
-        loss = logsumexp(logits, -1) - take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return jnp.sum(weights * loss)
-
-    Arguments:
-      hidden: [B, L, D]; weight: [V, D], not packed; one dtype, float32, bfloat16 or float16.
-      targets: int [B, L] in [0, V). weights: float [B, L], zero where a position has no loss (LLaDA: 1 / t where masked);
-        rows of weight zero are not computed, and their targets may be anything.
-      reduction: "sum", or "none" for weights * loss of every position.
-      logits_soft_cap, implementation: as in `score_tokens`.
-
-    Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero).
-    A target outside [0, V) gives NaN. Raises ValueError for shapes or dtypes that do not fit.
-    Source: LLaDA and MDLM's loss; fused as Cut Cross-Entropy (Wijmans et al. 2024) does.
-    """
-    dispatch.check(implementation)
-    hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")
-    checks.head("hidden", hidden, "weight", weight.shape, weight.dtype)
-    b, length, _ = hidden.shape
-    targets = checks.shaped("targets", checks.ints("targets", targets, "BL"), (b, length), "batch, length of hidden")
-    weights = checks.shaped("weights", checks.numbers("weights", weights), (b, length), "batch, length of hidden")
-    checks.one_of("reduction", reduction, ("sum", "none"))
-    if hidden.size == 0:
-        loss = jnp.zeros((b, length), jnp.float32)
-    else:
-        static = (checks.soft_cap(logits_soft_cap), implementation)
-        loss = _loss(static, hidden, weight, targets, weights != 0)
-    return jnp.sum(weights * loss) if reduction == "sum" else weights * loss
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(static, hidden, weight, targets, active):
-    return _loss_fwd(static, hidden, weight, targets, active)[0]
-
-
-def _loss_fwd(static, hidden, weight, targets, active):
-    soft_cap, implementation = static
-    operands = dict(hidden=hidden, weight=weight, targets=targets, active=active)
-    loss, lse = dispatch.call(LOSS, implementation, operands, logits_soft_cap=soft_cap)
-    return loss, (operands, lse)
-
-
-def _loss_bwd(static, residuals, dloss):
-    soft_cap, implementation = static
-    operands, lse = residuals
-    operands = operands | dict(lse=lse, dloss=dloss)
-    dhidden, dweight = dispatch.call(LOSS_BACKWARD, implementation, operands, logits_soft_cap=soft_cap)
-    return *dispatch.typed_as((operands["hidden"], operands["weight"]), (dhidden, dweight)), None, None
-
-
-_loss.defvjp(_loss_fwd, _loss_bwd)

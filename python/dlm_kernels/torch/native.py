@@ -18,6 +18,7 @@ from dlm_kernels.ops import soft_embedding as soft
 from dlm_kernels.ops import unmask as ops
 from dlm_kernels.torch import refuse_second_gradients
 from dlm_kernels.triton_kernels import attention as attention_kernels
+from dlm_kernels.triton_kernels import cross_entropy as cross_entropy_kernels
 from dlm_kernels.triton_kernels import divergence as divergence_kernels
 from dlm_kernels.triton_kernels import guidance as guidance_kernels
 from dlm_kernels.triton_kernels import lm_head as head_kernels
@@ -95,14 +96,14 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(context, hidden, weight, targets, active, soft_cap):
         context.options = dict(logits_soft_cap=soft_cap)
-        loss, lse = head_kernels.masked_cross_entropy_forward(hidden, weight, targets, active, **context.options)
+        loss, lse = cross_entropy_kernels.masked_cross_entropy_forward(hidden, weight, targets, active, **context.options)
         context.save_for_backward(hidden, weight, targets, active, lse)
         return loss
 
     @staticmethod
     def backward(context, dloss):
         refuse_second_gradients()
-        dhidden, dweight = head_kernels.masked_cross_entropy_backward(
+        dhidden, dweight = cross_entropy_kernels.masked_cross_entropy_backward(
             *context.saved_tensors, dloss.contiguous(), **context.options
         )
         return dhidden, dweight, None, None, None

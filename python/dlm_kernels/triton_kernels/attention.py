@@ -7,13 +7,8 @@ once for all of them. With few queries the keys are split over programs, in runs
 import triton
 import triton.language as tl
 
-from dlm_kernels.triton_kernels.attention_backward import (
-    attention_backward,
-    bounds_stride,
-    intervals,
-    place,
-    supports_attention_backward,
-)
+from dlm_kernels.triton_kernels.attention_backward import attention_backward, supports_attention_backward
+from dlm_kernels.triton_kernels.attention_tiles import bounds_stride, intervals, place, refuse
 from dlm_kernels.triton_kernels.launch import (
     Out,
     arch,
@@ -34,7 +29,7 @@ _MOST_SPLITS = 64  # the merge holds a row's parts in registers
 
 @triton.jit
 def _attend(
-    out, best, total,  # float32 [BLOCK_M, BLOCK_H], [BLOCK_M], [BLOCK_M]; best in base 2
+    out, best, total,  # float32 [BLOCK_M, BLOCK_H], [BLOCK_M], [BLOCK_M]; best before the factor below
     query,  # [BLOCK_M, BLOCK_H]
     key, value,  # of this batch row and kv head: [S, H]
     start, stop,  # int32 [BLOCK_M]; the row sees keys in [start, stop)
@@ -63,18 +58,18 @@ def _attend(
     else:
         k = tl.load(at_key)
     logits = tl.dot(query, k, input_precision=PRECISION)
-    if SOFT_CAP is None:
-        logits *= scale * 1.4426950408889634
-    else:
-        logits = tanh(logits * (scale / SOFT_CAP)) * (SOFT_CAP * 1.4426950408889634)
+    factor = (scale if SOFT_CAP is None else SOFT_CAP) * 1.4426950408889634
+    if SOFT_CAP is not None:
+        logits = tanh(logits * (scale / SOFT_CAP))
     if MASKED:
         visible = (s[None, :] >= start[:, None]) & (s[None, :] < stop[:, None])
         logits = tl.where(visible, logits, float("-inf"))
     greater = tl.maximum(best, tl.max(logits, 1))
     # A row that has seen nothing yet: -inf - -inf would be NaN.
     base = tl.where(greater == float("-inf"), 0.0, greater)
-    weights = tl.exp2(logits - base[:, None])
-    shrink = tl.exp2(best - base)
+    # The difference first: one of products would be a product, unrounded, less a rounded one: beyond 2e9 more than exp2 can bear.
+    weights = tl.exp2((logits - base[:, None]) * factor)
+    shrink = tl.exp2((best - base) * factor)
     total = total * shrink + tl.sum(weights, 1)
     if MASKED:
         v = tl.load(at_value, mask=(s < length)[:, None] & (h < H)[None, :], other=0)
@@ -93,12 +88,12 @@ def _attend(
 def _forward_kernel(
     query,  # [B, T, N, H]
     key, value,  # [B, S, K, H]
-    bounds,  # int32 [1|B, T, 2 * PAIRS] | None
+    bounds,  # int32 [1|B, T, 2 * PAIRS] | None; per pair a start (inclusive) and a stop (exclusive)
     out,  # [SPLITS, B, T, N, H]; query's dtype, or float32 where split
     lse,  # float32 [SPLITS, B, N, T]
     batch, queries, length, heads,  # B, T, S, N
     split,  # keys per program, a multiple of BLOCK_N
-    scale,
+    scale,  # above zero
     query_b, query_t, query_n, query_h, key_b, key_s, key_k, key_h, value_b, value_s, value_k, value_h,
     bounds_b,  # 0 where one row of bounds serves every batch row
     GROUPS: tl.constexpr,
@@ -153,7 +148,7 @@ def _forward_kernel(
     at_out = ((part.to(tl.int64) * batch + b) * queries + t)[:, None] * heads + n[:, None]
     tl.store(out + at_out * H + h[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & (h < H)[None, :])
     at_lse = ((part.to(tl.int64) * batch + b) * heads + n) * queries + t
-    sums = (best + tl.log2(tl.where(none, 1.0, total))) * 0.6931471805599453
+    sums = best * (scale if SOFT_CAP is None else SOFT_CAP) + tl.log(tl.where(none, 1.0, total))
     tl.store(lse + at_lse, tl.where(none, float("-inf"), sums), mask=real)
 
 
@@ -189,11 +184,7 @@ def _combine_kernel(
 
 
 def supports_attention_forward(query, key, value, bounds, dense, **static) -> str | None:
-    if dense is not None:
-        return "it takes masks as key intervals only, not as a boolean array"
-    if query.shape[-1] > 256:
-        return f"it takes head sizes up to 256, and query's is {query.shape[-1]}"
-    return None
+    return refuse(query, dense)
 
 
 @tuned("attention_forward")
@@ -237,6 +228,9 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
 
     Returns out [B,T,N,H] in query's dtype and lse float32 [B,N,T].
     """
+    if scale <= 0:
+        # Logits are compared before they are scaled; and zero times the -inf of a key that is not seen would be NaN.
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
     batch, queries, heads, h = query.shape
     length, kv_heads = key.shape[1:3]
     groups = heads // kv_heads

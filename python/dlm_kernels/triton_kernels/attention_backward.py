@@ -6,45 +6,9 @@ Both compute the weights again from lse. Rows are packed as in the forward kerne
 import triton
 import triton.language as tl
 
+from dlm_kernels.triton_kernels.attention_tiles import bounds_stride, intervals, place, refuse
 from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiplies_by_warp, strides, tuned
 from dlm_kernels.triton_kernels.numerics import tanh
-
-
-@triton.jit
-def place(tiles, heads):
-    """This program's tile, head (int64), and what remains: all along the grid's first axis, for CUDA ends the others at 65535."""
-    program = tl.program_id(0)
-    return program % tiles, (program // tiles % heads).to(tl.int64), program // tiles // heads
-
-
-@triton.jit
-def intervals(
-    bounds,  # int32, of rows that lie 2 * PAIRS apart
-    at_bounds,  # int64 [BLOCK_M], where the rows' are
-    pair,  # which of PAIRS
-    real,  # bool [BLOCK_M], False for rows past the last
-    length,  # S
-    PAIRS: tl.constexpr,
-):  # fmt: skip
-    """The keys that rows see by one pair of their bounds, each from a start (inclusive) to a stop (exclusive): each row's, int32
-    [BLOCK_M]; from the first to the last that any row sees; and those that every row sees.
-    """
-    if PAIRS > 0:
-        start = tl.load(bounds + at_bounds + 2 * pair, mask=real, other=0)
-        stop = tl.load(bounds + at_bounds + 2 * pair + 1, mask=real, other=0)
-        some = start < stop
-        first = tl.min(tl.where(some, start, length), 0)
-        last = tl.max(tl.where(some, stop, 0), 0)
-        inner_first = tl.max(tl.where(real, start, 0), 0)
-        inner_last = tl.min(tl.where(real, stop, length), 0)
-    else:
-        start = tl.zeros(real.shape, tl.int32)
-        stop = tl.zeros(real.shape, tl.int32) + length
-        first = 0
-        last = length
-        inner_first = 0
-        inner_last = length
-    return start, stop, first, last, inner_first, inner_last
 
 
 @triton.jit
@@ -71,7 +35,14 @@ def _delta_kernel(
 
 
 @triton.jit
-def _visible(bounds, at_bounds, real, s, length, PAIRS: tl.constexpr):
+def _visible(
+    bounds,  # int32 [1|B, T, 2 * PAIRS], per pair a start (inclusive) and a stop (exclusive)
+    at_bounds,  # int64 [BLOCK_M], where the rows' are
+    real,  # bool [BLOCK_M], False for rows past the last
+    s,  # int32 [BLOCK_N]
+    length,  # S
+    PAIRS: tl.constexpr,
+):  # fmt: skip
     """bool [BLOCK_M, BLOCK_N]: which of the keys s each row sees."""
     visible = real[:, None] & (s < length)[None, :]
     if PAIRS > 0:
@@ -88,7 +59,8 @@ def _visible(bounds, at_bounds, real, s, length, PAIRS: tl.constexpr):
 
 @triton.jit
 def _dlogits(
-    left, dleft, right, dright,  # q, do, k, v where ROWS is 0; k, v, q, do where it is 1
+    left, dleft,  # q, do [BLOCK_M, BLOCK_H] where ROWS is 0; k, v [BLOCK_N, BLOCK_H] where it is 1
+    right, dright,  # k, v where ROWS is 0; q, do where it is 1
     lse, delta,  # float32 [BLOCK_M]
     visible,  # bool [BLOCK_M, BLOCK_N] where ROWS is 0; [BLOCK_N, BLOCK_M] where it is 1
     scale,
@@ -115,7 +87,7 @@ def _dlogits(
 def _dkdv_kernel(
     query,  # [B, T, N, H]
     key, value,  # [B, S, K, H]
-    bounds,  # int32 [1|B, T, 2 * PAIRS] | None
+    bounds,  # int32 [1|B, T, 2 * PAIRS] | None; per pair a start (inclusive) and a stop (exclusive)
     dout,  # [B, T, N, H]
     lse, delta,  # float32 [B, N, T]
     dkey, dvalue,  # [B, S, K, H], contiguous
@@ -163,15 +135,15 @@ def _dkdv_kernel(
                 sees |= (start < stop) & (start < first + BLOCK_N) & (stop > first)
             t_first = tl.minimum(t_first, tl.min(tl.where(sees, t, queries), 0))
             t_last = tl.maximum(t_last, tl.max(tl.where(sees, t + 1, 0), 0))
-    for tile in range(t_first * GROUPS // BLOCK_M * BLOCK_M, t_last * GROUPS, BLOCK_M):
-        m = tile + tl.arange(0, BLOCK_M)
+    for row in range(t_first * GROUPS // BLOCK_M * BLOCK_M, t_last * GROUPS, BLOCK_M):
+        m = row + tl.arange(0, BLOCK_M)
         real = m < queries * GROUPS
         t = m // GROUPS
         visible = _visible(bounds, b * bounds_b + t.to(tl.int64) * (2 * PAIRS), real, s, length, PAIRS)
         inside = real[:, None] & (h < H)[None, :]
         # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
-        wide, head = tl.cast(tile // GROUPS, tl.int64), kv_head * GROUPS
-        near, g = (t - tile // GROUPS)[:, None], (m % GROUPS)[:, None]
+        wide, head = tl.cast(row // GROUPS, tl.int64), kv_head * GROUPS
+        near, g = (t - row // GROUPS)[:, None], (m % GROUPS)[:, None]
         at = near * query_t + g * query_n + h[None, :] * query_h
         q = tl.load(query + (b * query_b + wide * query_t + head * query_n) + at, mask=inside, other=0)
         at = near * dout_t + g * dout_n + h[None, :] * dout_h
@@ -191,7 +163,7 @@ def _dkdv_kernel(
 def _dq_kernel(
     query,  # [B, T, N, H]
     key, value,  # [B, S, K, H]
-    bounds,  # int32 [1|B, T, 2 * PAIRS] | None
+    bounds,  # int32 [1|B, T, 2 * PAIRS] | None; per pair a start (inclusive) and a stop (exclusive)
     dout,  # [B, T, N, H]
     lse, delta,  # float32 [B, N, T]
     dquery,  # [B, T, N, H], contiguous
@@ -230,11 +202,11 @@ def _dq_kernel(
     lane = tl.arange(0, BLOCK_N)
     for pair in range(PAIRS if PAIRS > 0 else 1):
         start, stop, first, last, _, _ = intervals(bounds, at_bounds, pair, real, length, PAIRS)
-        for tile in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
-            s = tile + lane
+        for j in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
+            s = j + lane
             visible = (s[None, :] >= start[:, None]) & (s[None, :] < stop[:, None])
             there = (s < length)[:, None] & (h < H)[None, :]
-            wide = tl.cast(tile, tl.int64)
+            wide = tl.cast(j, tl.int64)
             k = tl.load(key + wide * key_s + (lane[:, None] * key_s + h[None, :] * key_h), mask=there, other=0)
             v = tl.load(value + wide * value_s + (lane[:, None] * value_s + h[None, :] * value_h), mask=there, other=0)
             if q.dtype == tl.float32:
@@ -250,17 +222,8 @@ def _dq_kernel(
     tl.store(dquery + at, dq.to(dquery.dtype.element_ty), mask=inside)
 
 
-def bounds_stride(bounds) -> int:
-    """How far one batch row's bounds are from the next: 0 where one row serves all."""
-    return 0 if bounds is None or bounds.shape[0] == 1 else bounds.shape[1] * bounds.shape[2]
-
-
 def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, **static) -> str | None:
-    if dense is not None:
-        return "it takes masks as key intervals only, not as a boolean array"
-    if query.shape[-1] > 256:
-        return f"it takes head sizes up to 256, and query's is {query.shape[-1]}"
-    return None
+    return refuse(query, dense)
 
 
 @tuned("attention_backward")

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
-from dlm_kernels.triton_kernels.head import grouped_block
+from dlm_kernels.triton_kernels.head import grouped_block, head_tile
 from dlm_kernels.triton_kernels.launch import Out, concatenate, dtype_name, launch, strides
-from dlm_kernels.triton_kernels.numerics import head_tile, tanh
+from dlm_kernels.triton_kernels.numerics import tanh
 
 CHUNK = 16384  # tokens whose logits' gradient is in memory at once
 
@@ -65,7 +65,8 @@ def _loss_merge_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active + row) != 0:
-        _, _, value = scores.merged(top, total, row, spans, BLOCK)
+        _, _, _, base, whole = scores.merged(top, total, row, spans, BLOCK)
+        value = base + tl.log(whole)
         target = tl.load(targets + row)
         known = (target >= 0) & (target < vocabulary)
         tl.store(lse + row, value)
@@ -73,10 +74,6 @@ def _loss_merge_kernel(
     else:
         tl.store(lse + row, 0.0)
         tl.store(loss + row, 0.0)
-
-
-def supports_masked_cross_entropy_forward(hidden, weight, targets, active, **static) -> str | None:
-    return None
 
 
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
@@ -167,7 +164,7 @@ def _product_kernel(
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     left_at = left + i.to(tl.int64)[:, None] * left_m + inner.to(tl.int64)[None, :] * left_k
-    right_at = right + inner.to(tl.int64)[:, None] * right_k + j[None, :] * right_n
+    right_at = right + inner.to(tl.int64)[:, None] * right_k + j.to(tl.int64)[None, :] * right_n
     step = tl.full([1, 1], BLOCK_K, tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k, BLOCK_K):
@@ -206,10 +203,6 @@ def _product(left, left_strides, right, seen, addend, m, n, k, dtype):
         num_warps=num_warps,
         num_stages=num_stages,
     )[0]  # fmt: skip
-
-
-def supports_masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, **static) -> str | None:
-    return None
 
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):

@@ -8,9 +8,8 @@ import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
 from dlm_kernels.triton_kernels.cross_entropy import head_gradients
-from dlm_kernels.triton_kernels.head import grouped_block
+from dlm_kernels.triton_kernels.head import grouped_block, head_tile
 from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
-from dlm_kernels.triton_kernels.numerics import head_tile
 
 
 @triton.jit
@@ -71,8 +70,10 @@ def _divergence_merge_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active + row) != 0:
-        _, _, value = scores.merged(top, total, row, spans, BLOCK)
-        share, whole, target = scores.merged(target_top, target_total, row, spans, BLOCK)
+        _, _, _, base, whole = scores.merged(top, total, row, spans, BLOCK)
+        value = base + tl.log(whole)
+        _, _, share, base, whole = scores.merged(target_top, target_total, row, spans, BLOCK)
+        target = base + tl.log(whole)
         lane = tl.arange(0, BLOCK)
         gaps = tl.load(gap + row * spans + lane, mask=lane < spans, other=0.0)
         # A span that the target excludes counts for nothing either: its own greatest has an infinite gap where the logit is -inf.
@@ -91,10 +92,6 @@ def _sizes(hidden, weight, target_hidden, target_weight):
         **head.sizes(hidden, weight), "target_width": target_hidden.shape[1],
         **strides(target_hidden, "target_hidden_r target_hidden_e"), **strides(target_weight, "target_weight_v target_weight_e"),
     }  # fmt: skip
-
-
-def supports_masked_divergence_forward(hidden, weight, target_hidden, target_weight, active) -> str | None:
-    return None
 
 
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
@@ -167,12 +164,6 @@ def _divergence_dlogits_kernel(
         gradient = tl.where(wanted[:, None], gradient, 0.0)
     at = dlogits + row.to(tl.int64)[:, None] * vocabulary + tokens[None, :]
     tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=(row < rows)[:, None] & (tokens < vocabulary)[None, :])
-
-
-def supports_masked_divergence_backward(
-    hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss
-) -> str | None:
-    return None
 
 
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):

@@ -61,10 +61,6 @@ def _combine_kernel(
     tl.store(out + row * vocabulary + token, total.to(out.dtype.element_ty), mask=inside)
 
 
-def supports_mix_guidance(conditional, unconditional, scale) -> str | None:
-    return None
-
-
 def mix_guidance(conditional, unconditional, scale):
     """unconditional + scale[:, None] * (conditional - unconditional).
 
@@ -84,10 +80,6 @@ def mix_guidance(conditional, unconditional, scale):
         constants={"BLOCK": _BLOCK},
     )
     return out
-
-
-def supports_combine_guidance(logits, weights) -> str | None:
-    return None
 
 
 def combine_guidance(logits, weights):

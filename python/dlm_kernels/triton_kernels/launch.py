@@ -197,9 +197,6 @@ class _Call:
         return {name: None for name in (*self.inputs, *dict(self.outputs)) if name not in (*self.present, *self.wanted)}
 
 
-# --- JAX ---------------------------------------------------------------------------------------------------------
-
-
 def _launch_jax(call: _Call, values: list) -> list:
     import jax
 
@@ -261,13 +258,10 @@ def _kept_on_disk(compile_ttir, result_type):
 
 def _refuse_lowering(context, *_, fn, **parameters):
     platforms = ", ".join(context.module_context.platforms)
-    raise RuntimeError(
+    raise ValueError(
         f"the Triton kernel {fn.__name__} runs on NVIDIA GPUs, and this computation is for {platforms}; "
         "set TRITON_INTERPRET=1 before the first call to run it in Triton's interpreter"
     )
-
-
-# --- torch -------------------------------------------------------------------------------------------------------
 
 
 def _launch_torch(call: _Call, values: list, torch) -> list:
@@ -291,9 +285,6 @@ def _launch_torch(call: _Call, values: list, torch) -> list:
         options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
         call.kernel[call.grid](**arguments, **options)
     return list(results.values())
-
-
-# --- The interpreter ---------------------------------------------------------------------------------------------
 
 
 _INTERPRETER = threading.Lock()  # which has one grid, and JAX a thread for each device

@@ -1,27 +1,12 @@
-"""The LM head and the scores of its logits, taken in the epilogue of the matrix product; the loss is in cross_entropy.py."""
+"""The LM head and the scores of its logits, taken in the epilogue of the matrix product."""
 
 import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
-from dlm_kernels.triton_kernels.cross_entropy import (
-    masked_cross_entropy_backward,
-    masked_cross_entropy_forward,
-    supports_masked_cross_entropy_backward,
-    supports_masked_cross_entropy_forward,
-)
-from dlm_kernels.triton_kernels.head import grouped_block
+from dlm_kernels.triton_kernels.head import grouped_block, head_tile
 from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
-from dlm_kernels.triton_kernels.numerics import gumbel, head_tile, tanh
-
-__all__ = [
-    "lm_head_scores",
-    "masked_cross_entropy_backward",
-    "masked_cross_entropy_forward",
-    "supports_lm_head_scores",
-    "supports_masked_cross_entropy_backward",
-    "supports_masked_cross_entropy_forward",
-]
+from dlm_kernels.triton_kernels.numerics import gumbel, tanh
 
 
 @triton.jit
@@ -144,8 +129,7 @@ def lm_head_scores(
         head.grid(hidden, tiles["BLOCK_R"], spans),
         inputs={
             "hidden": hidden, "weight": weight, "temperature": temperature,
-            "key_data": key_data if noise is None else None, "counter_row": counter_row if noise is None else None,
-            "noise": noise, "active": active, "banned": banned,
+            "key_data": key_data, "counter_row": counter_row, "noise": noise, "active": active, "banned": banned,
         },
         outputs=outputs,
         scalars={
@@ -154,7 +138,7 @@ def lm_head_scores(
             **strides(hidden if noise is None else noise, "noise_r noise_v"),
         },
         constants={
-            **tiles, "ROUND": rounds[None if logits_dtype is None else str(logits_dtype).removeprefix("torch.")],
+            **tiles, "ROUND": rounds[None if logits_dtype is None else str(logits_dtype)],
             "TEMPERED": tempered_confidence, "SECOND": confidence == "margin", "SOFT_CAP": logits_soft_cap,
         },
         num_warps=num_warps,

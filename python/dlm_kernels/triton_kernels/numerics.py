@@ -1,4 +1,4 @@
-"""What several kernels compute alike: the guidance mixture, the soft cap, JAX's Gumbel noise, a tile of the LM head."""
+"""What several kernels compute alike: the guidance mixture, the soft cap, JAX's Gumbel noise."""
 
 import triton
 import triton.language as tl
@@ -75,33 +75,3 @@ def gumbel(key0, key1, counter):
     # The least normal float32, as JAX has it: log 0 would be a draw of -inf.
     uniform = tl.maximum(uniform, 1.1754943508222875e-38)
     return -tl.log(-tl.log(uniform))
-
-
-@triton.jit
-def head_tile(
-    hidden,  # [R, D]
-    weight,  # [V, D]
-    row,  # int32 [BLOCK_R]
-    row_inside,  # bool [BLOCK_R]; False: the row is not read and counts as zeros
-    token,  # int32 [BLOCK_V]
-    vocabulary,  # V
-    width,  # D
-    hidden_r, hidden_d, weight_v, weight_d,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """float32 [BLOCK_R, BLOCK_V]: hidden[row] @ weight[token].T."""
-    d = tl.arange(0, BLOCK_D)
-    hidden_at = hidden + row.to(tl.int64)[:, None] * hidden_r + d[None, :] * hidden_d
-    weight_at = weight + token.to(tl.int64)[None, :] * weight_v + d[:, None] * weight_d
-    total = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    for start in range(0, width, BLOCK_D):
-        inside = d < width - start
-        h = tl.load(hidden_at, mask=row_inside[:, None] & inside[None, :], other=0)
-        w = tl.load(weight_at, mask=(token < vocabulary)[None, :] & inside[:, None], other=0)
-        total = tl.dot(h, w, total, input_precision=PRECISION)
-        hidden_at += BLOCK_D * hidden_d
-        weight_at += BLOCK_D * weight_d
-    return total

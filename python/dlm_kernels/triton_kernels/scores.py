@@ -41,15 +41,16 @@ def merged(
     spans,  # SPANS
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK], how much each span of a row counts; and the row's sum of exp(value - its greatest) and its log-sum-exp."""
+    """Of a row's spans top, total and how much each counts, float32 [BLOCK]; of the row its greatest value, 0 for -inf, and the sum
+    of exp(value - that).
+    """
     lane = tl.arange(0, BLOCK)
     tops = tl.load(top + row * spans + lane, mask=lane < spans, other=float("-inf"))
     totals = tl.load(total + row * spans + lane, mask=lane < spans, other=0.0)
     best = tl.max(tops, 0)
     base = tl.where(best == float("-inf"), 0.0, best)
     share = tl.exp(tops - base)
-    whole = tl.sum(totals * share, 0)
-    return share, whole, base + tl.log(whole)
+    return tops, totals, share, base, tl.sum(totals * share, 0)
 
 
 @triton.jit
@@ -74,18 +75,14 @@ def _merge_kernel(
     if HAS_ACTIVE:
         wanted = tl.load(active + row) != 0
     if wanted:
+        tops, totals, share, base, whole = merged(top, total, row, spans, BLOCK)
+        best = tl.max(tops, 0)
         lane = tl.arange(0, BLOCK)
         inside = lane < spans
         at = row * spans + lane
-        tops = tl.load(top + at, mask=inside, other=float("-inf"))
-        best = tl.max(tops, 0)
-        base = tl.where(best == float("-inf"), 0.0, best)
-        share = tl.exp(tops - base)
-        totals = tl.load(total + at, mask=inside, other=0.0)
         moments = tl.load(moment + at, mask=inside, other=0.0)
         # A span of nothing but -inf has total 0 and an infinite distance: their product would be NaN.
         moments = tl.where(totals == 0.0, 0.0, moments + (tops - base) * totals)
-        whole = tl.sum(totals * share, 0)
         mean = tl.sum(moments * share, 0) / whole
         # Without NaN, compared with which each lane of a warp would find another winner, perhaps past the last span.
         winner = tl.argmax(tl.where(tops == tops, tops, float("-inf")), 0)

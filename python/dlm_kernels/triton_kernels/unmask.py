@@ -13,9 +13,20 @@ _MAX_LENGTH = 8192  # positions of a row, in registers
 
 @triton.jit
 def _span_logits(
-    logits, unconditional, guidance_scale, banned, row, token, start, vocabulary, banned_count,
+    logits,  # [R, V]
+    unconditional,  # [R, V] | None
+    guidance_scale,  # float32 [R] | None
+    banned,  # int32 [M] | None
+    row,  # int64
+    token,  # int64 [SPAN], from `start` on
+    start,  # int32
+    vocabulary,  # V
+    banned_count,  # M
     logits_r, logits_v, unconditional_r, unconditional_v,
-    HAS_UNCONDITIONAL: tl.constexpr, HAS_BANNED: tl.constexpr, SOFT_CAP: tl.constexpr, SPAN: tl.constexpr,
+    HAS_UNCONDITIONAL: tl.constexpr,
+    HAS_BANNED: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
     """float32 [SPAN]: the logits of a span, mixed, capped and banned; -inf past the vocabulary."""
     inside = token < vocabulary
@@ -164,12 +175,6 @@ def _draw_kernel(
             tl.store(picked + at, tl.max(tl.where(tl.arange(0, SPAN) == winner, value, float("-inf")), 0))
 
 
-def supports_score_tokens(
-    logits, unconditional, guidance_scale, temperature, key_data, counter_row, noise, active, banned, **static
-) -> str | None:
-    return None
-
-
 def score_tokens(
     logits,
     unconditional,
@@ -216,9 +221,8 @@ def score_tokens(
             _draw_kernel,
             (rows, spans),
             inputs={
-                **source, "temperature": temperature, "key_data": None if noise is not None else key_data,
-                "counter_row": None if noise is not None else counter_row, "noise": noise, "active": active,
-                "banned": banned, "top": statistics["top"], "token": statistics["token"],
+                **source, "temperature": temperature, "key_data": key_data, "counter_row": counter_row, "noise": noise,
+                "active": active, "banned": banned, "top": statistics["top"], "token": statistics["token"],
             },
             outputs=drawn,
             scalars={**sizes, "spans": spans, **strides(logits if noise is None else noise, "noise_r noise_v")},
@@ -343,10 +347,8 @@ def unmask_topk(
         (batch,),
         inputs={
             "tokens": tokens, "proposal": proposal, "confidence": confidence,
-            "entropy": entropy if entropy_budget is not None else None, "eligible": eligible,
-            "editable": editable if edit_threshold is not None else None, "num_unmask": num_unmask,
-            "threshold": threshold, "factor": factor, "entropy_budget": entropy_budget,
-            "edit_threshold": edit_threshold if editable is not None else None,
+            "entropy": entropy, "eligible": eligible, "editable": editable, "num_unmask": num_unmask, "threshold": threshold,
+            "factor": factor, "entropy_budget": entropy_budget, "edit_threshold": edit_threshold,
         },
         outputs={
             "out_tokens": Out((batch, length), "int32"),

@@ -19,11 +19,11 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
     greatest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    # A row that sees nothing has greatest -inf; -inf - -inf would be NaN.
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(greatest), 0, greatest))
-    total = weights.sum(-1, keepdims=True)
-    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + greatest, -jnp.inf)
-    weights = weights / jnp.where(total > 0, total, 1)
+    none = jnp.isneginf(greatest)  # a row that sees no key; -inf - -inf would be NaN
+    weights = jnp.exp(logits - jnp.where(none, 0, greatest))
+    total = jnp.where(none, 1, weights.sum(-1, keepdims=True))
+    lse = jnp.log(total) + greatest
+    weights = weights / total
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return out.reshape(b, t, n, h).astype(query.dtype), lse.reshape(b, n, t)
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.xla.lm_head import gradients, logits_of
+from dlm_kernels.xla.cross_entropy import gradients
+from dlm_kernels.xla.lm_head import logits_of
 
 
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):

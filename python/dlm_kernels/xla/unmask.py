@@ -42,9 +42,13 @@ def score_tokens(
         sampled = jnp.where(hot, tempered + noise, logits)
     token = jnp.argmax(sampled, axis=-1).astype(jnp.int32)
     logits = tempered if tempered_confidence else logits
-    logsumexp = jax.nn.logsumexp(logits, axis=-1)
-    log_p = logits - logsumexp[:, None]
-    p = jnp.exp(log_p)
+    greatest = logits.max(-1, keepdims=True)
+    # Less the greatest, and not less logsumexp: far from zero that is rounded coarsely. In a row that is all -inf it would be NaN.
+    base = jnp.where(jnp.isneginf(greatest), 0, greatest)
+    weights = jnp.exp(logits - base)
+    total = weights.sum(-1, keepdims=True)
+    logsumexp = jnp.where(jnp.isposinf(greatest), greatest, base + jnp.log(total))[:, 0]
+    log_p, p = logits - base - jnp.log(total), weights / total
     entropy = -jnp.where(p == 0, 0, p * log_p).sum(-1)
     if confidence == "probability":
         sure = jnp.take_along_axis(p, token[:, None], axis=-1)[:, 0]

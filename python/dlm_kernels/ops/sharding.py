@@ -1,0 +1,159 @@
+"""How a call's arrays are split over devices, from the letters of their axes: the same letter is split alike in all of them.
+
+There are two ways. Along a mesh's auto axes the compiler splits, and asks how (`partitioned`); along its explicit axes, which are
+in the arrays' types, a shard_map around the call does (`by_parts`).
+"""
+
+import functools
+import math
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def axis_names(axes, shapes):
+    """The axes' letters, with "1" for an axis of size 1 that broadcasts: it can be neither split nor folded into."""
+    size = {}
+    for letters, shape in zip(axes, shapes, strict=True):
+        for letter, n in zip(letters, shape, strict=True):
+            size[letter] = n if size.get(letter, 1) == 1 else size[letter]
+    return tuple(
+        "".join("1" if n == 1 and size[letter] != 1 else letter for letter, n in zip(letters, shape))
+        for letters, shape in zip(axes, shapes)
+    )
+
+
+def groups(leaf, operands):
+    """Query heads per kv head, where the leaf has both; 1 elsewhere."""
+    axes = dict(leaf.operands)
+    if "n" not in axes.get("query", "") or "k" not in axes.get("key", ""):
+        return 1
+    return operands["query"].shape[axes["query"].index("n")] // operands["key"].shape[axes["key"].index("k")]
+
+
+def partitioned(leaf, run, axes, groups):
+    """`run` as a function that the compiler may split over devices, along the axes that the leaf allows."""
+    function = custom_partitioning(run)
+    rule, factors = _sharding_rule(leaf, axes, groups)
+
+    def split(mesh, arg_shapes, terms):
+        # Within a shard_map over some axes alone JAX gives shardings that tell nothing of axes.
+        specs = [getattr(a.sharding, "spec", PartitionSpec()) for a in arg_shapes]
+        return _split(leaf, axes, mesh, [(a.shape, spec) for a, spec in zip(arg_shapes, specs)], terms)
+
+    def alone(*arrays):
+        """One device's part, which has no mesh: the call's own may have explicit axes, of which the part knows nothing."""
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return run(*arrays)
+
+    def partition(mesh, arg_shapes, result_shapes):
+        return mesh, alone, split(mesh, arg_shapes, leaf.results), split(mesh, arg_shapes, axes)
+
+    def infer(mesh, arg_shapes, result_shapes):
+        """Only GSPMD asks."""
+        return split(mesh, arg_shapes, leaf.results)
+
+    function.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=rule,
+        need_replication_factors=tuple(f for f in factors if f not in leaf.sharded),
+        **({"g": groups} if groups > 1 else {}),
+    )
+    return function
+
+
+def _sharding_rule(leaf, axes, groups):
+    """Shardy's einsum-like rule; query heads n are kv heads k times g, and each broadcast axis gets a factor of its own."""
+    unique = iter(f"u{i}" for i in range(100))
+    factors = []
+
+    def term(names):
+        parts = []
+        for letter in names:
+            parts.append(
+                {"n": "(k g)" if groups > 1 else "k"}.get(letter) or (next(unique) if letter == "1" else letter)
+            )
+        factors.extend(p for part in parts for p in part.strip("()").split())
+        return " ".join(parts)
+
+    rule = ", ".join(term(names) for names in axes) + " -> " + ", ".join(term(names) for names in leaf.results)
+    return rule, tuple(dict.fromkeys(factors))
+
+
+def by_parts(leaf, function, axes, arrays):
+    """function(*arrays), on each device of its part where explicit axes of a mesh split any: there the compiler splits nothing."""
+    if (mesh := _explicit_mesh(arrays)) is None:
+        return function(*arrays)
+    operands = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
+    return _mapped(function, *(_split(leaf, axes, mesh, operands, terms) for terms in (axes, leaf.results)))(*arrays)
+
+
+def on_whole_arrays(function, arrays):
+    """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
+    if (mesh := _explicit_mesh(arrays)) is None:
+        return function(*arrays)
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
+    whole = PartitionSpec()
+    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, axis_names=explicit, check_vma=False)
+    return function(*(jax.sharding.reshard(array, NamedSharding(mesh, whole)) for array in arrays))
+
+
+def _split(leaf, axes, mesh, operands, terms):
+    """Shardings of arrays with these axes, given each operand's (shape, spec): each letter that may be split is, in all of them, as
+    the first operand has it that splits it. The rule does not keep the others whole: an array may come split along any axis.
+    """
+    spec, used = {}, set()
+    for names, (shape, parts) in zip(axes, operands):
+        for letter, part, n in zip(names, parts, shape):
+            over = part if isinstance(part, tuple) else () if part is None else (part,)
+            even = n % math.prod(mesh.shape[axis] for axis in over) == 0
+            if over and letter in leaf.sharded and letter not in spec and even and used.isdisjoint(over):
+                spec[letter] = part
+                used.update(over)
+    spec["n"] = spec.get("k")
+    return tuple(NamedSharding(mesh, PartitionSpec(*(spec.get(letter) for letter in names))) for names in terms)
+
+
+@functools.cache
+def _mapped(function, operands, results):
+    """`function` of each device's part, for arrays of a mesh with explicit axes, split as these shardings say."""
+
+    def call(*arrays):
+        in_specs, out_specs = (tuple(x.spec for x in shardings) for shardings in (operands, results))
+        # Made anew for each trace: it keeps the axes of the first, and in a vmap over a split axis there are fewer.
+        of_parts = jax.shard_map(function, mesh=operands[0].mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return of_parts(*map(jax.sharding.reshard, arrays, operands))
+
+    return jax.jit(call)
+
+
+def _explicit_mesh(arrays):
+    """The mesh by whose explicit axes any of these arrays is split, or None."""
+    shardings = [jax.typeof(array).sharding for array in arrays]
+    split = any(axis is not None for sharding in shardings for axis in sharding.spec)
+    return next(sharding.mesh for sharding in shardings if not sharding.mesh.empty) if split else None
+
+
+def typed_as(inputs, gradients):
+    """Gradients typed as their inputs: summed over devices that shard_map knows to share one, split as explicit axes split it."""
+
+    def typed(x, gradient):
+        over = tuple(varying(gradient) - varying(x))
+        gradient = jax.lax.psum(gradient, over) if over else gradient
+        here, there = jax.typeof(gradient).sharding, jax.typeof(x).sharding
+        return gradient if here.spec == there.spec else jax.sharding.reshard(gradient, there)
+
+    return tuple(map(typed, inputs, gradients))
+
+
+def varying(array):
+    """The mesh's axes over which this array is known to vary: of what shard_map checks, which is not told of FFI calls."""
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def varying_as(arrays, results):
+    """The results, known to vary over the axes over which the arrays do."""
+    over = frozenset().union(*map(varying, arrays))
+    return tuple(jax.lax.pcast(x, tuple(over - varying(x)), to="varying") if over - varying(x) else x for x in results)
