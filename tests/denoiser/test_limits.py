@@ -165,7 +165,7 @@ PYTHON = [
     (dict(guidance=2.0, guidance_interval=(0, 0.5, 1)), "guidance_interval: expected a pair (low, high), got (0, 0.5, 1)"),
     (dict(noise_budget=0.1, drafts=2), "drafts: goes with steps and greedy decoding alone, got ['noise_budget']"),
     (dict(drafts=2, temperature=1.0), "drafts: goes with steps and greedy decoding alone, got ['temperature']"),
-    *((dict([(name, 1)]), f"{name}: expected {source}, of which it is made") for name, source in generate.MADE.items()),
+    *((dict([(name, 1)]), f"{name}: expected {source} in its place, of which") for name, source in generate.MADE.items()),
 ]
 
 

@@ -170,7 +170,7 @@ def generate(
         steps = 48 if steps is None else steps
     if steps is None and all(options.get(rule) is None for rule in ALL):
         steps = max(block // 4, 1)
-    # A window no wider than any canvas: a draw is of a place in it, and would depend on what else makes the canvas wide.
+    # A draw is of a place in the block's window: one as narrow as the canvas happens to be would draw otherwise in a wider one.
     block = block if marked else min(block, length)
     style = style or ""
     away = None if negative_prompt is None else encode(config, tokenizer, "negative_prompt", negative_prompt)
@@ -282,7 +282,7 @@ def _check(prompts, required, options):
     if len({HOLE.search(prompt) is None for prompt in prompts}) > 1:
         raise ValueError("prompts: expected <mask:n> in all of them or in none, got both")
     for name in MADE.keys() & {name for name, option in options.items() if option is not None}:
-        raise ValueError(f"{name}: expected {MADE[name]}, of which it is made, got {name} itself")
+        raise ValueError(f"{name}: expected {MADE[name]} in its place, of which it is made, got {name}")
 
 
 def _alone(name, company, fits, given):
