@@ -38,7 +38,8 @@ function show(at) {
     const mask = { word: "\\u2591\\u2591", style: "mask" };
     const cells = run.given.map(word => word === null ? mask : { word, style: "given" });
     run.passes.slice(0, pass).forEach((writes, i) => writes.forEach(([place, word, sure]) => {
-      cells[place] = word === null ? mask : { word, style: i === pass - 1 ? "new" : "", sure };
+      if (sure === null) cells[place] = { ...cells[place], word };
+      else cells[place] = word === null ? mask : { word, style: i === pass - 1 ? "new" : "", sure };
     }));
     text.replaceChildren(...cells.map(({ word, style, sure }) => {
       const span = document.createElement("span");
@@ -95,18 +96,27 @@ def write(path, model, prompt, result, frames, options):
 
 
 def run(model, name, result, frames):
-    """One column: the given words and for each pass what it changed, [[place, word, confidence], ...]; null is a mask."""
+    """One column: the given words and for each pass what it wrote, [[place, word, confidence], ...]; the word of a mask is null.
+
+    A character's bytes may be several tokens, so a token may show another word though a pass wrote beside it only: there the
+    confidence is null.
+    """
     config, _, tokenizer = model
     begin = int(result.board.start[0])
 
-    def cells(tokens):
-        tokens = tokens[0, begin:].tolist()
+    def shown(tokens):
         return [None if t == config.mask_id else word for t, word in zip(tokens, words(tokenizer, tokens))]
 
-    given = before = cells(result.board.tokens)
+    before = result.board.tokens[0, begin:].tolist()
+    given = old = shown(before)
     passes = []
     for frame in frames:
-        now, sure = cells(np.asarray(frame.tokens)), np.nan_to_num(np.asarray(frame.confidence[0, begin:]))
-        passes.append([[i, new, round(float(sure[i]), 4)] for i, (old, new) in enumerate(zip(before, now)) if old != new])
-        before = now
+        tokens, sure = np.asarray(frame.tokens)[0, begin:].tolist(), np.nan_to_num(np.asarray(frame.confidence)[0, begin:])
+        new, writes = shown(tokens), []
+        for place, token in enumerate(tokens):
+            wrote = token != before[place]
+            if wrote or new[place] != old[place]:
+                writes.append([place, new[place], round(float(sure[place]), 4) if wrote else None])
+        passes.append(writes)
+        before, old = tokens, new
     return {"name": name, "given": given, "passes": passes, "tokens": result.tokens, "seconds": result.seconds}
