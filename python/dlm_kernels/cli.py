@@ -43,6 +43,11 @@ def _check_file(option, path):
         raise ValueError(f"{option}: expected a file in a folder that is there, got {path}")
 
 
+def _unescaped(text):
+    """What a shell has no easy way to write: \\n and \\t in a text are a newline and a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def _parser():
     parser = argparse.ArgumentParser(prog="dlm-kernels", description="Block-parallel text generation by denoising.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -56,9 +61,10 @@ def _parser():
     generate = command("generate", _generate, "continue a prompt, or fill its holes")
     _model(generate)
     add = generate.add_argument
-    add("prompt", nargs="?", help="text to continue; \\n and \\t in it are a newline and a tab")
-    holes = "text with holes: <mask:20> is one of 20 tokens, <mask:20@3> one under guidance 3; \\n and \\t likewise"
-    add("--infill", metavar="TEXT", help=holes)
+    texts = dict(metavar="TEXT", type=_unescaped)
+    add("prompt", nargs="?", type=_unescaped, help="text to continue; \\n and \\t in it, and in any TEXT, are a newline and a tab")
+    holes = "text with holes: <mask:20> is one of 20 tokens, <mask:20@3> one under guidance 3"
+    add("--infill", help=holes, **texts)
     add("--chat", action="store_true", help="make the prompt a user's turn, as LLaDA's or Dream's instruction-tuned models read it")
     add("--length", type=int, help="tokens to add at most (default: one block)")
     add("--exact", action="store_true", default=None, help="exactly --length tokens")
@@ -75,12 +81,12 @@ def _parser():
     heat = "0 is greedy (default: 1; 0 with --drafts and for published models; 0.8 with --noise-budget)"
     add("--temperature", type=float, help=heat)
     add("--seed", type=int)
-    add("--ban", action="append", default=[], metavar="TEXT", help="use no token that contains TEXT")
-    add("--require", action="append", default=[], metavar="TEXT", help="write TEXT, where it is likeliest")
+    add("--ban", action="append", default=[], help="use no token that contains TEXT", **texts)
+    add("--require", action="append", default=[], help="write TEXT, where it is likeliest", **texts)
     add("--eos-bias", type=float, help="added to end-of-text's logit: below 0 for longer texts, above for shorter")
-    add("--style", metavar="TEXT", help="read TEXT before the prompt; guidance then strengthens what it changes")
+    add("--style", help="read TEXT before the prompt; guidance then strengthens what it changes", **texts)
     add("--guidance", type=float, help="guidance scale; 1, the default, is none")
-    add("--negative-prompt", help="what guidance draws away from (default: no prompt)")
+    add("--negative-prompt", help="what guidance draws away from (default: no prompt)", **texts)
     add("--adaptive", type=float, metavar="SHARE", help="guide away from this share of doubtful tokens masked anew")
     add("--guidance-final", type=float, help="the scale that guidance is nearing as a block fills")
     add("--guidance-refresh", type=int, metavar="N", help="run the unconditional stream in every Nth pass of a block only")
@@ -98,7 +104,8 @@ def _parser():
 
     correct = command("correct", _correct, "replace the tokens of a text that the model rejects")
     _model(correct)
-    correct.add_argument("text", help="\\n and \\t in it are a newline and a tab; what is in <keep>...</keep> stays")
+    about = "\\n and \\t in it are a newline and a tab; what is in <keep>...</keep> stays"
+    correct.add_argument("text", type=_unescaped, help=about)
     correct.add_argument("--threshold", type=float, default=0.7, help="how sure of another token (default: %(default)s)")
     correct.add_argument("--passes", type=int, default=8, help="at most (default: %(default)s)")
 
@@ -187,7 +194,7 @@ def _load_from(name):
 def _generate(options):
     from rich.console import Console
 
-    from dlm_kernels.denoiser import chat, checkpoint, classifier, generate, html, view
+    from dlm_kernels.denoiser import chat, checkpoint, classifier, generate, html, implementations, view
 
     if (options.prompt is None) == (options.infill is None):
         raise ValueError("expected a prompt or --infill, one of them")
@@ -203,7 +210,7 @@ def _generate(options):
         named.setdefault("temperature", 0.0 if published else 1.0)
     named["length"] = options.block if options.length is None else options.length
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
-    named["required"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.require]
+    named["required"] = options.require
     if options.classifier:
         scale = 10.0 if options.classifier_scale is None else options.classifier_scale
         named |= dict(classifier=classifier.load(options.classifier, model[0]), classifier_scale=scale)
@@ -216,7 +223,6 @@ def _generate(options):
         named["drafter"] = drafter[1]
     console = Console()
     prompt = options.prompt if options.infill is None else options.infill
-    prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     if options.chat:
         prompt = chat.turn(model[2], prompt)
     watched = console.is_terminal and not (options.json or options.html or options.drafts is not None)
@@ -230,7 +236,7 @@ def _generate(options):
     result = shown.watch(work) if shown else work()
     if options.html:
         html.write(options.html, model, prompt, result, frames, named)
-    used = generate.implementations(model[0], options.block)
+    used = implementations.taken(*model[:2], options.block)
     if options.implementation:
         used = dict.fromkeys(used, options.implementation)
     numbers = {
@@ -246,10 +252,7 @@ def _generate(options):
     if options.json:
         print(json.dumps(numbers | {"text": text}, indent=2))
         return
-    if shown:
-        console.print(shown.render(*result.decoded))
-    else:
-        print(text)
+    print(text)
     print(
         f"{result.tokens} tokens in {result.passes} passes ({result.tokens_per_pass:.1f} per pass), "
         f"{result.seconds:.2f} s, {result.tokens_per_second:.0f} tokens/s",
@@ -277,9 +280,8 @@ def _text(name):
 def _correct(options):
     from dlm_kernels.denoiser import correct
 
-    text = options.text.replace("\\n", "\n").replace("\\t", "\t")
     limits = dict(threshold=options.threshold, passes=options.passes, implementation=options.implementation)
-    fixed, changes, passes = correct.correct_text(_load(options), text, **limits)
+    fixed, changes, passes = correct.correct_text(_load(options), options.text, **limits)
     print(fixed)
     print(f"{len(changes)} tokens replaced in {passes} passes" + "".join(f"; {a!r} by {b!r}" for a, b in changes), file=sys.stderr)
 
@@ -288,7 +290,7 @@ def _info(options):
     import jax
 
     import dlm_kernels
-    from dlm_kernels.denoiser import generate
+    from dlm_kernels.denoiser import implementations
 
     config, params, _ = _load(options)
     device = jax.devices()[0]
@@ -299,7 +301,7 @@ def _info(options):
 
         print(f"instruction set of the CPU kernels: {_cpu.isa()}")
     print(f"model: {sum(x.size for x in params.values()) / 1e6:.1f} million parameters, {config.layers} layers")
-    for name, implementation in generate.implementations(config, every=True).items():
+    for name, implementation in implementations.taken(config, params, every=True).items():
         print(f"{name}: {implementation}")
 
 

@@ -12,8 +12,9 @@ import pytest
 import rich.console
 
 import dlm_kernels
-from dlm_kernels import masks
-from dlm_kernels.denoiser import checkpoint, compare, correct, data, evaluate, generate, model, plot, train, view
+from dlm_kernels import cli, masks
+from dlm_kernels.denoiser import checkpoint, compare, correct, data, evaluate, generate, html, model, plot, train, view
+from dlm_kernels.denoiser.text import words
 
 SHIPPED = ("teacher", "student-8", "student-2")
 
@@ -71,14 +72,37 @@ def test_html_replays_every_pass(command, tmp_path):
     for run, passes in ((blocks, numbers["passes"]), (singly, 6)):
         words = list(run["given"])
         assert len(run["passes"]) == passes and words.count(None) == 6
+        holes, written = {place for place, word in enumerate(words) if word is None}, set()
         for writes in run["passes"]:
             for place, word, sure in writes:
                 words[place] = word
-                assert 0 < sure <= 1
-        assert None not in words
+                if sure is not None:  # else a neighbour of what was written shows another word
+                    written.add(place)
+                    assert 0 < sure <= 1
+        assert None not in words and written == holes
         if run is blocks:
             assert "".join(words) == numbers["text"]
     assert "http" not in page  # self-contained
+
+
+def test_html_shows_what_is_masked_anew(saved):
+    loaded, frames = checkpoint.load(saved, dtype=np.float32), []
+    made = generate.generate(loaded, ["x"], length=12, block=12, steps=6, exact=True, remask=0.5, on_pass=frames.append)
+    column = html.run(loaded, "blocks", made, frames)
+    cells = list(column["given"])
+    for writes, frame in zip(column["passes"], frames, strict=True):
+        for place, word, _ in writes:
+            cells[place] = word
+        assert cells.count(None) == (np.asarray(frame.tokens) == loaded[0].mask_id).sum()
+    assert any(word is None for writes in column["passes"] for _, word, _ in writes)
+
+
+def test_html_steers_both_columns(command, tmp_path):
+    """Here to write nothing but end-of-text."""
+    path = tmp_path / "out.html"
+    command("generate", "x", "--block", "6", "--steps", "1", "--temperature", "0", "--eos-bias", "1e4", "--html", str(path))
+    runs = json.loads(path.read_text().split('id="data">')[1].split("</script>")[0])
+    assert [run["tokens"] for run in runs] == [1, 1]
 
 
 def test_the_same_seed_gives_the_same_text(command):
@@ -125,10 +149,10 @@ def test_canvas_of_ragged_prompts_and_holes(saved):
     for tokens, start, first, row, given in zip(board.tokens, board.start, board.first, rows, (def_, a)):
         np.testing.assert_array_equal(tokens[start:], row)
         assert (tokens[:start] == config.pad_id).all() and first - start == len(given)
-    other, start = generate.without_prompt(config, tokenizer, board)
+    other, start = generate.without_prompt(config, board)
     assert (other[0, board.start[0] :] == config.mask_id).all() and start[0] == board.start[0]
-    other, start = generate.without_prompt(config, tokenizer, board, "ab")
     ids = tokenizer.encode("ab").ids
+    other, start = generate.without_prompt(config, board, ids)
     np.testing.assert_array_equal(other[1, start[1] : board.first[1]], ids)
     assert (other[1, : start[1]] == config.pad_id).all()
 
@@ -139,6 +163,17 @@ def test_rows_of_a_batch_are_what_they_are_alone(saved):
     together = generate.generate(model, prompts, length=6, block=6, steps=3)
     for prompt, text in zip(prompts, together.texts):
         assert generate.generate(model, [prompt], length=6, block=6, steps=3).texts == [text]
+
+
+@pytest.mark.parametrize("marks", ["", "<mask:6>"])
+def test_a_row_draws_alike_in_any_batch(marks, saved):
+    """Whatever the block, which here is wider than a row, and the canvas of a longer one."""
+    model = checkpoint.load(saved, dtype=np.float32)
+    prompts = ["def add(" + marks, "x = 1\n" * 12 + marks]
+    options = dict(length=6, block=48, steps=2, temperature=1.0, seed=3, exact=True)
+    together = generate.generate(model, prompts, **options)
+    assert together.decoded.tokens.shape[1] > 48
+    assert generate.generate(model, prompts[:1], **options).texts == together.texts[:1]
 
 
 def test_the_view_shows_every_kind_of_token(saved):
@@ -153,14 +188,42 @@ def test_the_view_shows_every_kind_of_token(saved):
     assert view.colour(float("nan")) == "red"
 
 
+def test_characters_of_several_tokens_are_shown_whole(saved):
+    """In the view, and on the page; an unfinished one is no harm."""
+    config, _, tokenizer = checkpoint.load(saved)
+    said = "x = 'é→𝄞 \ufffd'\n"
+    ids = tokenizer.encode(said).ids
+    assert len(ids) > len(said) and tokenizer.decode(ids) == said
+    shown = words(tokenizer, ids)
+    assert len(shown) == len(ids) and "".join(shown) == said
+    assert max(map(len, shown)) < 4 and {"é", "→", "𝄞"} < set(shown)
+    for end in range(len(ids)):
+        assert "".join(words(tokenizer, ids[:end])) == tokenizer.decode(ids[:end])
+    ones = np.ones((1, len(ids)))
+    assert view.View(config, tokenizer).render(np.array([ids]), ones, ones, np.int32(1)).renderables[0].plain == said
+
+
 def test_the_terminal_shows_each_pass(command, monkeypatch):
+    """And then the text as a pipe has it, without the style that the view shows as it was read."""
+    arguments = ("generate", "def add(", "--block", "6", "--steps", "3", "--exact", "--style", "class")
+    piped = command(*arguments)[1]
     terminal = functools.partial(rich.console.Console, force_terminal=True, width=200)
     monkeypatch.setattr(rich.console, "Console", terminal)
-    status, out, err = command("generate", "def add(", "--block", "6", "--steps", "3", "--exact")
-    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).split("def add(")[1:]
+    status, out, err = command(*arguments)
+    *frames, last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).split("def add(")[1:]
     assert status == 0 and err.startswith("6 tokens in 3 passes")
     shown = [(re.search(r"pass (\d)", frame)[1], frame.count("░░")) for frame in frames]
     assert list(dict.fromkeys(shown)) == [("1", 4), ("2", 2), ("3", 0)]
+    assert "def add(" + last == piped and not frames[-1].endswith("class")
+
+
+def test_newlines_and_tabs_in_any_text():
+    names = ("prompt", "infill", "ban", "require", "style", "negative_prompt")
+    written = [word for name in names[1:] for word in (f"--{name.replace('_', '-')}", r"a\nb\tc")]
+    options = cli._parser().parse_args(["generate", r"a\nb\tc", *written])
+    for name in names:
+        assert getattr(options, name) in ("a\nb\tc", ["a\nb\tc"])
+    assert cli._parser().parse_args(["correct", r"a\nb\tc"]).text == "a\nb\tc"
 
 
 def test_evaluate_measures_what_it_says(saved):

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from dlm_kernels import cli
-from dlm_kernels.denoiser import checkpoint, control, generate, model
+from dlm_kernels.denoiser import checkpoint, control, correct, generate, model
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,33 @@ def test_a_required_phrase_goes_where_it_is_likeliest(config, params, random):
         control.require(config, params, tokens, [], start=0 * tokens[:, 0])
 
 
+def test_a_required_phrase_leaves_room_for_those_that_follow(config, params, random):
+    """Of 6 holes in a row, two phrases of 3 fill all: the first has two places, wherever else it were likelier."""
+    unlike = 0
+    for _ in range(6):
+        tokens = random.integers(3, config.vocab, (1, 11)).astype(np.int32)
+        tokens[:, 3:9] = config.mask_id
+        phrase = random.integers(3, config.vocab, 3)
+        found = {}
+        for later in ((), (3,), (2, 1), (1,)):
+            placed = control.require(config, params, tokens, phrase, start=[0], later=later)
+            found[later] = int(np.flatnonzero((placed != tokens)[0])[0])
+            (holes,) = np.nonzero(placed[0] == config.mask_id)
+            assert len(holes) == 3 and (later != (3,) or np.ptp(holes) == 2)
+        assert found[1,] == found[()]
+        unlike += found[3,] != found[()]
+    assert unlike
+    with pytest.raises(ValueError, match=r"a run of 3 holes in every row, and after it of \[2, 2\], got none in row 0"):
+        control.require(config, params, tokens, phrase, start=[0], later=[2, 2])
+
+
+def test_required_texts_may_fill_all(saved_model):
+    wanted = ["self.items", "return a", "class"]
+    length = sum(len(saved_model[2].encode(text).ids) for text in wanted)
+    made = generate.generate(saved_model, ["x"], length=length, required=wanted)
+    assert made.tokens == 0 and all(text in made.texts[0] for text in wanted)
+
+
 def test_required_texts_come_all(saved_model):
     wanted = ["self.items", "return a"]
     made = generate.generate(saved_model, ["def push("], length=24, block=24, steps=4, required=wanted)
@@ -49,8 +77,10 @@ def test_end_of_text_bias_makes_texts_longer_or_shorter(saved_model):
         return generate.generate(saved_model, ["def add("], length=12, block=6, steps=3, eos_bias=bias).tokens
 
     assert tokens(-1e4) == 12 and tokens(1e4) == 1
-    with pytest.raises(ValueError, match="logit_bias: expected finite numbers, got -inf for token 1"):
+    with pytest.raises(ValueError, match="eos_bias: expected a finite number, got -inf"):
         tokens(-float("inf"))
+    with pytest.raises(ValueError, match="logit_bias: expected finite numbers, got -inf for token 1"):
+        control.logit_bias(saved_model[0], {1: -float("inf")})
     with pytest.raises(ValueError, match=r"logit_bias: expected token ids in \[0, 300\), got 300"):
         control.logit_bias(saved_model[0].__class__(vocab=300), {300: 1.0})
 
@@ -86,6 +116,29 @@ def test_a_negative_prompt_takes_the_prompts_place_and_is_drawn_away_from(saved_
     }
     assert made[0.0] == "def add(" + unwanted
     assert made[4.0] != generate.generate(saved_model, ["def add("], **options).texts[0]
+
+
+def test_a_negative_prompt_is_read_whole(saved_model):
+    """With guidance 0 it alone decides, so what comes is what comes after it, however little the prompt's own row is padded."""
+    options, negative = dict(length=6, block=6, steps=2), "class Stack:\n" * 12
+    unwanted = generate.generate(saved_model, [negative], exact=True, **options).answers
+    for prompts in (["<mask:6>"], ["<mask:6>", "x = 1\n" * 30 + "<mask:6>"]):
+        made = generate.generate(saved_model, prompts, guidance=0.0, negative_prompt=negative, **options)
+        assert made.answers[:1] == unwanted
+
+
+def test_texts_are_encoded_one_way(saved_model):
+    """A tokenizer that would put a token of its own in front: nothing gets one, not even what follows a style."""
+    config, params, tokenizer = saved_model
+    other = tokenizer.from_str(tokenizer.to_str())
+    other.post_processor = processors.TemplateProcessing(single="<|eos|> $A", special_tokens=[("<|eos|>", config.eos_id)])
+    assert other.encode("x").ids[0] == config.eos_id
+    boards = [generate.canvas(config, t, ["x<mask:2>y"], 3, "class").tokens for t in (tokenizer, other)]
+    np.testing.assert_array_equal(*boards)
+    options = dict(length=6, block=6, steps=1, required=["self"], guidance=2.0, negative_prompt="x")
+    made = [generate.generate((config, params, t), ["def"], **options).decoded.tokens for t in (tokenizer, other)]
+    np.testing.assert_array_equal(*made)
+    assert correct.correct_text((config, params, other), "a<keep>b</keep>", passes=0)[0] == "ab"
 
 
 def test_the_command_takes_them(saved, capsys):

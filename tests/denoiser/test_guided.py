@@ -77,6 +77,15 @@ def test_the_unconditional_stream_every_so_many_passes(options, run, config, boa
     assert (once.tokens != together.tokens).any()
 
 
+def test_a_renewal_waits_for_the_unconditional_stream(run, config, board):
+    """It is due in passes 2 and 4, and the stream computed in 0 and 3: there anew, which with scale 0 is all that counts."""
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    given = dict(unconditional=other, unconditional_start=board["start"], guidance_scale=0.0, guidance_refresh=3, steps=6)
+    waited, always, never = (run(board, cache=True, refresh=every, **given).tokens for every in (2, 1, 100))
+    np.testing.assert_array_equal(waited, always)
+    assert (never != always).any()
+
+
 def test_adaptive_guidance_masks_the_least_confident_anew(config):
     tokens = jnp.asarray([[9, 5, config.mask_id, 6, 7, 8], [9, config.mask_id, config.mask_id, 3, 4, 5]])
     confidence = jnp.asarray([[0.0, 0.9, 0.0, 0.2, np.nan, 0.2], [0.0, 0.0, 0.0, 0.5, 0.5, 0.6]])

@@ -1,5 +1,6 @@
 """What is no sensible argument is refused by name, before anything is computed: from Python, and in one line by the command."""
 
+import re
 import shlex
 
 import jax
@@ -24,10 +25,23 @@ def test_numbers_and_counts():
         limits.numbers(0, a=float("inf"))
     with pytest.raises(ValueError, match="a: expected a finite number, got -inf"):
         limits.numbers(a=-float("inf"))
+    for value in (1e39, -1e39, np.array([1, 1e39])):
+        with pytest.raises(ValueError, match="a: expected a finite number, got "):  # of float32, in which all is computed
+            limits.numbers(a=value)
     limits.counts(a=1)
     for value in (0, 1.0, None):
         with pytest.raises(ValueError, match="a: expected an int of at least 1, got "):
             limits.counts(a=value)
+    limits.whole(0, a=0, b=np.int64(5), c=None, d=np.array([1, 2]), e=jnp.asarray(1), f=2**31 - 1)
+    for value in (2.5, np.float32(1), 2**31, np.array([1, 2**40])):
+        with pytest.raises(ValueError, match="a: expected a whole number of at most 2147483647, got "):
+            limits.whole(0, a=value)
+    with pytest.raises(ValueError, match="a: expected a whole number of at most 2147483647, got 10000000000"):
+        limits.counts(a=10**10)
+    limits.ids(5, a=[0, np.int32(4)])
+    for value in (-1, 5, 10**10, "a", 1.0):
+        with pytest.raises(ValueError, match=r"a: expected token ids in \[0, 5\), got "):
+            limits.ids(5, a=[1, value])
 
 
 GENERATE = {
@@ -35,6 +49,7 @@ GENERATE = {
     "--block -1": "block: expected an int of at least 1, got -1",
     "--threshold nan": "threshold: expected a finite number, got nan",
     "--edit-threshold nan": "edit_threshold: expected a finite number, got nan",
+    "--steps 10000000000": "steps: expected a whole number of at most 2147483647, got 10000000000",
     "--factor -1": "factor: expected at least 0, got -1.0",
     "--entropy-budget -1": "entropy_budget: expected at least 0, got -1.0",
     "--remask 2": "remask: expected a number in [0, 1], got 2.0",
@@ -72,6 +87,11 @@ def test_generate(arguments, command):
 
 OTHERS = {
     "generate --infill 'no hole'": "--infill: expected a hole such as <mask:20> in it, got 'no hole'",
+    "generate --infill '<mask:0>'": "prompts: expected a hole of at least one token in each, got '<mask:0>'",
+    "generate --infill '<mask:2><mask:4@x>'": "prompts: expected marks <mask:n> or <mask:n@scale>, got '<mask:4@x>'",
+    "generate \udcff": "prompts: expected a text of Unicode characters, got '\\udcff'",
+    "correct \udcff": "text: expected a text of Unicode characters, got '\\udcff'",
+    "correct '<|mask|>'": "text: expected a text without <|mask|>, got one with it",
     "generate --infill '<mask:>'": "--infill: expected a hole such as <mask:20> in it, got '<mask:>'",
     "generate --infill '<mask:9000000000000000>'": "not enough memory",
     "correct x --threshold nan": "threshold: expected a finite number, got nan",
@@ -121,6 +141,45 @@ def test_files_that_are_no_checkpoints(command, saved, tmp_path):
 def test_measures_exclude_each_other(command):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--by-steps", "--decoding"])
+
+
+PYTHON = [
+    (dict(prompts="x"), "prompts: expected a list of texts, got 'x'"),
+    (dict(prompts=["x", "<mask:2>"]), "prompts: expected <mask:n> in all of them or in none, got both"),
+    (dict(prompts=["x = <|mask|>"]), "prompts: expected a text without <|mask|>, got one with it"),
+    (dict(style="<|pad|>"), "style: expected a text without <|pad|>"),
+    (dict(negative_prompt="<|mask|>", guidance=2.0), "negative_prompt: expected a text without <|mask|>"),
+    (dict(required="abc"), "required: expected a list of texts, got 'abc'"),
+    (dict(required=["<|mask|>"]), "required: expected a text without <|mask|>"),
+    (dict(required=["<|eos|>"]), "required: expected texts without a banned token, got '<|eos|>'"),
+    (dict(banned=[10**10]), "banned: expected token ids in [0, 300), got 10000000000"),
+    (dict(banned=range(3, 300), exact=True), "banned: expected to leave a token that may be written, got all of them"),
+    (dict(logit_bias={5: "a"}), "logit_bias: expected finite numbers, got 'a' for token 5"),
+    (dict(logit_bias=[0.0] * 300), "logit_bias: expected a dict from token ids to numbers"),
+    (dict(eos_bias=1e39), "eos_bias: expected a finite number, got 1e+39"),
+    (dict(seed=0.5), "seed: expected a whole number of at most 4294967295, got 0.5"),
+    (dict(steps=2.5), "steps: expected a whole number of at most 2147483647, got 2.5"),
+    (dict(cache=True, refresh=1.5), "refresh: expected a whole number"),
+    (dict(guidance=2.0, guidance_refresh=1.5), "guidance_refresh: expected a whole number"),
+    (dict(guidance=2.0, guidance_interval=0.5), "guidance_interval: expected a pair (low, high), got 0.5"),
+    (dict(guidance=2.0, guidance_interval=(0, 0.5, 1)), "guidance_interval: expected a pair (low, high), got (0, 0.5, 1)"),
+    (dict(noise_budget=0.1, drafts=2), "drafts: goes with steps and greedy decoding alone, got ['noise_budget']"),
+    (dict(drafts=2, temperature=1.0), "drafts: goes with steps and greedy decoding alone, got ['temperature']"),
+    *((dict([(name, 1)]), f"{name}: expected {source} in its place, of which") for name, source in generate.MADE.items()),
+]
+
+
+@pytest.mark.parametrize("options, message", PYTHON)
+def test_generate_from_python(options, message, saved):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate.generate(checkpoint.load(saved, dtype=jnp.float32), **({"prompts": ["x"]} | options))
+
+
+def test_what_is_a_default_is_as_if_not_given(saved):
+    model, options = checkpoint.load(saved, dtype=jnp.float32), dict(length=6, block=6, steps=3)
+    plain = generate.generate(model, ["x"], drafts=1, **options).texts
+    given = dict(cache=False, attend="all", confidence="probability", remask_rule="least", threshold=None, logit_bias=None)
+    assert generate.generate(model, ["x"], drafts=1, **options, **given).texts == plain
 
 
 def test_from_python(saved):

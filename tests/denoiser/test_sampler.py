@@ -145,6 +145,19 @@ def test_sampling_follows_the_key(run, board):
     assert (first != other).sum() > 10
 
 
+def test_a_random_order_of_greedy_tokens(run, saved, config, board):
+    """Of the key alone: other keys, another order, in which of each pass's tokens each is the likeliest."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    made = [run(board, steps=6, confidence="random", key=k) for k in (keys, keys, jax.random.split(jax.random.key(3), 3))]
+    np.testing.assert_array_equal(made[0].tokens, made[1].tokens)
+    assert (made[0].revealed != made[2].revealed).any()
+    one = [run(board, steps=1, **more).tokens for more in ({}, dict(confidence="random", key=keys))]
+    np.testing.assert_array_equal(*one)
+    model, options = checkpoint.load(saved, dtype=np.float32), dict(length=6, block=6, steps=6, confidence="random")
+    orders = [generate.generate(model, ["x"], exact=True, seed=seed, **options).decoded.revealed for seed in (1, 2)]
+    assert (orders[0] != orders[1]).any()
+
+
 def test_each_block_draws_anew(config, params):
     """Without attention all positions have the same scores, so what differs from block to block is the draw."""
     fixed = {name: x * 0 if name.endswith(".out") else x for name, x in params.items()}
@@ -267,6 +280,7 @@ def test_nothing_to_do(run):
         (dict(threshold=0.5, remask=0.5), "remask: expected steps with it"),
         (dict(steps=2, remask=0.5, remask_rule="most"), "remask_rule: expected one of"),
         (dict(steps=2, remask=0.5, remask_rule="cap"), "a key with a random remask_rule"),
+        (dict(steps=2, confidence="random"), "a key with a random remask_rule or confidence"),
         (dict(steps=2, attend="left"), "attend: expected 'all' or 'blocks', got 'left'"),
         (dict(steps=2, guidance_scale=2.0), "guidance_scale: expected one with `unconditional`"),
         (dict(steps=2, guidance_interval=(0, 1)), "guidance_interval: expected a guidance_scale"),

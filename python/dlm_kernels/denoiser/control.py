@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masks
-from dlm_kernels.denoiser import model
+from dlm_kernels.denoiser import limits, model
 
 
-def require(config, params, tokens, phrase, *, start, implementation=None):
+def require(config, params, tokens, phrase, *, start, later=(), implementation=None):
     """`tokens` with `phrase` written into each row's holes where the model finds it likeliest; decoding leaves it there.
 
         log_p = log_softmax(head(hidden_states(tokens)))
         at = argmax over begin of sum(log_p[begin + i, phrase[i]] for i)        # where begin, begin + 1, ... are all holes
         tokens[at : at + len(phrase)] = phrase
 
-    tokens int32 [B, L], phrase: token ids, start int32 [B], each row's first column that is not padding. Ties go to the lower
-    column. Raises ValueError where a row has no run of holes that is long enough.
+    tokens int32 [B, L], phrase: token ids, start int32 [B], each row's first column that is not padding. later: the lengths of
+    phrases that are to be written after this one, for all of which it leaves room. Ties go to the lower column. Raises ValueError
+    where a row has no such place.
     """
     tokens, phrase = np.array(tokens, np.int32), np.asarray(phrase, np.int32)
     if phrase.ndim != 1 or not len(phrase):
@@ -29,12 +30,34 @@ def require(config, params, tokens, phrase, *, start, implementation=None):
         raise ValueError(f"phrase: expected at most {tokens.shape[1]} tokens, got {len(phrase)}")
     holes = tokens == config.mask_id
     fits = np.all([holes[:, i : i + places] for i in range(len(phrase))], axis=0)
-    if not fits.any(1).all():
-        raise ValueError(f"phrase: expected a run of {len(phrase)} holes in every row, got none in row {fits.any(1).argmin()}")
-    total = sum(log_p[:, i : i + places, i] for i in range(len(phrase)))
-    for row, at in enumerate(np.where(fits, total, -np.inf).argmax(1)):
-        tokens[row, at : at + len(phrase)] = phrase
+    total = np.where(fits, sum(log_p[:, i : i + places, i] for i in range(len(phrase))), -np.inf)
+    for row in range(len(tokens)):
+        for at in np.argsort(-total[row], kind="stable")[: fits[row].sum()]:
+            written = tokens[row].copy()
+            written[at : at + len(phrase)] = phrase
+            if _room(_runs(written == config.mask_id), sorted(later, reverse=True)):
+                break
+        else:
+            rest = f", and after it of {list(later)}" if later else ""
+            raise ValueError(f"phrase: expected a run of {len(phrase)} holes in every row{rest}, got none in row {row}")
+        tokens[row] = written
     return tokens
+
+
+def _runs(holes):
+    """The lengths of the runs of True in bool [L]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], holes, [0]])))
+    return edges[1::2] - edges[::2]
+
+
+def _room(runs, lengths):
+    """Whether phrases of these lengths find places in runs of holes, none over another."""
+    if not lengths:
+        return True
+    first, *others = lengths
+    # Runs of one length are as good as each other.
+    last = {run: i for i, run in enumerate(runs) if run >= first}
+    return any(_room([*runs[:i], run - first, *runs[i + 1 :]], others) for run, i in last.items())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -53,11 +76,12 @@ def _log_p(config, params, tokens, ids, start, implementation):
 
 def logit_bias(config, biases):
     """float32 [V] of {token id: bias}, for `sampler.decode`. Raises ValueError for what is no id or no finite number."""
+    if not isinstance(biases, dict):
+        raise ValueError(f"logit_bias: expected a dict from token ids to numbers, got {biases!r}")
+    limits.ids(config.vocab, logit_bias=biases)
     array = np.zeros(config.vocab, np.float32)
     for token, bias in biases.items():
-        if not 0 <= token < config.vocab:
-            raise ValueError(f"logit_bias: expected token ids in [0, {config.vocab}), got {token}")
-        if not np.isfinite(bias):
-            raise ValueError(f"logit_bias: expected finite numbers, got {bias} for token {token}; banned excludes a token")
+        if not isinstance(bias, (int, float, np.number)) or not abs(bias) <= limits.MOST:
+            raise ValueError(f"logit_bias: expected finite numbers, got {bias!r} for token {token}; banned excludes a token")
         array[token] = bias
     return array

@@ -10,6 +10,7 @@ import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, unmask_topk
 from dlm_kernels.denoiser import limits, model
+from dlm_kernels.denoiser.text import encode
 
 KEEP = re.compile(r"<keep>(.*?)</keep>", re.DOTALL)
 
@@ -39,7 +40,7 @@ def correct(config, params, tokens, *, threshold=0.9, passes=8, editable=None, s
     if jnp.shape(editable) != tokens.shape:
         raise ValueError(f"editable: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(editable))}")
     limits.numbers(threshold=threshold)
-    limits.numbers(0, passes=passes)
+    limits.whole(0, passes=passes)
     b, length = tokens.shape
     start, stop = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for x in (start, length if stop is None else stop))
     threshold, passes = jnp.asarray(threshold, jnp.float32), jnp.asarray(passes, jnp.int32)
@@ -50,12 +51,12 @@ def correct_text(loaded, text, **options):
     """(the corrected text, [(what stood there, what replaces it), ...], passes) of one text.
 
     loaded: (config, params, tokenizer) as `checkpoint.load` gives. What is between `<keep>` and `</keep>` is frozen; options go to
-    `correct`. Raises ValueError for a text without a token.
+    `correct`. Raises ValueError for a text without a token, or with the mask or the pad in it.
     """
     config, params, tokenizer = loaded
     ids, editable = [], []
     for i, piece in enumerate(KEEP.split(text)):
-        encoded = tokenizer.encode(piece).ids
+        encoded = encode(config, tokenizer, "text", piece)
         ids += encoded
         editable += [i % 2 == 0] * len(encoded)
     if not ids:

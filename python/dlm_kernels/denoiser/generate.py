@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import dlm_kernels
 from dlm_kernels.denoiser import chat, control, limits, renoise, sampler, speculative
+from dlm_kernels.denoiser.text import encode
 
-HOLE = re.compile(r"<mask:(\d+)(?:@(-?\d+(?:\.\d+)?))?>")  # how many tokens, and under which guidance scale
+HOLE = re.compile(r"<mask:(\d+)(?:@(-?\d*\.?\d+))?>")  # how many tokens, and under which guidance scale
 ALL = {"threshold": 0.0, "factor": 1e6, "entropy_budget": 1e6}  # by which a rule commits all in one pass
+# Options of `sampler.decode` that `generate` makes itself, and from what.
+MADE = {
+    "banned_tokens": "banned", "stop_at": "exact", "start": "prompts", "first": "prompts", "stop": "length", "key": "seed",
+    "unconditional": "negative_prompt", "unconditional_start": "negative_prompt", "guidance_scale": "guidance",
+    "guidance_remask": "adaptive",
+}  # fmt: skip
 BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
 
 
@@ -31,6 +37,7 @@ class Canvas:
 class Generation:
     texts: list[str]  # prompt and all
     answers: list[str]  # from the first hole on: what continues a prompt, without it
+    board: Canvas  # what was decoded, required texts in it
     decoded: sampler.Decoded | speculative.Speculated  # NumPy arrays
     tokens: int  # generated, in all rows, padding after a stop left out
     passes: int
@@ -46,50 +53,58 @@ class Generation:
         return self.tokens / self.seconds
 
 
-def canvas(config, tokenizer, prompts, length, style=""):
+def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
     """Each prompt, after `style`, with holes for its marks, and `length` holes after it where it has none.
 
-    A mark is `<mask:n>`, or `<mask:n@scale>`.
+    A mark is `<mask:n>`, or `<mask:n@scale>`. least: columns at least; before: columns at least in front of each row's first hole.
     """
-    ahead = tokenizer.encode(style).ids
+
+    def read(piece):
+        if "<mask:" in piece:
+            raise ValueError(f"prompts: expected marks <mask:n> or <mask:n@scale>, got {piece[piece.index('<mask:') :][:40]!r}")
+        return encode(config, tokenizer, "prompts", piece)
+
+    ahead = encode(config, tokenizer, "style", style)
     rows, scales = [], []
     for prompt in prompts:
-        pieces = HOLE.split(prompt)
-        row = ahead + tokenizer.encode(pieces[0]).ids
+        piece, *marked = HOLE.split(prompt)
+        row = ahead + read(piece)
         own = [np.nan] * len(row)
-        for holes, scale, text in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
-            given = tokenizer.encode(text, add_special_tokens=False).ids
+        for holes, scale, piece in zip(marked[::3], marked[1::3], marked[2::3]):
+            given = read(piece)
             row += [config.mask_id] * int(holes) + given
             own += [np.nan if scale is None else float(scale)] * int(holes) + [np.nan] * len(given)
-        added = 0 if len(pieces) > 1 else length
+        added = 0 if marked else length
+        if marked and config.mask_id not in row:
+            raise ValueError(f"prompts: expected a hole of at least one token in each, got {prompt!r}")
         rows.append(row + [config.mask_id] * added)
         scales.append(own + [np.nan] * added)
-    tokens = _padded(rows, config.pad_id, np.int32)
+    least = max(least, *(before + len(row) - row.index(config.mask_id) for row in rows))
+    tokens = _padded(rows, config.pad_id, np.int32, least)
     start = np.array([tokens.shape[1] - len(row) for row in rows], np.int32)
     first = (tokens == config.mask_id).argmax(1).astype(np.int32)
-    return Canvas(tokens, start, first, _padded(scales, np.nan, np.float32))
+    return Canvas(tokens, start, first, _padded(scales, np.nan, np.float32, least))
 
 
-def _padded(rows, filler, dtype):
-    """[B, L] of lists, filled up on the left."""
-    width = max(-(-max(map(len, rows)) // BUCKET) * BUCKET, BUCKET)
+def _padded(rows, filler, dtype, least):
+    """[B, L] of lists, filled up on the left; L is a multiple of BUCKET and no less than `least`."""
+    width = -(-max(least, *map(len, rows)) // BUCKET) * BUCKET
     return np.array([[filler] * (width - len(row)) + row for row in rows], dtype)
 
 
-def without_prompt(config, tokenizer, canvas, prompt=None):
-    """The unconditional stream's canvas and starts: `prompt` in the place of what is given before the first hole.
+def without_prompt(config, canvas, ids=None):
+    """The unconditional stream's canvas and starts: `ids` in the place of what is given before the first hole.
 
     None masks what is given there, which is LLaDA's unconditional input. Pads stay pads: nobody sees them.
     """
     tokens, start = canvas.tokens.copy(), canvas.start.copy()
     for row, (begin, hole) in enumerate(zip(canvas.start, canvas.first)):
-        if prompt is None:
+        if ids is None:
             tokens[row, begin:hole] = config.mask_id
             continue
-        ids = tokenizer.encode(prompt).ids[-int(hole) :] if hole else []
-        tokens[row, :hole] = config.pad_id
-        tokens[row, hole - len(ids) : hole] = ids
         start[row] = hole - len(ids)
+        tokens[row, :hole] = config.pad_id
+        tokens[row, start[row] : hole] = ids
     return tokens, start
 
 
@@ -123,84 +138,96 @@ def generate(
         tokens = decode(config, params, encode(prompts) + [mask] * length, ...)
         return tokenizer.decode(tokens)
 
-    model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: texts; one with `<mask:n>` in it is filled there with
-    exactly n tokens each, any other is continued by at most `length` tokens, until end-of-text or the end of a turn; an
-    instruction-tuned model answers a prompt of `chat.turn`. block, steps and options
+    model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: a list of texts, with `<mask:n>` in all of them or in
+    none: such are filled there with exactly n tokens each, others continued by at most `length` tokens, until end-of-text or the
+    end of a turn; an instruction-tuned model answers a prompt of `chat.turn`. block, steps and options
     (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. temperature: 0, the default, is
     greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given
     `adaptive`, with that share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of
     their own. style: text that is read before each prompt and is no part of the result; under guidance,
     what it draws away from is the prompt without it. banned: token ids. required: texts that are written where they are likeliest
-    before anything else, see `control.require`; then the length is exact. logit_bias: {token id: what to add to its logit};
-    eos_bias: likewise for end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before `length`.
-    drafts, drafter: speculate, see `speculative.decode`; it goes with steps alone. noise_budget: decode from random tokens, see
-    `renoise.decode`, in 48 steps unless they are given, from temperature, then above 0 and by default 0.8, to half of it.
-    Returns Generation; the first, compiling run is not in its seconds. Raises ValueError for options that do not fit.
+    before anything else, one after the other, see `control.require`; then the length is exact. logit_bias: {token id: what to add
+    to its logit}; eos_bias: likewise for end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before
+    `length`. drafts, drafter: speculate, see `speculative.decode`; it goes with steps alone. noise_budget: decode from random
+    tokens, see `renoise.decode`, in 48 steps unless they are given, from temperature, then above 0 and by default 0.8, to half of
+    it. Returns Generation; the first, compiling run is not in its seconds. Raises ValueError for options that do not fit.
     """
     config, params, tokenizer = model
-    if not prompts:
-        raise ValueError("prompts: expected at least one, got none")
+    _check(prompts, required, options)
     limits.counts(block=block, length=length)
-    limits.numbers(1, steps=steps)  # the rehearsal below has its own
+    limits.whole(1, steps=steps)  # the rehearsal below has its own
+    limits.whole(0, 2**32 - 1, seed=seed)
     limits.numbers(0, temperature=temperature, noise_budget=noise_budget)
     limits.numbers(0, 1, adaptive=adaptive)
-    limits.numbers(0, 2**32 - 1, seed=seed)
-    limits.numbers(guidance=guidance)
-    prefix = len(tokenizer.encode(style).ids) if style else 0
-    board = canvas(config, tokenizer, prompts, length, style or "")
-    for text in required:
-        phrase = tokenizer.encode(text).ids
-        if set(phrase) & set(banned):
-            raise ValueError(f"required: expected texts without a banned token, got {text!r}")
-        tokens = control.require(
-            config, params, board.tokens, phrase, start=board.start, implementation=options.get("implementation")
-        )
-        board = dataclasses.replace(board, tokens=tokens)
+    limits.numbers(guidance=guidance, eos_bias=eos_bias)
+    # As if not given: some goes with nothing that is.
+    plain = sampler.decode.__kwdefaults__
+    options = {n: x for n, x in options.items() if x is not None and not (isinstance(x, (str, bool)) and x == plain.get(n))}
+    marked = any(HOLE.search(prompt) for prompt in prompts)
     if noise_budget is not None:
         if temperature == 0:
             raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
-        steps, temperature = 48 if steps is None else steps, 0.8 if temperature is None else temperature
+        steps = 48 if steps is None else steps
     if steps is None and all(options.get(rule) is None for rule in ALL):
         steps = max(block // 4, 1)
+    # A draw is of a place in the block's window: one as narrow as the canvas happens to be would draw otherwise in a wider one.
+    block = block if marked else min(block, length)
+    style = style or ""
+    away = None if negative_prompt is None else encode(config, tokenizer, "negative_prompt", negative_prompt)
+    board = canvas(config, tokenizer, prompts, length, style, least=block, before=len(away or []))
+    prefix = len(encode(config, tokenizer, "style", style))
+    own = ~np.isnan(board.guidance)
+    guided = guidance != 1 or options.get("guidance_final") is not None or own.any()
+    named = dict(
+        temperature=temperature or None, guidance=guidance if guided else None, logit_bias=logit_bias, eos_bias=eos_bias or None,
+        on_pass=on_pass, drafts=drafts, noise_budget=noise_budget, **options,
+    )  # fmt: skip
+    if drafts is not None:
+        _alone("drafts", "steps and greedy decoding", (), named)
+    elif drafter is not None:
+        raise ValueError("drafter: expected drafts with it, got none")
+    if noise_budget is not None:
+        _alone("noise_budget", "steps and temperature", ("temperature", "on_pass"), named)
+        temperature = 0.8 if temperature is None else temperature
     ends = chat.ends(config, tokenizer)
-    if exact or required or any(HOLE.search(prompt) for prompt in prompts):
-        banned = [*banned, *ends]
-    random = options.get("remask") is not None and options.get("remask_rule", "least") != "least"
+    limits.ids(config.vocab, banned=banned)
+    banned = [*banned, *(ends if exact or required or marked else ())]
+    if {*range(config.vocab)} <= {*banned, *np.asarray(sampler.banned_ids(config)).tolist()}:
+        raise ValueError("banned: expected to leave a token that may be written, got all of them")
+    phrases = [encode(config, tokenizer, "required", text) for text in required]
+    for at, (text, phrase) in enumerate(zip(required, phrases)):
+        if set(phrase) & set(banned):
+            raise ValueError(f"required: expected texts without a banned token, got {text!r}")
+        tokens = control.require(
+            config, params, board.tokens, phrase, start=board.start, later=[len(other) for other in phrases[at + 1 :]],
+            implementation=options.get("implementation"),
+        )  # fmt: skip
+        board = dataclasses.replace(board, tokens=tokens)
     if temperature:
         # Ids without a text, which no training has lowered: LLaDA's and Dream's heads are wider than their vocabularies.
         banned = [*banned, *range(max(tokenizer.get_vocab().values()) + 1, config.vocab)]
-    if temperature or random:
+    if temperature or "remask_rule" in options or options.get("confidence") == "random":
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
         options |= dict(temperature=temperature or None, key=keys)
-    own = ~np.isnan(board.guidance)
-    if guidance != 1 or options.get("guidance_final") is not None or own.any():
+    if guided:
         scale = np.where(own, board.guidance, np.float32(guidance)) if own.any() else guidance
-        options |= dict(guidance_scale=scale) | _away_from(config, tokenizer, board, prefix, adaptive, negative_prompt)
+        options |= dict(guidance_scale=scale) | _away_from(config, board, prefix, adaptive, away)
     elif adaptive is not None or negative_prompt is not None:
         raise ValueError("adaptive, negative_prompt: expected a guidance other than 1 with them, got 1")
-    biases = {} if logit_bias is None else dict(logit_bias)
-    if eos_bias:
-        biases |= {token: biases.get(token, 0.0) + eos_bias for token in ends}
-    if biases:
-        options["logit_bias"] = control.logit_bias(config, biases)
+    if logit_bias is not None or eos_bias:
+        bias = control.logit_bias(config, {} if logit_bias is None else logit_bias)
+        bias[ends] += eos_bias
+        options["logit_bias"] = bias
     viewer = _viewer(on_pass)
     if on_pass is not None:
         options["on_pass"] = viewer
     decode = sampler.decode
-    if drafter is not None and drafts is None:
-        raise ValueError("drafter: expected drafts with it, got none")
     if drafts is not None:
-        given = [name for name, option in options.items() if option is not None and name != "implementation"]
-        if given or steps is None:
-            raise ValueError(f"drafts: goes with steps and greedy decoding alone, got {given or 'no steps'}")
-        options = dict(drafts=drafts, drafter=drafter, implementation=options.get("implementation"))
         decode = speculative.decode
+        options |= dict(drafts=drafts, drafter=drafter)
     if noise_budget is not None:
-        given = [n for n, x in options.items() if x is not None and n not in ("key", "temperature", "on_pass", "implementation")]
-        if given or drafts is not None:
-            raise ValueError(f"noise_budget: goes with steps and temperature alone, got {given or 'drafts'}")
-        options |= dict(budget=noise_budget, temperature=(temperature, temperature / 2))
         decode = renoise.decode
+        options |= dict(budget=noise_budget, temperature=(temperature, temperature / 2))
     options |= dict(block=block, start=board.start, first=board.first, stop_at=np.array(ends, np.int32))
     options |= dict(banned_tokens=np.array(banned, np.int32))
     asked = time.perf_counter()
@@ -220,6 +247,7 @@ def generate(
     return Generation(
         answers=[tokenizer.decode(row[hole:].tolist()) for hole, row in zip(board.first, decoded.tokens)],
         texts=[tokenizer.decode(row[begin + prefix :].tolist()) for begin, row in zip(board.start, decoded.tokens)],
+        board=board,
         decoded=decoded,
         tokens=int(made.sum()),
         passes=int(decoded.passes),
@@ -243,15 +271,36 @@ class _Viewer:
 _viewer = functools.lru_cache(maxsize=8)(_Viewer)
 
 
-def _away_from(config, tokenizer, board, prefix, adaptive, negative_prompt):
-    """Of `sampler.decode`'s options what the unconditional stream reads. prefix: how many tokens are style."""
-    if adaptive is not None and negative_prompt is not None:
+def _check(prompts, required, options):
+    """Raises ValueError for what is no list of texts, prompts with and without holes at once, and options made here."""
+    for name, texts in dict(prompts=prompts, required=required).items():
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name}: expected a list of texts, got {texts!r}")
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    # End-of-text is banned for all rows or none.
+    if len({HOLE.search(prompt) is None for prompt in prompts}) > 1:
+        raise ValueError("prompts: expected <mask:n> in all of them or in none, got both")
+    for name in MADE.keys() & {name for name, option in options.items() if option is not None}:
+        raise ValueError(f"{name}: expected {MADE[name]} in its place, of which it is made, got {name}")
+
+
+def _alone(name, company, fits, given):
+    """Raises ValueError where of `given`, by name, more than `fits` is there beside the option `name`."""
+    more = [other for other, option in given.items() if option is not None and other not in (name, "implementation", *fits)]
+    if more:
+        raise ValueError(f"{name}: goes with {company} alone, got {more}")
+
+
+def _away_from(config, board, prefix, adaptive, away):
+    """Of `sampler.decode`'s options what the unconditional stream reads. prefix: how many tokens are style; away: None, or ids."""
+    if adaptive is not None and away is not None:
         raise ValueError("adaptive, negative_prompt: expected one of them, got both")
     if adaptive is not None:
         return dict(guidance_remask=adaptive)
-    if prefix and negative_prompt is None:
+    if prefix and away is None:
         return dict(unconditional=board.tokens, unconditional_start=board.start + prefix)
-    tokens, start = without_prompt(config, tokenizer, board, negative_prompt)
+    tokens, start = without_prompt(config, board, away)
     return dict(unconditional=tokens, unconditional_start=start)
 
 
@@ -260,60 +309,3 @@ def tokens_with(tokenizer, text):
     if not text:
         raise ValueError("banned: expected texts of at least one character, got ''")
     return [i for i in range(tokenizer.get_vocab_size()) if text in tokenizer.decode([i])]
-
-
-def implementations(config, block=64, length=128, dtype=jnp.float32, *, every=False):
-    """{operation: implementation} that decoding takes on this machine's default device; with `every` all operations."""
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-
-    def shaped(*shape, dtype=dtype):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    heads, keys = ((1, n, k, config.head_size) for n, k in ((block, config.heads), (length, config.kv_heads)))
-    row = shaped(1, length, dtype=jnp.int32)
-    score = shaped(1, length, dtype=jnp.float32)
-    calls = {
-        "attention": (
-            dlm_kernels.attention,
-            (shaped(*heads), shaped(*keys), shaped(*keys)),
-            dict(mask=dlm_kernels.masks.cache(block, length)),
-        ),
-        "mix_guidance": (
-            dlm_kernels.mix_guidance,
-            (shaped(1, block, config.d_model), shaped(1, block, config.d_model), 2.0),
-            {},
-        ),
-        "lm_head_scores": (
-            dlm_kernels.lm_head_scores,
-            (shaped(1, block, config.d_model), shaped(config.vocab, config.d_model)),
-            {},
-        ),
-        "unmask_topk": (
-            dlm_kernels.unmask_topk,
-            (row, dlm_kernels.TokenScores(row, score, score, score)),
-            dict(mask_id=config.mask_id, num_unmask=1),
-        ),
-    }
-    if every:
-        hidden, weight = shaped(1, block, config.d_model), shaped(config.vocab, config.d_model)
-        logits = shaped(1, block, config.vocab)
-        tokens, positions = shaped(1, block, dtype=jnp.int32), shaped(1, block)
-        attention, loss = calls["attention"], (dlm_kernels.masked_cross_entropy, (hidden, weight, tokens, positions), {})
-        divergence = dlm_kernels.masked_divergence, (hidden, weight, hidden, weight, positions), {}
-        calls |= {
-            "gradient of attention": (jax.grad(lambda *x, mask: attention[0](*x, mask=mask).sum(), (0, 1, 2)), *attention[1:]),
-            "combine_guidance": (dlm_kernels.combine_guidance, (shaped(2, *logits.shape), shaped(2)), {}),
-            "score_tokens": (dlm_kernels.score_tokens, (logits,), {}),
-            "unmask_step": (dlm_kernels.unmask_step, (logits, tokens), dict(mask_id=config.mask_id, num_unmask=1)),
-            "masked_cross_entropy": loss,
-            "gradient of masked_cross_entropy": (jax.grad(loss[0], (0, 1)), *loss[1:]),
-            "masked_divergence": divergence,
-            "gradient of masked_divergence": (jax.grad(divergence[0], (0, 1)), *divergence[1:]),
-            "soft_embedding": (dlm_kernels.soft_embedding, (hidden, weight), {}),
-        }
-    taken = {}
-    for name, (function, arguments, named) in calls.items():
-        choices = dlm_kernels.explain(function, *arguments, **named)
-        kernels = [choice.implementations.get(platform, choice.implementations["default"]) for choice in choices]
-        taken[name] = ", ".join(dict.fromkeys(kernels))
-    return taken

@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from dlm_kernels.denoiser import checkpoint, generate
+from dlm_kernels.denoiser.text import words
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>dlm-kernels: decoding, pass by pass</title>
@@ -34,9 +35,11 @@ const columns = runs.map(run => {
 function show(at) {
   for (const { run, head, note, text } of columns) {
     const pass = Math.min(at, run.passes.length);
-    const cells = run.given.map(word => word === null ? { word: "\\u2591\\u2591", style: "mask" } : { word, style: "given" });
+    const mask = { word: "\\u2591\\u2591", style: "mask" };
+    const cells = run.given.map(word => word === null ? mask : { word, style: "given" });
     run.passes.slice(0, pass).forEach((writes, i) => writes.forEach(([place, word, sure]) => {
-      cells[place] = { word, style: i === pass - 1 ? "new" : "", sure };
+      if (sure === null) cells[place] = { ...cells[place], word };
+      else cells[place] = word === null ? mask : { word, style: i === pass - 1 ? "new" : "", sure };
     }));
     text.replaceChildren(...cells.map(({ word, style, sure }) => {
       const span = document.createElement("span");
@@ -74,38 +77,46 @@ open();
 def write(path, model, prompt, result, frames, options):
     """Writes the page of a generation of one prompt; `frames` are its passes' Decoded, `options` what `generate` was given.
 
-    Decodes the prompt once more for the right column, one token a pass (block 1, block-causal, cached), with the same sampling.
+    Decodes the prompt once more for the right column, one token a pass (block 1, block-causal, cached), with the same sampling and
+    the same control, but for what is about the passes of a block.
     """
-    kept = ("length", "temperature", "seed", "banned", "required", "style", "exact", "implementation")
+    kept = (
+        "length", "temperature", "seed", "banned", "required", "style", "exact", "guidance", "negative_prompt", "adaptive",
+        "classifier", "classifier_scale", "logit_bias", "eos_bias", "implementation",
+    )  # fmt: skip
     options = {name: options[name] for name in kept if name in options}
     singly = []
     one_by_one = generate.generate(
         model, [prompt], block=1, steps=1, attend="blocks", cache=True, on_pass=singly.append, **options
     )
-    board = generate.canvas(model[0], model[2], [prompt], options["length"], options.get("style") or "")
-    runs = [
-        run(model, board, "Block by block", result, frames),
-        run(model, board, "Token by token", one_by_one, singly),
-    ]
+    runs = [run(model, "Block by block", result, frames), run(model, "Token by token", one_by_one, singly)]
     # `<` could end the script element that the data stands in.
     content = PAGE.replace("DATA", json.dumps(runs).replace("<", "\\u003c"))
     checkpoint.write_atomic(path, content.encode())
 
 
-def run(model, board, name, result, frames):
-    """One column: the given words (null for a hole) and for each pass what it wrote, [[place, word, confidence], ...]."""
+def run(model, name, result, frames):
+    """One column: the given words and for each pass what it wrote, [[place, word, confidence], ...]; the word of a mask is null.
+
+    A character's bytes may be several tokens, so a token may show another word though a pass wrote beside it only: there the
+    confidence is null.
+    """
     config, _, tokenizer = model
-    silent = (config.pad_id, config.eos_id)
+    begin = int(result.board.start[0])
 
-    def word(token):
-        return "" if token in silent else tokenizer.decode([int(token)])
+    def shown(tokens):
+        return [None if t == config.mask_id else word for t, word in zip(tokens, words(tokenizer, tokens))]
 
-    begin = int(board.start[0])
-    before, passes = board.tokens[0], []
+    before = result.board.tokens[0, begin:].tolist()
+    given = old = shown(before)
+    passes = []
     for frame in frames:
-        tokens, confidence = np.asarray(frame.tokens[0]), np.nan_to_num(np.asarray(frame.confidence[0]))
-        places = np.flatnonzero(tokens != before)
-        passes.append([[int(p) - begin, word(tokens[p]), round(float(confidence[p]), 4)] for p in places])
-        before = tokens
-    given = [None if token == config.mask_id else word(token) for token in board.tokens[0][begin:]]
+        tokens, sure = np.asarray(frame.tokens)[0, begin:].tolist(), np.nan_to_num(np.asarray(frame.confidence)[0, begin:])
+        new, writes = shown(tokens), []
+        for place, token in enumerate(tokens):
+            wrote = token != before[place]
+            if wrote or new[place] != old[place]:
+                writes.append([place, new[place], round(float(sure[place]), 4) if wrote else None])
+        passes.append(writes)
+        before, old = tokens, new
     return {"name": name, "given": given, "passes": passes, "tokens": result.tokens, "seconds": result.seconds}

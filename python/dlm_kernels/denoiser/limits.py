@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST = np.finfo(np.float32).max  # more is infinite once it is cast
+
 
 def numbers(low=-np.inf, high=np.inf, **given):
-    """Finite and from low to high: numbers, arrays or pairs of them. None and JAX's own arrays, which are not read here, pass."""
+    """Finite in float32 and from low to high: numbers, arrays or pairs of them. None and JAX's own arrays, not read here, pass."""
     if high < np.inf:
         expected = f"a number in [{low}, {high}]"
     else:
@@ -16,12 +18,34 @@ def numbers(low=-np.inf, high=np.inf, **given):
             if part is None or isinstance(part, jax.Array):
                 continue
             array = np.asarray(part)
-            if not jnp.issubdtype(array.dtype, jnp.number) or not ((low <= array) & (array <= high) & np.isfinite(array)).all():
+            known = jnp.issubdtype(array.dtype, jnp.number)
+            if not known or not ((low <= array) & (array <= high) & (abs(array) <= MOST)).all():
                 raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
+def whole(low, high=None, **given):
+    """`numbers` without a fraction; by default no more than int32 holds."""
+    numbers(low, np.inf if high is None else high, **given)
+    most = 2**31 - 1 if high is None else high
+    for name, value in given.items():
+        if value is None or isinstance(value, jax.Array):
+            continue
+        array = np.asarray(value)
+        if not np.issubdtype(array.dtype, np.integer) or (array > most).any():
+            raise ValueError(f"{name}: expected a whole number of at most {most}, got {value}")
+
+
 def counts(least=1, **given):
-    """Whole numbers, which are never traced."""
+    """Whole numbers that int32 holds, and that are never traced."""
     for name, value in given.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+        whole(least, **{name: value})
+
+
+def ids(vocab, **given):
+    """Iterables of token ids."""
+    for name, tokens in given.items():
+        for token in tokens:
+            if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab:
+                raise ValueError(f"{name}: expected token ids in [0, {vocab}), got {token!r}")

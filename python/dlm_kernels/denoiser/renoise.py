@@ -58,7 +58,7 @@ def decode(
         raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
     b, length = tokens.shape
     limits.counts(block=block)
-    limits.numbers(1, steps=steps)
+    limits.whole(1, steps=steps)
     if jnp.shape(key)[:1] != (b,):
         raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
     if np.shape(temperature) != (2,):
@@ -153,7 +153,7 @@ def _decode(static, params, tokens, columns, data):
             put(decoded.confidence, likeliest.confidence, changing),
             decoded.passes + 1,
         )
-        ended = sampler.end_rows(config, data["stop_at"], decoded, hole).tokens
+        ended = sampler.end_rows(config, data["stop_at"], decoded.tokens, hole)
         decoded = decoded._replace(tokens=jnp.where(over, ended, decoded.tokens))
         soft = state.soft
         if config.self_conditioning:
@@ -162,12 +162,10 @@ def _decode(static, params, tokens, columns, data):
             jax.debug.callback(lambda *fields: on_pass(sampler.Decoded(*fields)), *decoded, ordered=True)
         return _State(decoded, at, state.index, step + 1, inside, likeliest.token, soft, settled, over)
 
-    untouched = sampler.Decoded(
-        tokens, jnp.full(tokens.shape, -1, jnp.int32), jnp.ones(tokens.shape, jnp.float32), jnp.zeros((), jnp.int32)
-    )
     nothing = jnp.zeros((b, block), bool)
     before = _State(
-        untouched, jnp.zeros(b, jnp.int32), jnp.int32(0), jnp.int32(0), nothing, jnp.zeros((b, block), jnp.int32),
+        sampler.untouched(tokens), jnp.zeros(b, jnp.int32), jnp.int32(0), jnp.int32(0), nothing,
+        jnp.zeros((b, block), jnp.int32),
         jnp.zeros((b, block, config.d_model), params["embed"].dtype), jnp.zeros(b, bool), jnp.bool_(True),
     )  # fmt: skip
     return jax.lax.while_loop(lambda state: ~state.over | unwritten(state.decoded).any(), one_pass, before).decoded

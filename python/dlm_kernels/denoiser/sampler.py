@@ -6,9 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels import lm_head_scores, masks, unmask_topk
-from dlm_kernels.denoiser import classifier as classifiers
-from dlm_kernels.denoiser import guided, limits, model
+from dlm_kernels import lm_head_scores, unmask_topk
+from dlm_kernels.denoiser import guided, limits, model, streams
 from dlm_kernels.denoiser import remask as remasking
 
 NEVER = 1_000_000  # more passes than a block takes
@@ -103,7 +102,8 @@ def decode(
       remask_rule: "least", that; or "cap", "rescale" or "confidence", where remask is the strength of ReMDM's random rules, see
         `remask.sigma`, which need a key.
       confidence: see `score_tokens`; a model of Dream's kind has that of the tempered distribution. temperature: None for greedy,
-        else a scalar or [B], traced; needs key: a JAX threefry key for each row, [B].
+        else a scalar or [B], traced. key: a JAX threefry key for each row, [B], for a temperature, a random remask_rule or
+        confidence "random".
       unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
         tokens for the unconditional stream, from column unconditional_start on; guidance_scale: scalar, [B] or [B, L], 1 is none.
       guidance_final: the scale, scalar or [B], that a block is nearing as it fills: a mean of the two, in which guidance_scale's
@@ -112,9 +112,11 @@ def decode(
         masked is within them, both inclusive.
       guidance_remask: adaptive guidance (A-CFG), in the place of `unconditional`: the unconditional stream keeps the given
         tokens and masks this share of the decoded ones anew, at least one, the least confident (when written) first. With a cache
-        the blocks before stay, in that stream, as they were read when it last computed their keys.
+        the blocks before stay, in that stream, as they were read when it last computed their keys. With attend "blocks" it computes
+        them anew after a block that the whole batch skips: there a row in which whole blocks are given depends on its batch.
       guidance_refresh: compute the unconditional stream anew in every so many passes of a block only, and keep its hidden states
-        for those between. Default: every pass, in one batch with the conditional stream.
+        for those between. Default: every pass, in one batch with the conditional stream. A renewal of its cache that falls due
+        between waits for the next of them.
       banned_tokens: int32 [M], never chosen. The mask always is, and the pad unless it is end-of-text too.
       logit_bias: [V], added to the logits, after guidance; finite, and rounded to the parameters' dtype.
       classifier, classifier_scale: guidance towards what a `classifier.Classifier` takes for wanted, whose log p counts
@@ -138,7 +140,7 @@ def decode(
     rules = dict(threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     if steps is None and all(rule is None for rule in rules.values()):
         raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
-    limits.numbers(1, steps=steps, guidance_refresh=guidance_refresh, refresh=refresh)
+    limits.whole(1, steps=steps, guidance_refresh=guidance_refresh, refresh=refresh)
     limits.numbers(0, 1, remask=remask, guidance_remask=guidance_remask)
     limits.numbers(0, factor=factor, entropy_budget=entropy_budget, temperature=temperature)
     limits.numbers(
@@ -157,6 +159,8 @@ def decode(
         raise ValueError("refresh: expected a cache that attends to all, whose keys grow old, got none")
     if unconditional is not None and guidance_remask is not None:
         raise ValueError("unconditional, guidance_remask: expected one unconditional stream, got two")
+    if guidance_interval is not None and not (isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2):
+        raise ValueError(f"guidance_interval: expected a pair (low, high), got {guidance_interval!r}")
     if (unconditional is None and guidance_remask is None) != (guidance_scale is None):
         raise ValueError("guidance_scale: expected one with `unconditional` or guidance_remask, and none without")
     further = dict(
@@ -169,13 +173,13 @@ def decode(
         raise ValueError(
             f"unconditional: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(unconditional))}"
         )
-    random = temperature is not None or (remask is not None and remask_rule != "least")
+    random = temperature is not None or remask_rule != "least" or confidence == "random"
     if random != (key is not None):
-        raise ValueError("temperature, key: expected both or neither, and a key with a random remask_rule")
+        raise ValueError("temperature, key: expected both or neither, and a key with a random remask_rule or confidence")
     if key is not None and jnp.shape(key)[:1] != (b,):
         raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
     if 0 in (b, length):
-        return _untouched(config, tokens)
+        return untouched(tokens)
     columns = dict(start=start, first=first, stop=length if stop is None else stop)
     if guidance_scale is not None:
         columns["unconditional_start"] = start if unconditional is None else unconditional_start
@@ -188,17 +192,28 @@ def decode(
         raise ValueError(f"guidance_scale: expected a scalar, [{b}] or {[b, length]}, got {list(jnp.shape(guidance_scale))}")
     if logit_bias is not None and jnp.shape(logit_bias) != (config.vocab,):
         raise ValueError(f"logit_bias: expected shape [{config.vocab}], got {list(jnp.shape(logit_bias))}")
-    scales = rules | dict(
-        edit_threshold=edit_threshold, remask=remask, temperature=temperature, guidance_scale=guidance_scale,
-        guidance_final=guidance_final, guidance_interval=guidance_interval, guidance_remask=guidance_remask,
-        classifier_scale=classifier_scale, logit_bias=logit_bias,
-    )  # fmt: skip
-    refresh = NEVER if refresh is None else refresh
-    whole = dict(steps=steps, unconditional=unconditional, guidance_refresh=guidance_refresh, stop_at=stop_at, refresh=refresh)
-    data = dict(key=key, classifier=classifier, banned=banned_ids(config, banned_tokens))
-    # Of one dtype: 2, 2.0 and NumPy's would each compile a loop of its own.
-    data |= jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scales)
-    data |= jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), whole)
+    # Each of one dtype: 2, 2.0 and NumPy's would each compile a loop of its own. What is None is not in the loop at all.
+    real, whole = (functools.partial(jax.tree.map, lambda x, to=to: jnp.asarray(x, to)) for to in (jnp.float32, jnp.int32))
+    data = dict(
+        steps=whole(steps),  # []
+        refresh=whole(NEVER if refresh is None else refresh),  # []
+        guidance_refresh=whole(guidance_refresh),  # []
+        stop_at=whole(stop_at),  # [] or [N]
+        unconditional=whole(unconditional),  # [B, L]
+        banned=banned_ids(config, banned_tokens),  # int32 [M]
+        key=key,  # keys [B]
+        classifier=classifier,  # a `classifier.Classifier`
+        classifier_scale=real(classifier_scale),  # [] or [B]
+        logit_bias=real(logit_bias),  # [V]
+        temperature=real(temperature),  # [] or [B]
+        remask=real(remask),  # []
+        edit_threshold=real(edit_threshold),  # [] or [B]
+        guidance_scale=real(guidance_scale),  # [], [B] or [B, L]
+        guidance_final=real(guidance_final),  # [] or [B]
+        guidance_interval=real(guidance_interval),  # a pair, each [] or [B]
+        guidance_remask=real(guidance_remask),  # []
+        **real(rules),  # threshold, factor, entropy_budget: each [] or [B]
+    )
     static = _Static(config, min(block, length), confidence, remask_rule, attend, bool(cache), implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
 
@@ -209,7 +224,8 @@ def banned_ids(config, more=None):
     return jnp.concatenate([jnp.asarray(own, jnp.int32), jnp.asarray([] if more is None else more, jnp.int32)])
 
 
-def _untouched(config, tokens):
+def untouched(tokens):
+    """A Decoded before the first pass."""
     return Decoded(
         tokens, jnp.full(tokens.shape, -1, jnp.int32), jnp.ones(tokens.shape, jnp.float32), jnp.zeros((), jnp.int32)
     )
@@ -242,9 +258,9 @@ def _decode(static, params, tokens, columns, data):
         begin = columns["first"] + index * block
         # The window that is computed; at the canvas's edge it reaches back before `begin`.
         at = jnp.clip(begin, 0, length - block)
-        hidden, cache, other = _both_streams(static, params, columns, data, state, hole, index, step, at)
+        hidden, cache, other = streams.both(static, params, columns, data, state, hole, index, step, at)
         if data["classifier"] is not None:
-            towards = _towards_wanted(static, params, columns, data, state.decoded.tokens, at)
+            towards = streams.towards_wanted(static, params, columns, data, state.decoded.tokens, at)
             # To both streams: their weights add up to 1.
             hidden += jnp.tile(towards, (hidden.shape[0] // b, 1, 1)).astype(hidden.dtype)
         inside = at[:, None] + jnp.arange(block)
@@ -256,12 +272,12 @@ def _decode(static, params, tokens, columns, data):
         decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
         if data["remask"] is not None:
             decoded = remasking.remask(config, static.remask_rule, data, decoded, inside, at, index, step)
-        decoded = end_rows(config, data["stop_at"], decoded, hole)
+        decoded = decoded._replace(tokens=end_rows(config, data["stop_at"], decoded.tokens, hole))
         if static.on_pass is not None:
             jax.debug.callback(lambda *fields: static.on_pass(Decoded(*fields)), *decoded, ordered=True)
         return _State(decoded, index, step, cache, other)
 
-    before = _State(_untouched(config, tokens), jnp.int32(-length - 1), jnp.int32(0), cache, other)
+    before = _State(untouched(tokens), jnp.int32(-length - 1), jnp.int32(0), cache, other)
     return jax.lax.while_loop(lambda state: masked(state).any(), one_pass, before).decoded
 
 
@@ -279,11 +295,10 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
     guidance = {}
     if data["guidance_scale"] is not None:
         guidance = dict(unconditional_hidden=hidden[b:], guidance_scale=guided.scale(data, todo, inside, at))
-    sampling = {}
-    if data["temperature"] is not None:
+    sampling = {} if data["temperature"] is None else dict(temperature=data["temperature"])
+    if data["key"] is not None:
         # From the block and its step alone: a row draws the same in any batch.
-        keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, index), step))(data["key"])
-        sampling = dict(temperature=data["temperature"], key=keys)
+        sampling["key"] = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, index), step))(data["key"])
     scores = lm_head_scores(
         hidden[:b],
         head,
@@ -323,85 +338,11 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
     )
 
 
-def end_rows(config, stop_at, decoded, hole):
-    """Pads what follows a row's first stop token, once nothing before that token is masked."""
+def end_rows(config, stop_at, tokens, hole):
+    """`tokens`, padded behind each row's first stop token once nothing before that token is masked."""
     if stop_at is None:
-        return decoded
-    ends = hole & jnp.isin(decoded.tokens, stop_at)
-    open_before = jnp.cumsum(hole & (decoded.tokens == config.mask_id), axis=1) > 0
+        return tokens
+    ends = hole & jnp.isin(tokens, stop_at)
+    open_before = jnp.cumsum(hole & (tokens == config.mask_id), axis=1) > 0
     ended = jnp.cumsum(ends & ~open_before, axis=1) - (ends & ~open_before) > 0
-    return decoded._replace(tokens=jnp.where(ended & hole, config.pad_id, decoded.tokens))
-
-
-def _both_streams(static, params, columns, data, state, hole, index, step, at):
-    """Hidden states of the window at `at` [B], under guidance of both streams: [B or 2B, block, D]; both states of the carry."""
-    tokens, start, stop, first = state.decoded.tokens, columns["start"], columns["stop"], columns["first"]
-    window = functools.partial(_window_states, static, params, data, state.block, index, step)
-    if data["guidance_scale"] is None:
-        return *window(state.cache, tokens, start, first, stop, at), ()
-    if data["guidance_remask"] is not None:
-        other = guided.without_doubtful(static.config, data["guidance_remask"], state.decoded, hole)
-    else:
-        other = jnp.where(hole, tokens, data["unconditional"])
-    if data["guidance_refresh"] is None:
-        rows = (tokens, other), (start, columns["unconditional_start"]), (first, first), (stop, stop), (at, at)
-        return *window(state.cache, *map(jnp.concatenate, rows)), ()
-    hidden, cache = window(state.cache, tokens, start, first, stop, at)
-    # A block's first pass is always one of these, so the cache of a block-causal model misses no block.
-    kept = jax.lax.cond(
-        step % data["guidance_refresh"] == 0,
-        lambda kept: window(kept[1], other, columns["unconditional_start"], first, stop, at),
-        lambda kept: kept,
-        state.other,
-    )
-    return jnp.concatenate([hidden, kept[0]]), cache, kept
-
-
-def _towards_wanted(static, params, columns, data, tokens, at):
-    """What classifier guidance adds to the window's hidden states, [B, block, D]."""
-    column = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    start, stop = (jnp.broadcast_to(columns[name][:, None], tokens.shape) for name in ("start", "stop"))
-    towards = classifiers.direction(
-        static.config, params, data["classifier"], tokens, (start <= column) & (column < stop), positions=column - start,
-        mask=masks.KeyIntervals(start, stop), implementation=static.implementation,
-    )  # fmt: skip
-    scale = jnp.asarray(data["classifier_scale"], jnp.float32)[..., None, None]
-    return model.read_window(towards, at, static.block) * scale
-
-
-def _window_states(static, params, data, before, index, step, cache, tokens, starts, first, stop, at):
-    """Hidden states [rows, block, D] of the window at `at` [rows], and the cache. before: int32, the block of the last pass."""
-    config, block, implementation = static.config, static.block, static.implementation
-    length = tokens.shape[1]
-
-    def where(begin, size):
-        """Positions (a row's start is 0) and mask of the columns [begin, begin + size)."""
-        column = begin[:, None] + jnp.arange(size, dtype=jnp.int32)
-        end = jnp.broadcast_to(stop[:, None], column.shape)
-        if static.attend == "blocks":
-            end = jnp.minimum(end, first[:, None] + ((column - first[:, None]) // block + 1) * block)
-        begin = jnp.broadcast_to(starts[:, None], column.shape)
-        return dict(positions=column - begin, mask=masks.KeyIntervals(begin, end), implementation=implementation)
-
-    if not static.cached:
-        hidden = model.hidden_states(config, params, tokens, **where(jnp.zeros_like(at), length))
-        return model.read_window(hidden, at, block), []
-
-    def window(size):
-        """Computes `size` columns up to the end of the window."""
-        size = min(size + config.shifted, length)
-
-        def run(cache):
-            begin = jnp.clip(at + block - size, 0, length - size)
-            part = model.read_window(tokens, begin, size)
-            hidden, cache = model.cached_states(config, params, part, cache, begin, **where(begin, size))
-            return model.read_window(hidden, at - begin, block), cache
-
-        return run
-
-    if static.attend == "all":
-        return jax.lax.cond(step % data["refresh"] == 0, window(length), window(block), cache)
-    # A block's first pass also commits the block before it, whose keys were last computed with masks among its tokens. What
-    # lies further back is in the cache already, unless given blocks were skipped: then as at the very start, everything.
-    way = jnp.where(index == before, 0, jnp.where(index == before + 1, 1, 2))
-    return jax.lax.switch(way, [window(block), window(2 * block), window(length)], cache)
+    return jnp.where(ended & hole, config.pad_id, tokens)

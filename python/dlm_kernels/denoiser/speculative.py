@@ -38,7 +38,7 @@ def decode(
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
     limits.counts(block=block, drafts=drafts)
-    limits.numbers(1, steps=steps)
+    limits.whole(1, steps=steps)
     b, length = tokens.shape
     columns = dict(start=start, first=first, stop=length if stop is None else stop)
     columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
@@ -82,8 +82,7 @@ def _decode(static, params, drafter, tokens, columns, steps, banned, stop_at):
             window, scores, mask_id=config.mask_id, num_unmask=count, candidates=inside, implementation=implementation
         )
         board = model.write_window(board, result.tokens, at)
-        decoded = sampler.Decoded(board, None, None, None)
-        return sampler.end_rows(config, stop_at, decoded, hole).tokens
+        return sampler.end_rows(config, stop_at, board, hole)
 
     def score(params, board, place, at, todo):
         hidden = model.read_window(model.hidden_states(config, params, board, **place), at, block)

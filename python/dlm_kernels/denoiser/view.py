@@ -9,6 +9,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from dlm_kernels.denoiser.text import words
+
 FRAME_SECONDS = 0.08  # a frame stays this long at least: a small model's passes are faster than the eye
 COLOURS = ((0.9, "green"), (0.6, "yellow"), (0.3, "dark_orange"), (0.0, "red"))  # by confidence, at least
 
@@ -43,11 +45,11 @@ class View:
         rows = []
         for row in range(len(tokens)):
             text = Text()
-            for token, at, sure in zip(tokens[row], revealed[row], confidence[row]):
+            shown = words(self.tokenizer, np.asarray(tokens[row]).tolist())
+            for token, word, at, sure in zip(tokens[row], shown, revealed[row], confidence[row]):
                 if token == self.config.mask_id:
                     text.append("░░", "bright_black")
-                elif token not in (self.config.pad_id, self.config.eos_id):
-                    word = self.tokenizer.decode([int(token)])
+                else:
                     text.append(word, "default" if at < 0 else colour(sure) + (" reverse" if at == passes - 1 else ""))
             rows.append(text)
         return Group(*rows, Text(f"pass {int(passes)}", "bright_black"))

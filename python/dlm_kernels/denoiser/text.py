@@ -1,0 +1,35 @@
+"""Between texts and tokens: the one way in which what a model reads is encoded, and what each token shows of a text."""
+
+
+def encode(config, tokenizer, name, text):
+    """The ids of `text`, which came as the argument `name`. Only special tokens that it spells itself are among them.
+
+    Raises ValueError for what is no text, and where it spells the mask or the pad, which would be a hole or nobody's.
+    """
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    except TypeError:  # what the library raises for half a surrogate pair too, as which a shell's broken UTF-8 comes
+        raise ValueError(f"{name}: expected a text of Unicode characters, got {text!r}") from None
+    spelled = set(ids) & ({config.mask_id, config.pad_id} - {config.eos_id})
+    if spelled:
+        raise ValueError(f"{name}: expected a text without {tokenizer.id_to_token(min(spelled))}, got one with it")
+    return ids
+
+
+def words(tokenizer, ids):
+    """What each token adds to the text: put together, `tokenizer.decode(ids)`.
+
+    A character whose bytes are several tokens comes with the last of them; a special token shows nothing.
+    """
+    found, unfinished = [], []
+    for token in ids:
+        unfinished.append(token)
+        word = tokenizer.decode(unfinished)
+        found.append(word)
+        if word.endswith("\ufffd"):
+            found[-1] = ""
+        else:
+            unfinished = []
+    if unfinished:
+        found[-1] = tokenizer.decode(unfinished)
+    return found
