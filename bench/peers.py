@@ -140,7 +140,7 @@ def llada_step(logits, tokens, *, mask_id, num_unmask, temperature=0.0, precisio
     """The inner step of LLaDA's sampler: logits [B, L, V], tokens [B, L] -> tokens.
 
     Its Gumbel form multiplies: exp(l) / (-log u) ** T; the confidence is a softmax of the whole vocabulary, gathered at one place;
-    each row of the batch has its own top-k. Both are in float64 in its releases, and in `precision` here.
+    each row of the batch has its own top-k. All in `precision`: its releases have the noise in float64, the first ones all of it.
     """
     import torch
 

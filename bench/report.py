@@ -333,8 +333,9 @@ def _run(about, when, commit, rows, several):
     versions = rows[0].get("versions", about["versions"])
     rates = {name: max(row["rates"][name] for row in rows) for name in rows[0]["rates"]}
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    name = f"the run of {when}, commit {commit}" if when else f"commit {commit}"
     return (
-        f"{len(rows) if several else f'All {len(rows)}'} cases of {f'the run of {when}, ' if when else ''}commit {commit}: {packages}. "
+        f"{'' if several else 'All '}{len(rows)} case{'s' * (len(rows) > 1)} of {name}: {packages}. "
         f"Ceilings: read {rates['read'] / 1e9:.1f} GB/s, copy {rates['copy'] / 1e9:.1f} GB/s, "
         f"products float32 {rates['float32'] / 1e9:.0f} and bfloat16 {rates['bfloat16'] / 1e9:.0f} GFLOP/s.\n"
     )

@@ -199,7 +199,7 @@ def test_the_head_says_of_each_run_what_it_had():
     old = dict(row([1.0]), run="2026-01-01 10:00", commit="aaa", versions=dict(jax="1"), rates=dict(RATES, read=50e9))
     new = dict(row([1.0]), run="2026-02-02 11:00", commit="bbb", versions=dict(jax="2", torch="3"), rates=dict(RATES, read=60e9))
     text = report.head(result(old, new, new))
-    assert "1 cases of the run of 2026-01-01 10:00, commit aaa: jax 1. Ceilings: read 50.0 GB/s" in text
+    assert "1 case of the run of 2026-01-01 10:00, commit aaa: jax 1. Ceilings: read 50.0 GB/s" in text
     assert "2 cases of the run of 2026-02-02 11:00, commit bbb: jax 2, torch 3. Ceilings: read 60.0 GB/s" in text
 
 
