@@ -57,9 +57,11 @@ def _torch_loss(hidden, weight, targets, weights):
     import torch
 
     rows = weights[0] != 0
-    logits = (hidden[0, rows] @ weight.T).float()
-    loss = torch.nn.functional.cross_entropy(logits, targets[0, rows].long(), reduction="none")
-    return (weights[0, rows] * loss).sum()
+    # Their number depends on data, where torch.compile ends a graph: so before all else, which then is one.
+    hidden, targets, weights = hidden[0, rows], targets[0, rows], weights[0, rows]
+    logits = (hidden @ weight.T).float()
+    loss = torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")
+    return (weights * loss).sum()
 
 
 def cases():

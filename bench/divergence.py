@@ -56,10 +56,12 @@ def _torch_loss(hidden, weight, target_hidden, target_weight, weights):
     import torch
 
     rows = weights[0] != 0
-    log_q = torch.nn.functional.log_softmax((hidden[0, rows] @ weight.T).float(), -1)
-    log_p = torch.nn.functional.log_softmax((target_hidden[0, rows] @ target_weight.T).float(), -1)
+    # Their number depends on data, where torch.compile ends a graph: so before all else, which then is one.
+    hidden, target_hidden, weights = hidden[0, rows], target_hidden[0, rows], weights[0, rows]
+    log_q = torch.nn.functional.log_softmax((hidden @ weight.T).float(), -1)
+    log_p = torch.nn.functional.log_softmax((target_hidden @ target_weight.T).float(), -1)
     loss = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return (weights[0, rows] * loss).sum()
+    return (weights * loss).sum()
 
 
 def cases():

@@ -31,7 +31,7 @@ SLOW_SECONDS = 4.0
 # Rounds of every case: of fewer a rank test cannot tell two files apart, see `bench.comparison`.
 LEAST_ROUNDS = 7
 # Who has taken so long leaves after two rounds.
-LONG_SECONDS = 0.7
+LONG_SECONDS = 0.5
 # Between contenders: a thread pool that has just finished still spins for a while, and would slow the next one.
 REST_SECONDS = 0.003
 
