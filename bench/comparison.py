@@ -61,7 +61,7 @@ def _judge(old, new, own):
     what, a, b = _comparable(old, new, own)
     change = statistics.median(b) / statistics.median(a) - 1
     what += f", {own}" if own != OURS else ""
-    if _chance(len(a), len(b), 0) > CHANCE:
+    if not _enough(a, b):
         return f"{change:+.1%} ({what}), of too few rounds to tell noise, {len(a)} and {len(b)}", "unknown"
     if abs(change) <= LEAST_CHANGE or _chance(len(a), len(b), _out_of_order(a, b)) > CHANCE:
         return None, "same"
@@ -74,6 +74,8 @@ def _comparable(old, new, own):
     inverse = {name: [[1 / ratio for ratio in report.ratios(row, name, own)] for row in (old, new)] for name in shared}
     # A peer that was timed once, at its first call, is no measure.
     inverse = {name: pair for name, pair in inverse.items() if all(_rounds(row, name) > 1 for row in (old, new))}
+    # One that left early in either file tells less than the next.
+    inverse = {name: pair for name, pair in inverse.items() if _enough(*pair)} or inverse
     if inverse:
         best = max(inverse, key=lambda name: statistics.median(inverse[name][0]))
         return f"against {best}", *inverse[best]
@@ -82,6 +84,11 @@ def _comparable(old, new, own):
 
 def _rounds(row, name):
     return len(row["contenders"][name].get("times", []))
+
+
+def _enough(a, b):
+    """Whether so many values of each could be told apart."""
+    return _chance(len(a), len(b), 0) <= CHANCE
 
 
 def _out_of_order(a, b):

@@ -275,7 +275,7 @@ def _call(function, sets, i, wait=wait):
 def _rounds(ready, calls, seconds):
     """Each contender's seconds per call in every round, of LEAST_ROUNDS at least, on the same inputs, so times of a round compare.
 
-    Only ours and the fastest of the others, which is who it is compared with, always stay to the end: the list of another, whose
+    Only ours and the fastest others, who are those that it is compared with, always stay to the end: the list of another, whose
     calls take long, is shorter.
     """
     times = {name: [] for name in ready}
@@ -286,8 +286,9 @@ def _rounds(ready, calls, seconds):
         if done >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
         if done == 2 and OURS in ready:
-            others = sorted((name for name in ready if not is_ours(name)), key=lambda name: sum(times[name]))
-            stay = {OURS, *others[:1]}
+            others = {name: sum(times[name]) for name in ready if not is_ours(name)}
+            # As fast but for noise: in the next run another of them may be the first.
+            stay = {OURS, *(name for name in others if others[name] < 1.5 * min(others.values()))}
         for name, call in ready.items():
             if name not in stay and spent[name] > LONG_SECONDS:
                 continue

@@ -183,6 +183,8 @@ def test_compare_takes_the_fastest_peer_of_before_that_is_not_ours_too():
     def compared(after):
         return comparison.compare(file(1.0, 2.0, 1.5), after)[0].splitlines()[:-1]
 
+    early = result(row([1.5] * 7, slow=[3.0] * 7, fast=[2.0] * 2))
+    assert compared(early) == ["attention, 0: SLOWER by 50.0% (against slow)"]
     assert compared(file(1.5, 2.0, 1.5)) == ["attention, 0: SLOWER by 50.0% (against fast)"]
     assert compared(file(1.0, 4.0, 3.0)) == ["attention, 0: faster by 50.0% (against fast)"]
     assert compared(file(1.0, 2.0, 3.0)) == ["attention, 0: SLOWER by 100.0% (against fast, ours, from torch)"]
