@@ -288,7 +288,7 @@ def _rounds(ready, calls, seconds):
         if done == 2 and OURS in ready:
             others = {name: sum(times[name]) for name in ready if not is_ours(name)}
             # As fast but for noise: in the next run another of them may be the first.
-            stay = {OURS, *(name for name in others if others[name] < 1.5 * min(others.values()))}
+            stay = {OURS, *NO_PEERS, *(name for name in others if others[name] < 1.5 * min(others.values()))}
         for name, call in ready.items():
             if name not in stay and spent[name] > LONG_SECONDS:
                 continue
