@@ -23,17 +23,17 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("report", help="table and plots of a results file").add_argument("file", type=results_file)
     commands.add_parser("readme", help="rewrite the results in README.md from bench/results/*.json")
-    compare = commands.add_parser("compare", help="what became slower or faster beyond noise; exit status 1 if slower")
+    compare = commands.add_parser("compare", help="what became slower or faster beyond noise; status 1 if slower, 3 if unknown")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     tuning = commands.add_parser("tune", help="time other sizes of the kernels' tiles and write the fastest into the sources")
     tuning.add_argument("--build", action="store_true", help="only compile what the next run times")
-    help = "sizes whose name contains NAME; on a GPU kernels and cases"
-    tuning.add_argument("--only", metavar="NAME", dest="part", help=help)
+    part = "sizes whose name contains NAME; on a GPU kernels and cases"
+    tuning.add_argument("--only", metavar="NAME", dest="part", help=part)
     static = commands.add_parser("tpu-schedule", help="static cycles of the TPU kernels and their peers, by libtpu, without a TPU")
     static.add_argument("--chip", choices=[*HARDWARE, "all"], default="all")
-    help = "Pallas kernels alone: XLA takes minutes for a transposition on v6e and 7x"
-    static.add_argument("--pallas", action="store_true", help=help)
+    pallas = "Pallas kernels alone: XLA takes minutes for a transposition on v6e and 7x"
+    static.add_argument("--pallas", action="store_true", help=pallas)
     static.add_argument("--only", metavar="NAME", dest="part", help="cases whose name contains NAME; others keep their rows")
     chosen = parser.parse_args(arguments)
     for option in ("grid", "only", "minutes", "out") if chosen.command else ():
@@ -56,9 +56,9 @@ def run(chosen):
     elif chosen.command == "readme":
         report.rewrite_readme()
     elif chosen.command == "compare":
-        text, slower = comparison.compare(report.load(chosen.before), report.load(chosen.after))
+        text, status = comparison.compare(report.load(chosen.before), report.load(chosen.after))
         print(text)
-        return int(slower)
+        return status
     elif chosen.command == "tpu-schedule":
         from bench import tpu_schedule
 

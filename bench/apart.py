@@ -20,15 +20,20 @@ def measure(case, seconds, quick=False):
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     # Before anything is imported: some libraries make their threads then.
     confine = f"import os; os.sched_setaffinity(0, {PROCESSORS[:processors]}); " if processors else ""
-    program = f"{confine}from bench import apart; apart.main({case.name!r}, {seconds!r}, {quick!r})"
+    part = bool(processors) and processors < len(PROCESSORS)
+    program = f"{confine}from bench import apart; apart.main({case.name!r}, {seconds!r}, {quick!r}, {part!r})"
     made = subprocess.run([sys.executable, "-c", program], cwd=machine.ROOT, env=environment, capture_output=True, text=True)
     if made.returncode:
         raise RuntimeError(f"its process ended with {made.returncode}: {made.stderr.strip()[-500:]}")
     return json.loads(made.stdout.splitlines()[-1])
 
 
-def main(name, seconds, quick):
+def main(name, seconds, quick, part):
+    """part: of the machine's processors; what they reach at best, not what all do, is the row's ceiling."""
     from bench import scale
 
     case = next(case for case in scale.cases() if case.name == name)
-    print(json.dumps(harness.measure(case, seconds, quick)))
+    row = harness.measure(case, seconds, quick)
+    if part:
+        row["rates"] = harness.greatest(harness.achieved(row), machine.rates())
+    print(json.dumps(row))

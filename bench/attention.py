@@ -46,59 +46,79 @@ def intervals(mask, t, s):
     return built, np.asarray(bounds)
 
 
-def case(model, t, s, dtype, mask=None, backward=False, batch=1, **options):
-    """[B, T, N, H] against [B, S, K, H]."""
+def keys_seen(bounds, s):
+    """bool [S]: those that any query sees."""
+    edges = np.zeros(s + 1, int)
+    np.add.at(edges, bounds[:, ::2], 1)
+    np.add.at(edges, bounds[:, 1::2], -1)
+    return edges[:-1].cumsum() > 0
+
+
+def case(model, t, s, dtype, mask=None, backward=False, batch=1, from_torch=False, **options):
+    """[B, T, N, H] against [B, S, K, H]. from_torch: beside the others' times that of `dlm_kernels.torch`."""
     n, k, h = HEADS[model]
-    built, bounds = (None, None) if mask is None else intervals(mask, t, s)
-    seen = t * s if mask is None else int((bounds[:, 1::2] - bounds[:, ::2]).sum())
+    built, bounds = intervals(mask, t, s) if mask else (None, np.array([[0, s]] * t))
+    seen, read_keys = int((bounds[:, 1::2] - bounds[:, ::2]).sum()), int(keys_seen(bounds, s).sum())
+    # Where all queries see the same first keys, as of a padded row, peers are given those alone and need no mask.
+    length = int(bounds[0, 1]) if bounds.shape[1] == 2 and (bounds == [0, bounds[0, 1]]).all() else None
     step = max(1, t * s // ORACLE_LOGITS)
 
     # Made when a contender first asks: the larger ones of a full run take a gigabyte.
     @functools.cache
     def boolean():
         with jax.ensure_compile_time_eval():
-            return None if mask is None else built.as_boolean(s)
+            return built.as_boolean(s) if length is None else None
 
     def inputs(rng):
         shapes = [(batch, t, n, h), (batch, s, k, h), (batch, s, k, h)] + [(batch, t, n, h)] * backward
         return tuple(jnp.asarray(rng.standard_normal(shape, "float32"), dtype) for shape in shapes)
 
     def oracle(query, key, value):
-        visible = None if mask is None else np.asarray(boolean()[0, 0, ::step])
+        with jax.ensure_compile_time_eval():
+            visible = None if mask is None else np.asarray(built.as_boolean(s)[0, 0, ::step])
         return oracles.attention(query[:, ::step], key, value, visible)
 
     def forward(query, key, value, implementation):
         return dlm_kernels.attention(query, key, value, mask=built, implementation=implementation)
 
+    def of_seen(attend):
+        return lambda query, key, value, *others: attend(query, key[:, :length], value[:, :length], *others)
+
+    def jitted(attend):
+        return jax.jit(of_seen(lambda *arrays: attend(*arrays, mask=boolean())))
+
     jax_forwards = {
-        "jax.nn": lambda *arrays: jax.nn.dot_product_attention(*arrays, mask=boolean(), implementation="xla"),
-        "cuDNN": lambda *arrays: jax.nn.dot_product_attention(*arrays, mask=boolean(), implementation="cudnn"),
-        "tokamax": lambda *arrays: peers.tokamax_attention(*arrays, mask=boolean()),
+        "jax.nn": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
+        "cuDNN": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+        "tokamax": peers.tokamax_attention,
     }
     contenders = harness.ours(forward)
-    for name, function in jax_forwards.items():
-        contenders[name] = Contender(jax.jit(function), missing=peers.why_no_attention(name))
+    for name, attend in jax_forwards.items():
+        contenders[name] = Contender(jitted(attend), missing=peers.why_no_attention(name))
+    sdpa = of_seen(peers.sdpa)
     if backward:
         contenders = {
             name: Contender(jax.jit(_gradient(contender.function)), missing=contender.missing)
             for name, contender in contenders.items()
         }
-        contenders["torch"] = peers.torch_peer(_torch_gradient(peers.sdpa), peers.with_mask(boolean))
+        contenders["torch"] = peers.torch_peer(_torch_gradient(sdpa), peers.with_mask(boolean))
     else:
-        contenders["torch"] = peers.torch_peer(peers.no_grad(peers.sdpa), peers.with_mask(boolean))
+        contenders["torch"] = peers.torch_peer(peers.no_grad(sdpa), peers.with_mask(boolean))
         if mask is not None:
             contenders["FlexAttention"] = peers.flex_peer(bounds, s)
-    # Backward: five products where forward has two, and one of the forward's again.
-    flops = 4 * batch * seen * n * h * (3.5 if backward else 1)
+        if from_torch:
+            contenders[harness.FROM_TORCH] = peers.ours_from_torch("attention")
+    # Forward has two products and its gradients four; what a kernel computes anew to keep less is its own affair.
+    flops = 4 * batch * seen * n * h * (3 if backward else 1)
     size = jnp.dtype(dtype).itemsize
     return Case(
         "attention",
         f"{model}, {f'{batch} x ' * (batch > 1)}{t} x {s}, {dtype}{', ' + mask if mask else ''}{', backward' if backward else ''}",
         inputs,
         contenders,
-        read=size * batch * h * (t * n * (1 + backward) + 2 * s * k),
+        read=size * batch * h * (t * n * (1 + backward) + 2 * read_keys * k),
         written=size * batch * h * (t * n + 2 * s * k * backward),
-        flops=int(flops),
+        flops=flops,
         dtype=dtype,
         oracle=None if backward else oracle,
         sampled=lambda out: out if backward else out[:, ::step],
@@ -126,7 +146,7 @@ def _torch_gradient(forward):
 def cases():
     keys, lengths = (512, 2048, 8192, 32768), (512, 1024, 2048)
     return [
-        case("LLaDA-8B", 1024, 1024, "bfloat16", headline=True, quick=True),
+        case("LLaDA-8B", 1024, 1024, "bfloat16", from_torch=True, headline=True, quick=True),
         case("LLaDA-8B", 1024, 1024, "float32", headline=True),
         case("LLaDA-8B", 128, 1024, "bfloat16", headline=True),
         case("LLaDA-8B", 32, 2048, "bfloat16", headline=True, quick=True),

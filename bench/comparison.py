@@ -1,68 +1,117 @@
 """What became slower or faster between two results files, beyond noise."""
 
+import functools
+import math
 import statistics
 
 from bench import report
-from bench.harness import OURS
+from bench.harness import NO_PEERS, OURS, is_ours
 
 # A change counts if it is more than this share,
 LEAST_CHANGE = 0.03
-# and more than so often the medians' own uncertainty, the quartiles' distance by the root of the rounds, of both files together:
-# of files of the same code one row in a hundred is as far apart by chance where it has three rounds, fewer where it has more.
-UNCERTAINTIES = 4
-# Of fewer rounds nobody knows the noise.
-LEAST_ROUNDS = 3
+# and if by chance the values of both files lie so far apart, ranked together, in no more than this share of rows. Of seven rounds
+# each, two of the 49 pairs may then be out of order.
+CHANCE = 0.0025
+VERDICTS = {
+    "slower": "slower",
+    "faster": "faster",
+    "same": "without a change beyond noise",
+    "unknown": "of too few rounds to tell",
+    "alone": "in one file alone",
+}
 
 
 def compare(before, after):
-    """(text, whether something is slower): changes of our times beyond noise.
+    """(text, exit status): changes of our times beyond noise. The status is 1 where something is slower, else 3 where a row has too
+    few rounds for anybody to tell.
 
     The measure is our time over the fastest peer's of the same round, where both files have that peer, since that does not change
-    when the machine is busy or another one; else our time itself.
+    when the machine is busy or another one; else our time itself. Ours called from torch, or on a packed weight, counts too.
     """
     old, new = ({(row["operation"], row["case"]): row for row in result["rows"]} for result in (before, after))
-    lines, slower = [], False
+    lines, verdicts = [], []
     for name in old | new:
-        said, worse = _judge(old[name], new[name]) if name in old and name in new else ("not in both", False)
-        slower |= worse
-        if said:
-            lines.append(f"{', '.join(name)}: {said}")
-    return "\n".join(lines) or "no change beyond noise", slower
+        if name in old and name in new:
+            found = [_judge(old[name], new[name], own) for own in _own(old[name], new[name])]
+        else:
+            found = [("not in both", "alone")]
+        for said, verdict in found:
+            verdicts.append(verdict)
+            if said:
+                lines.append(f"{', '.join(name)}: {said}")
+    counts = [f"{verdicts.count(kind)} {words}" for kind, words in VERDICTS.items() if kind in verdicts]
+    status = 1 if "slower" in verdicts else 3 if "unknown" in verdicts else 0
+    return "\n".join([*lines, f"{len(verdicts)} compared: {', '.join(counts)}"]), status
 
 
-def _judge(old, new):
-    """(what to say of two rows of a case, or None; whether the second is slower)."""
-    reasons = [row["contenders"][OURS].get("missing") for row in (old, new)]
+def _own(old, new):
+    shared = [name for name in (OURS, *NO_PEERS) if name in new["contenders"] and name in old["contenders"]]
+    ran = [name for name in shared if all("times" in row["contenders"][name] for row in (old, new))]
+    return [OURS, *(name for name in ran if name != OURS)]
+
+
+def _judge(old, new, own):
+    """(what to say of two rows of a case, or None; which kind of verdict it is)."""
+    reasons = [row["contenders"][own].get("missing") for row in (old, new)]
     if any(reasons):
         if all(reasons):
-            return "ours ran in neither", False
-        return f"ours ran only {'after' if reasons[0] else 'before'} ({reasons[0] or reasons[1]})", reasons[0] is None
-    what, a, b = _comparable(old, new)
-    gap = statistics.median(b) - statistics.median(a)
-    change = gap / statistics.median(a)
-    if min(len(a), len(b)) < LEAST_ROUNDS:
-        return f"{change:+.1%} ({what}), of too few rounds to tell noise, {len(a)} and {len(b)}", False
-    if abs(change) <= LEAST_CHANGE or abs(gap) <= UNCERTAINTIES * (_uncertainty(a) + _uncertainty(b)):
-        return None, False
-    return f"{'SLOWER' if change > 0 else 'faster'} by {abs(change):.1%} ({what})", change > 0
+            return "ours ran in neither", "same"
+        verdict = "faster" if reasons[0] else "slower"
+        return f"ours ran only {'after' if reasons[0] else 'before'} ({reasons[0] or reasons[1]})", verdict
+    what, a, b = _comparable(old, new, own)
+    change = statistics.median(b) / statistics.median(a) - 1
+    what += f", {own}" if own != OURS else ""
+    if not _enough(a, b):
+        return f"{change:+.1%} ({what}), of too few rounds to tell noise, {len(a)} and {len(b)}", "unknown"
+    if abs(change) <= LEAST_CHANGE or _chance(len(a), len(b), _out_of_order(a, b)) > CHANCE:
+        return None, "same"
+    return f"{'SLOWER' if change > 0 else 'faster'} by {abs(change):.1%} ({what})", "slower" if change > 0 else "faster"
 
 
-def _comparable(old, new):
+def _comparable(old, new, own):
     """(what is compared, its value in each round of `old`, and of `new`): more is slower."""
-    shared = [name for name in report.peers_of(new) if name in old["contenders"] and not name.startswith("ours")]
-    inverse = {name: [[1 / ratio for ratio in report.ratios(row, name)] for row in (old, new)] for name in shared}
+    shared = [name for name in report.peers_of(new) if name in old["contenders"] and not is_ours(name)]
+    inverse = {name: [[1 / ratio for ratio in report.ratios(row, name, own)] for row in (old, new)] for name in shared}
     # A peer that was timed once, at its first call, is no measure.
     inverse = {name: pair for name, pair in inverse.items() if all(_rounds(row, name) > 1 for row in (old, new))}
+    # One that left early in either file tells less than the next.
+    inverse = {name: pair for name, pair in inverse.items() if _enough(*pair)} or inverse
     if inverse:
         best = max(inverse, key=lambda name: statistics.median(inverse[name][0]))
         return f"against {best}", *inverse[best]
-    return "time", *(row["contenders"][OURS]["times"] for row in (old, new))
+    return "time", *(row["contenders"][own]["times"] for row in (old, new))
 
 
 def _rounds(row, name):
     return len(row["contenders"][name].get("times", []))
 
 
-def _uncertainty(values):
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return (third - first) / len(values) ** 0.5
+def _enough(a, b):
+    """Whether so many values of each could be told apart."""
+    return _chance(len(a), len(b), 0) <= CHANCE
+
+
+def _out_of_order(a, b):
+    """Mann and Whitney's U: pairs of one of `a` and one of `b` that lie the other way round than most; of equal ones a half."""
+    above = sum((x > y) + 0.5 * (x == y) for x in a for y in b)
+    return min(above, len(a) * len(b) - above)
+
+
+def _chance(m, n, pairs):
+    """How often so few pairs of m and n values are out of order, one way or the other, where all come from one distribution."""
+    if m * n > 400:  # so many that the sum is normally distributed
+        deviation = (m * n / 2 - pairs) / math.sqrt(m * n * (m + n + 1) / 12)
+        return math.erfc(deviation / math.sqrt(2))
+    counts = _orders(m, n)
+    return min(1.0, 2 * sum(counts[: math.floor(pairs) + 1]) / sum(counts))
+
+
+@functools.cache
+def _orders(m, n):
+    """Of how many orders of m and n values each number of pairs, 0 to m n, is out of order."""
+    if not m or not n:
+        return (1,)
+    # The greatest is one of the m, and all n lie below it, or one of the n.
+    first, second = (0,) * n + _orders(m - 1, n), _orders(m, n - 1)
+    size = m * n + 1
+    return tuple(x + y for x, y in zip(first + (0,) * (size - len(first)), second + (0,) * (size - len(second))))

@@ -7,6 +7,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import ml_dtypes
@@ -15,22 +16,42 @@ import numpy as np
 from bench import machine
 
 OURS = "dlm_kernels"
-# What sampling is held against: ours without it, on the same logits. It does less, so it is no peer.
+# The package's plain XLA path; what the others must equal where no oracle can be computed.
+PLAIN = "jnp"
+# What sampling is held against: ours without it, on the same logits. It does less.
 GREEDY = "ours, greedy"
+# Ours on a weight laid out before, which a user may do once for many calls.
+PACKED = "ours, packed"
+# The operation of `dlm_kernels.torch`, called as a user of torch calls it.
+FROM_TORCH = "ours, from torch"
+# Ours in other circumstances: no peers, so none of them is who is faster than ours.
+NO_PEERS = (GREEDY, PACKED, FROM_TORCH)
 # A call slower than this is timed once: a peer that takes a minute needs no median to be slow.
 SLOW_SECONDS = 4.0
+# Rounds of every case: of fewer a rank test cannot tell two files apart, see `bench.comparison`.
+LEAST_ROUNDS = 7
+# Who has taken so long leaves after two rounds.
+LONG_SECONDS = 0.5
 # Between contenders: a thread pool that has just finished still spins for a while, and would slow the next one.
 REST_SECONDS = 0.003
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """`function` of what `prepare` makes of the case's inputs; `prepare` is not timed, so it is for layout and packing only."""
+    """`function` of what `prepare` makes of the case's inputs; `prepare` is not timed, so it is for what costs a user nothing, as
+    another library's view of an array, or what the row tells beside the times: `once`.
+    """
 
     function: Callable
     prepare: Callable = lambda *inputs: inputs
     missing: str | None = None  # the reason it cannot run here
     compiles: bool = False  # for half a minute at its first call, so not in a quick run
+    once: bool = False  # what `prepare` makes is kept for many calls, at a cost in time and memory that the row tells
+    # (output, *inputs) -> its error, where what it computes is not what the others must equal, as draws of another generator.
+    check: Callable | None = None
+
+
+WRONG = "wrong:"  # begins the reason of a row whose contender computed something else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +74,7 @@ class Case:
     written: int = 0  # bytes
     flops: int = 0
     dtype: str = "float32"  # of the products: chooses the matrix rate
-    oracle: Callable | None = None  # of the inputs; else the first contender that runs is what the others must equal
+    oracle: Callable | None = None  # of the inputs; else what all must equal is PLAIN's, or where that fails another peer's
     tolerance: float = 1e-4  # on `error`
     tokens: int = 0  # that one call generates, where it generates some
     sweep: tuple[str, int] | None = None  # the axis that this case is a point of, and where
@@ -63,6 +84,11 @@ class Case:
     quick: bool = False  # in every run
     full: bool = False  # in a full run alone: too large for a CPU, or one of many alike
     headline: bool = False  # in the README
+
+
+def is_ours(name):
+    """Whether it is our kernel that runs, as such or in other circumstances."""
+    return name == OURS or str(name).startswith("ours,")
 
 
 def error(output, expected):
@@ -115,8 +141,12 @@ def input_sets(case, cache_bytes):
 
 def measure(case, seconds, quick=False):
     """The row of `case`: times per call of each contender over `seconds` of rounds, or the reason that there are none."""
-    with jax.default_matmul_precision(None if machine.platform_name() == "cpu" else machine.FULL):
+    with precision():
         return _measure(case, seconds, quick)
+
+
+def precision():
+    return jax.default_matmul_precision(None if machine.platform_name() == "cpu" else machine.FULL)
 
 
 def _measure(case, seconds, quick):
@@ -124,12 +154,13 @@ def _measure(case, seconds, quick):
     sets = jax.block_until_ready(input_sets(case, machine.cache_bytes()))
     expected = None if case.oracle is None else case.oracle(*sets[0])
     results, ready, calls = {}, {}, {}
-    for name, contender in case.contenders.items():
+    for name in checking_order(case):
+        contender = case.contenders[name]
         if reason := contender.missing or (quick and contender.compiles and "left out of a quick run"):
             results[name] = dict(missing=reason)
             continue
         try:
-            prepared = [contender.prepare(*inputs) for inputs in sets]
+            prepared, once = _prepared(contender, sets)
             start = time.perf_counter()
             function = _compiled(contender.function, prepared[0])
             compiling = time.perf_counter() - start
@@ -138,36 +169,26 @@ def _measure(case, seconds, quick):
             if contender.compiles:  # within its first call
                 again(0)
                 compiling = time.perf_counter() - start
-            start = time.perf_counter()
-            output, peak = machine.peak_bytes(functools.partial(again, 0), function)
-            first = time.perf_counter() - start
+            (output, first), peak = machine.peak_bytes(functools.partial(_timed, again), function)
         except Exception as failure:  # a peer may fail in any way; its row says how
             results[name] = dict(missing=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}")
             continue
         if isinstance(output, Timed):
-            first, peak, gap = output.seconds, None, output.error
-        else:
-            output = case.sampled(output)
-            expected = output if expected is None else expected
-            gap = error(output, expected)
-        if gap > case.tolerance:
-            results[name] = dict(missing=f"wrong: differs by {gap:.2g}, more than {case.tolerance:.2g}")
+            first, peak = output.seconds, None
+        reason, gap, expected = verify(case, name, output, expected, sets[0])
+        if reason:
+            results[name] = dict(missing=reason)
             continue
         del output
-        results[name] = dict(compile=compiling, first_call=first, peak_bytes=peak, error=gap, times=[first])
+        if peak is not None:
+            peak += once.get("once_bytes", 0)
+        results[name] = dict(compile=compiling, first_call=first, peak_bytes=peak, error=gap, times=[first]) | once
         if first < SLOW_SECONDS:
             ready[name] = again if machine.platform_name() == "cpu" else queued
             # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide.
             calls[name] = 1 if first > 0.5 else max(1, math.ceil(0.01 / _seconds(again, 1)))
-    memory, gave = None if case.flops else machine.Memory(), []
-
-    def between():
-        if memory is not None:
-            gave.append(memory.rates())
-
-    # Of three rounds one beside a neighbour's burst is the median as often as not.
-    least = 2 if quick else 7 if case.headline else 3
-    for name, times in _rounds(ready, calls, seconds, least, between).items():
+    in_turn = {name: ready[name] for name in case.contenders if name in ready}
+    for name, times in _rounds(in_turn, calls, seconds).items():
         results[name]["times"] = times
     return dict(
         operation=case.operation,
@@ -180,9 +201,53 @@ def _measure(case, seconds, quick):
         tokens=case.tokens,
         headline=case.headline,
         component=case.component,
-        memory={name: statistics.median(each[name] for each in gave) for name in ("read", "copy")} if gave else {},
-        contenders=results,
+        contenders={name: results[name] for name in case.contenders},
     )
+
+
+def checking_order(case):
+    """Without an oracle whoever comes first is what the others must equal: never ours, or a wrong kernel would make everyone else
+    wrong.
+    """
+    if case.oracle is not None:
+        return list(case.contenders)
+    return sorted(case.contenders, key=lambda name: (name != PLAIN, is_ours(name)))
+
+
+def verify(case, name, output, expected, inputs):
+    """(why the output of contender `name` is none to time, or None; its error; what the next must equal)."""
+    check = case.contenders[name].check
+    if isinstance(output, Timed):
+        gap = output.error
+    elif check is not None:
+        gap = check(output, *inputs)
+    else:
+        output = case.sampled(output)
+        if expected is None and is_ours(name):
+            return "unchecked: nobody else ran, and there is no oracle", None, None
+        expected = output if expected is None else expected
+        gap = error(output, expected)
+    wrong = not gap <= case.tolerance
+    return f"{WRONG} differs by {gap:.2g}, more than {case.tolerance:.2g}" if wrong else None, gap, expected
+
+
+def _prepared(contender, sets):
+    """(each set as the contender takes it, what that costs a user once)."""
+    start = time.perf_counter()
+    prepared = [contender.prepare(*sets[0])]
+    once = {}
+    if contender.once:
+        jax.block_until_ready(prepared)
+        given = {id(leaf) for leaf in jax.tree.leaves(sets[0])}
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared) if id(leaf) not in given)
+        once = dict(once=time.perf_counter() - start, once_bytes=size)
+    return [*prepared, *(contender.prepare(*inputs) for inputs in sets[1:])], once
+
+
+def _timed(call):
+    """(what the first call gives, its seconds)."""
+    start = time.perf_counter()
+    return call(0), time.perf_counter() - start
 
 
 def _compiled(function, inputs):
@@ -207,31 +272,38 @@ def _call(function, sets, i, wait=wait):
     return wait(function(*sets[i % len(sets)]))
 
 
-def _rounds(ready, calls, seconds, least, between):
-    """Each contender's seconds per call in every round; all of them run in every round, so times of a round compare.
+def _rounds(ready, calls, seconds):
+    """Each contender's seconds per call in every round, of LEAST_ROUNDS at least, on the same inputs, so times of a round compare.
 
-    between() is called after each.
+    Only ours and the fastest others, who are those that it is compared with, always stay to the end: the list of another, whose
+    calls take long, is shorter.
     """
     times = {name: [] for name in ready}
-    began, turn, working = time.perf_counter(), 2, 0.0
+    spent = dict.fromkeys(ready, 0.0)
+    began, turn = time.perf_counter(), 2
+    stay = set(ready)
     for done in range(200 if ready else 0):
-        start = time.perf_counter()
-        if start - began > seconds and done >= (least if working < SLOW_SECONDS else 2):
+        if done >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
+        if done == 2 and OURS in ready:
+            others = {name: sum(times[name]) for name in ready if not is_ours(name)}
+            # As fast but for noise: in the next run another of them may be the first.
+            stay = {OURS, *NO_PEERS, *(name for name in others if others[name] < 1.5 * min(others.values()))}
         for name, call in ready.items():
+            if name not in stay and spent[name] > LONG_SECONDS:
+                continue
             time.sleep(REST_SECONDS)
             times[name].append(_seconds(call, turn, calls[name]))
+            spent[name] += times[name][-1] * calls[name]
         turn += max(calls.values())
-        working += time.perf_counter() - start  # without what between() takes, which on a busy machine is as long
-        between()
     return times
 
 
 def ours(function, **static):
-    """Our kernel for this platform, and plain jax.numpy, as the first two contenders."""
+    """Our kernel for this platform, and the package's plain XLA path, as the first two contenders."""
     return {
         OURS: Contender(jax.jit(functools.partial(function, implementation=machine.implementation(), **static))),
-        "jnp": Contender(jax.jit(functools.partial(function, implementation="xla", **static))),
+        PLAIN: Contender(jax.jit(functools.partial(function, implementation="xla", **static))),
     }
 
 
@@ -245,10 +317,26 @@ def chosen(cases, grid):
     return [case for case in cases if case.quick or grid == "full" or (grid == "main" and not case.full)]
 
 
+class Patched:
+    """A jitted function that compiles while `name` of `module` is `value`; what was compiled before is forgotten."""
+
+    def __init__(self, function, module, name, value):
+        self.function, self.patch = function, (module, name, value)
+
+    def lower(self, *inputs):
+        jax.clear_caches()  # which know nothing of it
+        with mock.patch.object(*self.patch):
+            return self.function.lower(*inputs)
+
+
 def achieved(row):
     """{dtype: operations/s of the fastest contender}: a product's measured rate is no ceiling where somebody does better."""
     fastest = [min(result["times"]) for result in row["contenders"].values() if result.get("times")]
     return {row["dtype"]: row["flops"] / min(fastest)} if fastest else {}
+
+
+def greatest(new, old):
+    return old | {name: max(rate, old.get(name, 0)) for name, rate in new.items()}
 
 
 def microbenchmark(cases):
@@ -266,12 +354,24 @@ def microbenchmark(cases):
         if contender.missing:
             pytest.skip(contender.missing)
         benchmark.group = f"{case.operation}: {case.name}"
-        sets = [contender.prepare(*inputs) for inputs in input_sets(case, machine.cache_bytes())]
-        turn = iter(range(1 << 62))
-        benchmark(lambda: _call(contender.function, sets, next(turn)))
+        with precision():
+            inputs = input_sets(case, machine.cache_bytes())
+            sets = [contender.prepare(*each) for each in inputs]
+            reason, *_ = verify(case, name, _call(contender.function, sets, 0), _expected(case, name, inputs[0]), inputs[0])
+            assert reason is None, reason
+            turn = iter(range(1 << 62))
+            benchmark(lambda: _call(contender.function, sets, next(turn)))
 
     def generate(metafunc):
         pairs = [(case, name) for case in chosen(cases(), "main") for name in case.contenders]
         metafunc.parametrize("case, name", pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
 
     return test, generate
+
+
+def _expected(case, name, inputs):
+    """What the output of contender `name` must equal; None where it is what the others must."""
+    if case.oracle is not None:
+        return case.oracle(*inputs)
+    plain = case.contenders[PLAIN]
+    return None if name == PLAIN else case.sampled(wait(plain.function(*plain.prepare(*inputs))))

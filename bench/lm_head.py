@@ -7,15 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import dlm_kernels
-from bench import harness, oracles, peers
+from bench import harness, machine, oracles, peers
 from bench.harness import Case, Contender
 
 SCALE = 2.5
 ORACLE_ROWS = 256  # beyond it every n-th
 
 
-def case(name, rows, d, v, dtype, guided=False, as_written=False, **options):
-    """hidden [1, R, D], weight [V, D]. as_written: against that alone, for it slows what takes turns with it."""
+def case(name, rows, d, v, dtype, guided=False, as_written=False, from_torch=False, **options):
+    """hidden [1, R, D], weight [V, D]. as_written: against that alone, for it slows what takes turns with it.
+
+    from_torch: beside the others' times that of `dlm_kernels.torch`.
+    """
     step = max(1, rows // ORACLE_ROWS)
 
     def inputs(rng):
@@ -28,14 +31,18 @@ def case(name, rows, d, v, dtype, guided=False, as_written=False, **options):
         return tuple(dlm_kernels.lm_head_scores(arrays[0], arrays[-1], implementation=implementation, **guidance))
 
     contenders = harness.ours(scores)
-    if hasattr(dlm_kernels, "pack_lm_head"):
-        contenders[harness.OURS] = _packed(contenders[harness.OURS])
+    if machine.implementation() == "cpu":  # the others read the weight as it is
+        contenders[harness.PACKED] = Contender(contenders[harness.OURS].function, _packed, once=True)
     contenders["torch"] = peers.torch_peer(peers.no_grad(_torch_head))
+    if options.get("headline"):
+        contenders["torch.compile"] = peers.torch_peer(_torch_head, compiled=True)
     if dtype != "float32" and not guided and "sweep" not in options:
         # Where bfloat16 products are emulated, a user of torch would keep the weight in float32.
         contenders["torch in float32"] = peers.torch_peer(
             peers.no_grad(_torch_head), lambda *arrays: tuple(x.float() for x in arrays)
         )
+    if from_torch:
+        contenders[harness.FROM_TORCH] = peers.ours_from_torch("lm_head_scores")
     if as_written:
         contenders = {harness.OURS: contenders[harness.OURS], f"jnp, {dtype} logits": Contender(jax.jit(_jnp_head))}
     size = jnp.dtype(dtype).itemsize
@@ -55,11 +62,8 @@ def case(name, rows, d, v, dtype, guided=False, as_written=False, **options):
     )
 
 
-def _packed(contender):
-    def prepare(*arrays):
-        return (*arrays[:-1], jax.block_until_ready(dlm_kernels.pack_lm_head(arrays[-1])))
-
-    return Contender(contender.function, prepare)
+def _packed(*arrays):
+    return *arrays[:-1], dlm_kernels.pack_lm_head(arrays[-1])
 
 
 def _torch_head(*arrays):
@@ -89,7 +93,7 @@ def _oracle(step, *arrays):
 
 def cases():
     return [
-        case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16", quick=True, headline=True),
+        case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16", from_torch=True, quick=True, headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16", guided=True, headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "bfloat16", as_written=True, headline=True),
         case("LLaDA-8B slice", 128, 4096, 32768, "float32", headline=True),

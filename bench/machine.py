@@ -21,6 +21,7 @@ import numpy as np
 
 PACKAGES = ("dlm_kernels", "jax", "jaxlib", "numpy", "torch", "triton", "jax_triton", "tokamax")
 M_ARENA_MAX = -8  # of glibc's mallopt
+MOST_L2 = 128 << 20  # of a GPU's so far, for where nobody tells
 # Accelerators' float32 products as the CPU and torch compute them: by default XLA would round their operands to fewer bits.
 FULL = "highest"
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +105,9 @@ def _cpuinfo(field):
 def cache_bytes():
     """Of the last cache level: L3 on a CPU, L2 on a GPU."""
     if platform_name() == "cuda":
-        return 64 << 20
+        if not installed("torch"):  # JAX does not tell
+            return MOST_L2
+        return importlib.import_module("torch").cuda.get_device_properties(0).L2_cache_size
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         number, unit = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip()).groups()
@@ -112,44 +115,39 @@ def cache_bytes():
     return max(sizes) or 32 << 20
 
 
-class Memory:
-    """Arrays that no cache holds, and every way at hand to read and to copy them: a ceiling is what the machine can do, whoever
-    gets it out.
+def _memory():
+    """(bytes of an array that no cache holds, every way at hand to read it, and to copy it): a ceiling is what the machine can do,
+    whoever gets it out.
     """
+    on_cpu = platform_name() == "cpu"
+    # Of an array four times the cache some is still found there, and reading it goes twice as fast as memory does.
+    length = (8 * cache_bytes() if on_cpu else 1 << 31) // 4
+    array = jnp.ones((length,), jnp.float32)
+    total, successor = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
+    read, copy = [lambda: total(array)], [lambda: successor(array)]
+    if installed("torch"):
+        import torch
 
-    def __init__(self):
-        on_cpu = platform_name() == "cpu"
-        # Of an array four times the cache some is still found there, and reading it goes twice as fast as memory does.
-        length = (8 * cache_bytes() if on_cpu else 1 << 31) // 4
-        array = jnp.ones((length,), jnp.float32)
-        total, successor = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
-        self.size = 4 * length
-        self.read, self.copy = [lambda: total(array)], [lambda: successor(array)]
-        if installed("torch"):
-            import torch
-
-            tensor = torch.from_dlpack(array)
-            target = torch.empty_like(tensor)
-            self.read.append(tensor.sum)
-            self.copy.append(lambda: target.copy_(tensor))
-        if on_cpu:
-            halves = np.array_split(np.ones(length, np.float32), os.cpu_count())
-            targets = [np.empty_like(half) for half in halves]
-            pool = ThreadPoolExecutor(len(halves))
-            self.read.append(lambda: list(pool.map(np.max, halves)))
-            self.read.append(lambda: list(pool.map(np.dot, halves, halves)))
-            self.copy.append(lambda: list(pool.map(np.copyto, targets, halves)))
-
-    def rates(self, seconds=0.0):
-        """The best seen of bytes/s read and copied, each way in turn for so long, at least once."""
-        return {
-            "read": self.size / min(_fastest(way, seconds) for way in self.read),
-            "copy": 2 * self.size / min(_fastest(way, seconds) for way in self.copy),
-        }
+        tensor = torch.from_dlpack(array)
+        target = torch.empty_like(tensor)
+        read.append(tensor.sum)
+        copy.append(lambda: target.copy_(tensor))
+    if on_cpu:
+        halves = np.array_split(np.ones(length, np.float32), os.cpu_count())
+        targets = [np.empty_like(half) for half in halves]
+        pool = ThreadPoolExecutor(len(halves))
+        read.append(lambda: list(pool.map(np.max, halves)))
+        read.append(lambda: list(pool.map(np.dot, halves, halves)))
+        copy.append(lambda: list(pool.map(np.copyto, targets, halves)))
+    return 4 * length, read, copy
 
 
 def rates(seconds=0.15):
-    """The memory's, and the best seen of floating-point operations/s in a product, by dtype."""
+    """The best seen of bytes/s read and copied, and of floating-point operations/s in a product by dtype; each way for so long."""
+    size, read, copy = _memory()
+    result = {name: min(_fastest(way, seconds) for way in ways) for name, ways in (("read", read), ("copy", copy))}
+    result = {"read": size / result["read"], "copy": 2 * size / result["copy"]}
+    del read, copy  # with their arrays
     shapes = [(512, 4096, 8192), (2048, 2048, 2048)] if platform_name() == "cpu" else [(8192, 8192, 8192)]
     products = {"float32": [(_jnp_product, jnp.float32)], "bfloat16": [(_jnp_product, jnp.bfloat16)]}
     if installed("torch"):
@@ -157,7 +155,6 @@ def rates(seconds=0.15):
 
         for dtype in products:
             products[dtype].append((_torch_product, getattr(torch, dtype)))
-    result = Memory().rates(seconds)
     for dtype, makers in products.items():
         result[dtype] = max(
             2 * math.prod(shape) / _fastest(make(shape, kind), seconds) for make, kind in makers for shape in shapes
@@ -167,9 +164,10 @@ def rates(seconds=0.15):
     return result
 
 
+# Of random numbers: a GPU that multiplies ones takes less power, and so runs faster than it does on any model's.
 def _jnp_product(shape, dtype):
     m, k, n = shape
-    a, b = jnp.ones((m, k), dtype), jnp.ones((n, k), dtype)
+    a, b = (jax.random.normal(jax.random.key(i), sizes, dtype) for i, sizes in enumerate(((m, k), (n, k))))
     product = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision=FULL))
     return lambda: product(a, b)
 
@@ -178,7 +176,8 @@ def _torch_product(shape, dtype):
     import torch
 
     m, k, n = shape
-    a, b = (torch.ones(sizes, dtype=dtype, device="cuda" if platform_name() == "cuda" else "cpu") for sizes in ((m, k), (n, k)))
+    device = "cuda" if platform_name() == "cuda" else "cpu"
+    a, b = (torch.randn(sizes, dtype=dtype, device=device) for sizes in ((m, k), (n, k)))
     return lambda: a @ b.T
 
 

@@ -8,8 +8,11 @@ from bench import machine
 from bench.harness import Contender
 
 
-def torch_peer(function, prepare=None, compiled=False):
-    """`function` on torch tensors that share the inputs' memory, through torch.compile if so; or the reason there is none."""
+def torch_peer(function, prepare=None, compiled=False, around=None, check=None):
+    """`function` on torch tensors that share the inputs' memory; or the reason there is none.
+
+    compiled: through torch.compile. around: what makes of it the function that is called, as `with_gradients`.
+    """
     if not machine.installed("torch"):
         return Contender(function, missing=machine.why_missing("torch"))
     import torch
@@ -25,9 +28,17 @@ def torch_peer(function, prepare=None, compiled=False):
         torch.compiler.reset()
         return torch.compile(function, dynamic=False)
 
-    return Contender(
-        (lambda *inputs: compiler()(*inputs)) if compiled else function, tensors, compiles=compiled
-    )
+    called = (lambda *inputs: compiler()(*inputs)) if compiled else function
+    return Contender(called if around is None else around(called), tensors, compiles=compiled, check=check)
+
+
+def ours_from_torch(name, **options):
+    """The operation of `dlm_kernels.torch`, as it is called on tensors."""
+    if not machine.installed("torch"):
+        return torch_peer(None)
+    import dlm_kernels.torch
+
+    return torch_peer(no_grad(functools.partial(getattr(dlm_kernels.torch, name), **options)))
 
 
 def with_gradients(loss):
@@ -59,6 +70,9 @@ def sdpa(query, key, value, mask=None, scale=None):
     """torch's scaled_dot_product_attention of [B, T, N, H] tensors; its heads come before positions, which a view can say."""
     from torch.nn.functional import scaled_dot_product_attention
 
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1 and mask is not None and query.is_cuda:  # no fused kernel takes both
+        key, value = (x.repeat_interleave(groups, 2) for x in (key, value))
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
     grouped = query.shape[2] != key.shape[2]
     out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=grouped)
@@ -125,18 +139,19 @@ def tokamax_attention(query, key, value, mask=None):
 def llada_step(logits, tokens, *, mask_id, num_unmask, temperature=0.0, precision="float64"):
     """The inner step of LLaDA's sampler: logits [B, L, V], tokens [B, L] -> tokens.
 
-    Its Gumbel form multiplies: exp(l) / (-log u) ** T, in float64; the confidence is a softmax of the whole vocabulary in
-    `precision` (float64 in its first releases), gathered at one place; each row of the batch has its own top-k.
+    Its Gumbel form multiplies: exp(l) / (-log u) ** T; the confidence is a softmax of the whole vocabulary, gathered at one place;
+    each row of the batch has its own top-k. All in `precision`: its releases have the noise in float64, the first ones all of it.
     """
     import torch
 
+    dtype = getattr(torch, precision)
     if temperature == 0:
         noisy = logits
     else:
-        uniform = torch.rand_like(logits, dtype=torch.float64)
-        noisy = logits.double().exp() / (-uniform.log()) ** temperature
+        uniform = torch.rand_like(logits, dtype=dtype)
+        noisy = logits.to(dtype).exp() / (-uniform.log()) ** temperature
     proposal = noisy.argmax(-1)
-    probability = logits.to(getattr(torch, precision)).softmax(-1)
+    probability = logits.to(dtype).softmax(-1)
     sure = probability.gather(-1, proposal[..., None])[..., 0]
     masked = tokens == mask_id
     sure = torch.where(masked, sure, -torch.inf)
@@ -168,6 +183,17 @@ def fast_dllm_step(logits, tokens, *, mask_id, threshold):
             break
         chosen[0, position] = True
     return torch.where(chosen, proposal.to(tokens.dtype), tokens)
+
+
+def threshold_step(logits, tokens, *, mask_id, threshold):
+    """The same in float32 and without a walk: what a compiler can make one loop of."""
+    import torch
+
+    probability, proposal = logits.float().softmax(-1).max(-1)
+    masked = tokens == mask_id
+    sure = torch.where(masked, probability, -torch.inf)
+    first = torch.zeros_like(masked).scatter(-1, sure.argmax(-1, keepdim=True), True)
+    return torch.where(masked & (first | (sure >= threshold)), proposal.to(tokens.dtype), tokens)
 
 
 def statistics(logits):

@@ -98,7 +98,8 @@ def _sweeps(plt, rows):
         panel.set_axis_off()
     for panel, (operation, axis, curves) in zip(panels.flat, found):
         for name, (x, y, exponent) in curves.items():
-            panel.plot(x, [1e3 * t for t in y], "o-", label=f"{name} ~ x^{exponent:.2f}", markersize=3)
+            label = name if exponent is None else f"{name} ~ x^{exponent:.2f}"
+            panel.plot(x, [1e3 * t for t in y], "o-", label=label, markersize=3)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms", title=operation)
         points = sorted({point for x, _, _ in curves.values() for point in x})
         panel.set_xticks(points, [f"{x}" for x in points], rotation=30)

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 from bench import machine, tpu_report
-from bench.harness import GREEDY, OURS
+from bench.harness import NO_PEERS, OURS, PACKED, WRONG
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- results: written by python -m bench readme -->", "<!-- end of results -->"
@@ -65,9 +65,9 @@ def base(row):
     return OURS if row["contenders"][OURS].get("times") else next(plain, OURS)
 
 
-def ratios(row, peer):
-    """Peer's time over ours in every round: above 1 we are faster."""
-    ours, theirs = (row["contenders"][name].get("times", []) for name in (base(row), peer))
+def ratios(row, peer, own=None):
+    """Peer's time over ours, or over that of `own`, in every round that both were in: above 1 we are faster."""
+    ours, theirs = (row["contenders"][name].get("times", []) for name in (own or base(row), peer))
     if not ours or not theirs:
         return []
     # A contender that was timed once has no rounds of its own; its one time is set against each of the other's.
@@ -112,7 +112,8 @@ def table(rows):
         group = [row for row in rows if row["operation"] == operation]
         names = list(dict.fromkeys(name for row in group for name in peers_of(row)))
         decodes = any(row["tokens"] for row in group)
-        titles = ["case", "time", *(f"{name} / ours" for name in names), "roofline", "memory: ours, jnp"]
+        packed = PACKED in names
+        titles = ["case", "time", *(f"{name} / ours" for name in names), "roofline", "memory: ours, jnp" + ", packed" * packed]
         lines += ["", f"### {operation}", ""] + _header(titles + ["tokens/s"] * decodes)
         for row in group:
             ours, jnp = (row["contenders"].get(name, {}) for name in (base(row), "jnp"))
@@ -121,12 +122,9 @@ def table(rows):
                 _times(ours) + " (jnp)" * (base(row) != OURS),
                 *(_ratio(row, name) for name in names),
                 _share(row),
-                f"{_memory(ours)}, {_memory(jnp)}",
+                ", ".join(map(_memory, [ours, jnp] + [row["contenders"].get(PACKED, {})] * packed)),
             ]
-            if decodes:
-                times = ours.get("times")
-                cells += [f"{row['tokens'] / statistics.median(times):.3g}" if times and row["tokens"] else "–"]
-            lines.append(_cells(cells))
+            lines.append(_cells(cells + [_speed(row) or "–"] * decodes))
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -136,16 +134,19 @@ def headlines(rows):
     for row in rows:
         if row.get("headline"):
             against = ", ".join(f"{name} {_ratio(row, name)}" for name in peers_of(row) if ratios(row, name))
-            time = _times(row["contenders"][base(row)])
+            time = _times(row["contenders"][base(row)]) + (f", {speed} tokens/s" if (speed := _speed(row)) else "")
             lines.append(_cells([row["operation"], row["case"], time, against, _share(row)]))
     return "\n".join(lines) + "\n"
 
 
 def compiling(rows):
-    """Markdown: what the first call costs: JAX compiles before it, torch within it, and eager torch not at all."""
+    """Markdown: what the first call costs: JAX compiles before it, torch within it, and eager torch not at all. A packed weight is
+    laid out once before all calls.
+    """
     rows = [row for row in rows if not row["sweep"] and any("compile" in result for result in row["contenders"].values())]
-    names = [name for name in (OURS, "jnp", "torch.compile", "FlexAttention") if any(name in row["contenders"] for row in rows)]
-    lines = _header(["", "case", *(f"{name}: compile + first call" for name in names)])
+    known = {name for row in rows for name in row["contenders"]}
+    names = [name for name in (OURS, PACKED, "jnp", "torch.compile", "FlexAttention") if name in known]
+    lines = _header(["", "case", *(f"{name}: {'packing + ' * (name == PACKED)}compile + first call" for name in names)])
     for row in rows:
         cells = [_first_call(row["contenders"].get(name, {})) for name in names]
         lines.append(_cells([row["operation"], row["case"], *cells]))
@@ -153,7 +154,7 @@ def compiling(rows):
 
 
 def sweeps(rows):
-    """[(operation, axis, {contender: (points, seconds, exponent of the power that fits best)})]."""
+    """[(operation, axis, {contender: (points, seconds, exponent)})]: of the power that fits best; None of two points."""
     found = []
     for operation, axis in dict.fromkeys((row["operation"], row["sweep"][0]) for row in rows if row["sweep"]):
         group = [row for row in rows if row["sweep"] and (row["operation"], row["sweep"][0]) == (operation, axis)]
@@ -166,7 +167,8 @@ def sweeps(rows):
             )
             if len(points) > 1:
                 x, y = zip(*points)
-                curves[name] = x, y, statistics.linear_regression([*map(math.log, x)], [*map(math.log, y)]).slope
+                fit = statistics.linear_regression([*map(math.log, x)], [*map(math.log, y)]) if len(points) > 2 else None
+                curves[name] = x, y, fit and fit.slope
         if curves:
             found.append((operation, axis, curves))
     return found
@@ -174,10 +176,14 @@ def sweeps(rows):
 
 def scaling(rows):
     """Markdown: the exponent of each sweep by least squares of the logarithms: 1 is cost in proportion, 0 is none."""
-    lines = _header(["", "axis", "points", "cost in proportion to the axis to the power"])
+    lines = _header(["", "axis", "points", "cost in proportion to the axis to the power; of two points, the second over the first"])
     for operation, axis, curves in sweeps(rows):
         points = next(iter(curves.values()))[0]
-        fits = ", ".join(f"{name} {exponent:.2f}" for name, (_, _, exponent) in curves.items())
+        fits = ", ".join(
+            f"{name} {f'{y[-1] / y[0]:.2f}x' if exponent is None else f'{exponent:.2f}'}"
+            + f" ({len(x)} points)" * (len(x) != len(points))
+            for name, (x, y, exponent) in curves.items()
+        )
         lines.append(_cells([operation, axis, " ".join(map(str, points)), fits]))
     return "\n".join(lines) + "\n"
 
@@ -212,12 +218,18 @@ def _cells(texts):
 def _first_call(result):
     if "compile" not in result:
         return "–"
-    return f"{_seconds(result['compile'])} + {_seconds(result['first_call'])}"
+    return " + ".join(_seconds(result[part]) for part in ("once", "compile", "first_call") if part in result)
 
 
 def _share(row):
     share = roofline(row, row["rates"])
     return "–" if share is None else f"{share:.0%}"
+
+
+def _speed(row):
+    """Tokens/s of ours, or None."""
+    times = row["contenders"][base(row)].get("times")
+    return f"{row['tokens'] / statistics.median(times):.3g}" if times and row["tokens"] else None
 
 
 def _times(result):
@@ -246,7 +258,7 @@ def slower_than_best_peer(rows):
     """(row, peer, ratio) where the fastest peer beats us."""
     found = []
     for row in rows:
-        peers = [name for name in peers_of(row) if name != GREEDY]
+        peers = [name for name in peers_of(row) if name not in NO_PEERS]
         medians = {name: statistics.median(r) for name in peers if (r := ratios(row, name))}
         if medians and (best := min(medians, key=medians.get)) and medians[best] < 1:
             found.append((row, best, medians[best]))
@@ -254,14 +266,21 @@ def slower_than_best_peer(rows):
 
 
 def losses(rows):
-    """Every row that is slower than its fastest peer."""
+    """Every row that is slower than its fastest peer; before them those in which somebody is wrong, who then is in no ratio."""
     lines = [
         f"- {row['operation']}, {row['case']}: {name} {1 / ratio:.2f}x faster than ours"
         for row, name, ratio in slower_than_best_peer(rows)
     ]
+    wrong = [
+        f"- {row['operation']}, {row['case']}: {name}: {result['missing']}"
+        for row in rows
+        for name, result in row["contenders"].items()
+        if result.get("missing", "").startswith(WRONG)
+    ]
+    told = f"WRONG, and so not compared, {len(wrong)}:\n\n" + "\n".join(wrong) + "\n\n" if wrong else ""
     if not lines:
-        return "No case is slower than its fastest peer.\n"
-    return f"Slower than the fastest peer, {len(lines)} of {len(rows)} cases:\n\n" + "\n".join(lines) + "\n"
+        return told + "No case is slower than its fastest peer.\n"
+    return told + f"Slower than the fastest peer, {len(lines)} of {len(rows)} cases:\n\n" + "\n".join(lines) + "\n"
 
 
 def absences(rows):
@@ -289,20 +308,36 @@ def nowhere(rows):
     return reasons
 
 
+def runs(result):
+    """{(when, commit): its rows}: a run of a part leaves the rows of before in the file."""
+    found = {}
+    for row in result["rows"]:
+        found.setdefault((row.get("run"), row["commit"]), []).append(row)
+    return found
+
+
 def head(result):
     about, rows = result["machine"], result["rows"]
-    rates = {name: max(row["rates"][name] for row in rows) for name in rows[0]["rates"]}
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     plain = any(base(row) != OURS for row in rows)
+    several = runs(result)
     return (
-        f"{about['kind']}, {about['threads']} threads; {versions}; commit {commits}.\n"
-        f"Ceilings, measured in the same run: read {rates['read'] / 1e9:.1f} GB/s, copy {rates['copy'] / 1e9:.1f} GB/s, "
-        f"products float32 {rates['float32'] / 1e9:.0f} and bfloat16 {rates['bfloat16'] / 1e9:.0f} GFLOP/s (the best that any "
-        f"contender or a bare product reached). What memory alone limits is held against what it gave between the rounds.\n"
-        + "Times marked (jnp): our kernel did not run, and the package's plain jax.numpy version stands in its place.\n"
-        * plain
+        f"{about['kind']}, {about['threads']} threads.\n"
+        + "".join(_run(about, when, commit, some, len(several) > 1) for (when, commit), some in several.items())
+        + "Times marked (jnp): our kernel did not run, and the package's plain XLA path stands in its place.\n" * plain
         + "".join(f"Missing: {', '.join(names)} ({reason}).\n" for reason, names in nowhere(rows).items())
+    )
+
+
+def _run(about, when, commit, rows, several):
+    """What one run had and reached. Ceilings are the greatest of its rows': only a part of the processors has lower ones."""
+    versions = rows[0].get("versions", about["versions"])
+    rates = {name: max(row["rates"][name] for row in rows) for name in rows[0]["rates"]}
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    name = f"the run of {when}, commit {commit}" if when else f"commit {commit}"
+    return (
+        f"{'' if several else 'All '}{len(rows)} case{'s' * (len(rows) > 1)} of {name}: {packages}. "
+        f"Ceilings: read {rates['read'] / 1e9:.1f} GB/s, copy {rates['copy'] / 1e9:.1f} GB/s, "
+        f"products float32 {rates['float32'] / 1e9:.0f} and bfloat16 {rates['bfloat16'] / 1e9:.0f} GFLOP/s.\n"
     )
 
 
@@ -337,7 +372,6 @@ def readme_block():
         result = load(path)
         parts += [
             head(result),
-            "Ratios are medians over rounds in which all contenders ran on the same inputs: above 1 ours is faster.\n",
             headlines(result["rows"]),
             losses(result["rows"]),
             f"All {len(result['rows'])} cases, with memory, plots and the cost of the first call: "
@@ -346,7 +380,8 @@ def readme_block():
     return "\n".join([*parts, tpu_report.readme(RESULTS), END])
 
 
-def rewrite_readme(path=machine.ROOT / "README.md"):
+def rewrite_readme():
+    path = machine.ROOT / "README.md"
     text = path.read_text()
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
     if not re.search(pattern, text, re.DOTALL):

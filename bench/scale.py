@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench import apart, attention, end_to_end, harness, lm_head, machine, unmask
-from bench.harness import Contender
 
 ON_CPU = machine.platform_name() == "cpu"
 
@@ -20,7 +19,7 @@ def processors(case, count):
         case,
         operation="scale",
         name=f"{case.operation}, {case.name}, {count} processor{'s' * (count > 1)}",
-        contenders={name: case.contenders[name] for name in (harness.OURS, "jnp", "torch") if name in case.contenders},
+        contenders={name: case.contenders[name] for name in (harness.OURS, harness.PLAIN, "torch") if name in case.contenders},
         sweep=(f"processors: {case.operation}, {case.name}", count),
         apart=dict(processors=count),
         headline=False,
@@ -54,7 +53,10 @@ def devices(case, axes, count):
     def prepare(*arrays):
         return tuple(jax.device_put(array, NamedSharding(mesh(), along(axis))) for array, axis in zip(arrays, axes))
 
-    contenders = {name: Contender(sharded(case.contenders[name].function), prepare) for name in (harness.OURS, "jnp")}
+    contenders = {
+        name: dataclasses.replace(case.contenders[name], function=sharded(case.contenders[name].function), prepare=prepare)
+        for name in (harness.OURS, harness.PLAIN)
+    }
     return dataclasses.replace(
         case,
         operation="scale",

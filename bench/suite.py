@@ -1,5 +1,6 @@
 """Runs the cases of every operation on the present device and keeps the results."""
 
+import datetime
 import gc
 import json
 import time
@@ -25,7 +26,9 @@ MINUTES = {"quick": 2, None: 14, "full": 60}
 
 
 def run(grid, only, minutes, out):
-    """Writes the results file, its table and its plots; the exit status is 1 where our own kernel gave no valid time."""
+    """Writes the results file, its table and its plots; the exit status is 1 where our own kernel gave no valid time, or anybody
+    computed what the others did not: without an oracle it may be ours that is wrong, and a peer's wrong code is no peer.
+    """
     end = time.monotonic() + 60 * (minutes or MINUTES[grid])
     grid = grid or ("main" if machine.platform_name() == "cpu" else "full")
     path = out or report.RESULTS / f"{machine.device_name()}{'-quick' * (grid == 'quick')}.json"
@@ -41,38 +44,48 @@ def run(grid, only, minutes, out):
     # Until a case has run anew its row of before stays, so that a run that is stopped loses nothing.
     known = {(case.operation, case.name) for case in every}
     rows = [row for row in report.load(path)["rows"] if key(row) in known] if path.exists() else []
-    ran, rates, setup, failed = [], {}, 0.0, False
-    commit = machine.commit()
+    ran, rates, setup, failed = [], {}, 0.0, []
+    about = dict(commit=machine.commit(), run=f"{datetime.datetime.now():%Y-%m-%d %H:%M}", versions=machine.describe()["versions"])
     for i, case in enumerate(cases):
         if time.monotonic() > end:
             print(f"{case.operation}: {case.name}: left out, the time is up", flush=True)
             continue
-        # The ceilings move with whatever else the machine does, so they are measured again and again, and the best one holds;
-        # the memory's most, for neighbours take of it too, so what it alone limits is held against what it gave meanwhile.
+        # The ceilings move with whatever else the machine does, so they are measured again and again, and the best one holds.
         if i % 15 == 0:
-            rates = _greatest(machine.rates(), rates)
+            rates = harness.greatest(machine.rates(), rates)
         # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far; and not all of
         # it, for the last cases are the heaviest.
         seconds = max(0.5, 0.3 * ((end - time.monotonic()) / (left_out + len(cases) - i) - setup / max(1, i)))
         began = time.monotonic()
         try:
             measure = harness.measure if case.apart is None else apart.measure
-            row = measure(case, seconds, grid == "quick") | dict(commit=commit)
+            row = measure(case, seconds, grid == "quick") | about
         except (MemoryError, RuntimeError) as failure:  # as for inputs that do not fit
-            print(f"{case.operation}: {case.name}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
-            failed = True
+            failed.append(f"{case.operation}: {case.name}: {type(failure).__name__}: {str(failure)[:200]}")
+            print(failed[-1], flush=True)
             continue
         setup += max(0, time.monotonic() - began - seconds)
-        rates = _greatest(harness.achieved(row), rates)
-        ran = [dict(each, rates=rates | each["memory"]) for each in [*ran, row]]
-        _write(path, [row for row in rows if key(row) not in map(key, ran)] + ran)
-        # Arguments that our kernel says it does not take are none of its failures.
-        failed |= "cannot run" not in row["contenders"][harness.OURS].get("missing", "cannot run")
-        print(f"{report.line(row, rates | row['memory'])} [{time.monotonic() - began:.1f} s]", flush=True)
+        if "rates" not in row:
+            rates = harness.greatest(harness.achieved(row), rates)
+        ran.append(row)
+        measured = [dict(rates=rates) | each for each in ran]  # those with ceilings of their own keep them
+        _write(path, [row for row in rows if key(row) not in map(key, ran)] + measured)
+        failed += _failures(row)
+        print(f"{report.line(row, measured[-1]['rates'])} [{time.monotonic() - began:.1f} s]", flush=True)
         gc.collect()
         machine.give_back()
     print(f"{path}\n{report.write(path)}")
-    return int(failed)
+    if failed:
+        print(f"\nFAILED, {len(failed)}:", *failed, sep="\n")
+    return int(bool(failed))
+
+
+def _failures(row):
+    for name, result in row["contenders"].items():
+        missing = result.get("missing", "")
+        # Arguments that our kernel says it does not take are none of its failures.
+        if missing.startswith(harness.WRONG) or (name == harness.OURS and missing and "cannot run" not in missing):
+            yield f"{row['operation']}: {row['case']}: {name}: {missing}"
 
 
 def key(row):
@@ -87,10 +100,6 @@ def _write(path, rows):
 
 def _order(row):
     return [module.__name__.split(".")[-1] for module in OPERATIONS].index(row["operation"])
-
-
-def _greatest(new, old):
-    return old | {name: max(rate, old.get(name, 0)) for name, rate in new.items()}
 
 
 def _rounded(value):

@@ -54,34 +54,31 @@ def forward(config, params, tokens, cache=None, at=0):
     x = params["embed"][tokens]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     for i in range(c.layers):
-        p = {
-            name.removeprefix(f"layers.{i}."): array
-            for name, array in params.items()
-            if name.startswith(f"layers.{i}.")
-        }
-        h = rms_norm(x, (c.d_model,), p["attention_norm"], c.rms_norm_eps)
-        query, key, value = (_heads(c, p, name, h) for name in ("query", "key", "value"))
+        layer = f"layers.{i}."
+        h = rms_norm(x, (c.d_model,), params[layer + "attention_norm"], c.rms_norm_eps)
+        query, key, value = (_heads(c, params, layer + name, h) for name in ("query", "key", "value"))
         query, key = (_rotate(y, cos, sin) for y in (query, key))
         mask = None
         if cache is not None:
             if cache[i] is not None:
                 key, value = (torch.cat(pair, 1) for pair in zip(cache[i], (key, value)))
             cache[i] = key, value
-            mask = torch.ones(length, key.shape[1], dtype=torch.bool, device=tokens.device).tril(key.shape[1] - length)
-        x = x + peers.sdpa(query, key, value, mask).reshape(b, length, -1) @ p["out"]
-        h = rms_norm(x, (c.d_model,), p["ffn_norm"], c.rms_norm_eps)
-        x = x + (silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+            if length > 1:  # the last one sees all
+                mask = torch.ones(length, key.shape[1], dtype=torch.bool, device=tokens.device).tril(key.shape[1] - length)
+        x = x + peers.sdpa(query, key, value, mask).reshape(b, length, -1) @ params[layer + "out"]
+        h = rms_norm(x, (c.d_model,), params[layer + "ffn_norm"], c.rms_norm_eps)
+        x = x + (silu(h @ params[layer + "gate"]) * (h @ params[layer + "up"])) @ params[layer + "down"]
     x = rms_norm(x, (c.d_model,), params["final_norm"], c.rms_norm_eps)
     return x @ params["embed" if c.tie_embeddings else "head"].T
 
 
-def _heads(config, p, name, h):
-    x = h @ p[name]
+def _heads(config, params, name, h):
+    x = h @ params[name]
     if config.qkv_bias:
-        x = x + p[f"{name}_bias"]
+        x = x + params[f"{name}_bias"]
     x = x.reshape(*h.shape[:2], -1, config.head_size)
-    if config.qk_norm and name != "value":
-        x = rms_norm(x, (config.head_size,), p[f"{name}_norm"], config.rms_norm_eps)
+    if config.qk_norm and not name.endswith("value"):
+        x = rms_norm(x, (config.head_size,), params[f"{name}_norm"], config.rms_norm_eps)
     return x
 
 

@@ -25,7 +25,7 @@ import jax
 import pybind11
 
 from bench import attention, cross_entropy, harness, lm_head, machine, report, unmask
-from bench.harness import OURS, Contender
+from bench.harness import OURS, Contender, Patched
 from dlm_kernels import cpu_kernels
 
 SOURCES = machine.ROOT / "csrc"
@@ -139,7 +139,10 @@ def relative_times(paths, present, name, size):
     logs = {value: [] for value in paths}
     for case in size.cases():
         ours = case.contenders[OURS]
-        contenders = {value: Contender(Prefixed(ours.function, prefix), ours.prepare) for value, prefix in prefixes.items()}
+        contenders = {
+            value: Contender(Patched(ours.function, cpu_kernels, "TARGETS", prefix), ours.prepare)
+            for value, prefix in prefixes.items()
+        }
         row = harness.measure(dataclasses.replace(case, contenders=contenders), seconds=2.0)
         for value, result in row["contenders"].items():
             if "missing" in result:
@@ -147,18 +150,6 @@ def relative_times(paths, present, name, size):
             ratios = [a / b for a, b in zip(result["times"], row["contenders"][present]["times"])]
             logs[value].append(math.log(statistics.median(ratios)))
     return {value: math.exp(statistics.fmean(each)) for value, each in logs.items()}
-
-
-class Prefixed:
-    """A jitted function that compiles for the handlers that are registered under `prefix`."""
-
-    def __init__(self, function, prefix):
-        self.function, self.prefix = function, prefix
-
-    def lower(self, *inputs):
-        jax.clear_caches()  # which know nothing of the prefix
-        with mock.patch.object(cpu_kernels, "TARGETS", self.prefix):
-            return self.function.lower(*inputs)
 
 
 def load(path):

@@ -5,12 +5,9 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
-from unittest import mock
-
-import jax
 
 from bench import attention, harness, lm_head, machine, report
-from bench.harness import OURS, Contender
+from bench.harness import OURS, Contender, Patched
 from dlm_kernels.triton_kernels import tiles
 
 TABLE = machine.ROOT / "python/dlm_kernels/triton_kernels/tiles.py"
@@ -59,27 +56,19 @@ class Table(dict):
         return self.candidate or own
 
 
-class Tried:
-    """A jitted function that compiles with a `Table` in the place of the package's own."""
-
-    def __init__(self, function, table):
-        self.function, self.table = function, table
-
-    def lower(self, *inputs):
-        jax.clear_caches()
-        with mock.patch.object(tiles, "MEASURED", self.table):
-            return self.function.lower(*inputs)
-
-
 def fastest(name, kernel, case):
     """(key of the table, (constants, warps, stages)) of the fastest for `case`; None in the second's place: the kernel's own."""
     contender = case.contenders[OURS]
+
+    def tried_with(table):
+        return Contender(Patched(contender.function, tiles, "MEASURED", table), contender.prepare)
+
     own = Table(tiles.MEASURED, name, None)
     constants = [dict(zip(kernel.constants, values)) for values in itertools.product(*kernel.constants.values())]
     tried = list(itertools.product(constants, kernel.warps, kernel.stages))
-    contenders = {"own": Contender(Tried(contender.function, own), contender.prepare)}
+    contenders = {"own": tried_with(own)}
     for i, candidate in enumerate(tried):
-        contenders[i] = Contender(Tried(contender.function, Table(tiles.MEASURED, name, candidate)), contender.prepare)
+        contenders[i] = tried_with(Table(tiles.MEASURED, name, candidate))
     # What does not fit the chip's memory or registers fails, and is missing from the row.
     row = harness.measure(dataclasses.replace(case, contenders=contenders), seconds=5.0)
     times = {name: statistics.median(result["times"]) for name, result in row["contenders"].items() if "times" in result}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import math
 import os
 import shutil
 import sys
@@ -12,7 +14,20 @@ import numpy as np
 import pytest
 
 import dlm_kernels
-from bench import apart, harness, machine, peers, report, scale, suite, tpu_report, unmask
+from bench import (
+    apart,
+    attention,
+    cross_entropy,
+    divergence,
+    harness,
+    machine,
+    peers,
+    report,
+    scale,
+    suite,
+    tpu_report,
+    unmask,
+)
 from bench.harness import OURS, Case, Contender
 from dlm_kernels.denoiser import model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
@@ -53,7 +68,7 @@ def test_the_header_of_tile_sizes_is_as_tune_writes_it():
 # In Triton's interpreter, where a time says nothing: what is tried reaches the kernel, and its key is the kind that was asked for.
 def test_tune_tries_tiles_and_writes_the_table(monkeypatch):
     pytest.importorskip("triton")
-    from bench import attention, tune_triton
+    from bench import tune_triton
     from dlm_kernels.triton_kernels import launch, tiles
 
     if not launch.interpreting():
@@ -131,6 +146,79 @@ def test_measure_times_only_what_is_right_and_there():
     assert len(row["contenders"]["rounded"]["times"]) == len(ours)
 
 
+# Without an oracle a wrong kernel of ours must not make its peers wrong; who draws other numbers is checked for what it can be.
+def test_where_there_is_no_oracle_ours_has_to_agree_with_jnp():
+    def one(ours, peer=lambda x: 2 * x, jnp_=lambda x: 2 * x, **others):
+        contenders = {OURS: Contender(ours), "peer": Contender(peer), "jnp": Contender(jnp_)} | others
+        row = harness.measure(Case("doubling", "1", lambda rng: (np.ones(4),), contenders, read=32), 0.0)
+        return {name: result.get("missing", "ran").split()[0] for name, result in row["contenders"].items()}
+
+    def fails(x):
+        raise RuntimeError("no memory")
+
+    assert one(lambda x: 2 * x) == {OURS: "ran", "peer": "ran", "jnp": "ran"}
+    assert one(lambda x: 3 * x) == {OURS: "wrong:", "peer": "ran", "jnp": "ran"}
+    assert one(lambda x: 3 * x, jnp_=fails) == {OURS: "wrong:", "peer": "ran", "jnp": "RuntimeError:"}
+    assert one(lambda x: 3 * x, jnp_=fails, peer=fails)[OURS] == "unchecked:"
+    other = Contender(lambda x: 7 * x, check=lambda output, x: float(abs(output - 7 * x).max()))
+    assert one(lambda x: 2 * x, other=other)["other"] == "ran"
+    assert one(lambda x: 2 * x, other=dataclasses.replace(other, function=lambda x: 6 * x))["other"] == "wrong:"
+
+
+# Draws of JAX's generator are the same in ours and in jnp; of torch's what is known is how many masks are gone.
+def test_a_sampler_that_commits_nothing_is_wrong():
+    case = unmask.case("LLaDA-8B", 8, 517, temperature=1.0, sweep=("rows", 8))
+    idle = {name: dataclasses.replace(each, function=lambda logits, tokens: tokens) for name, each in case.contenders.items()}
+    contenders = case.contenders | {f"{name}, idle": each for name, each in idle.items()}
+    row = harness.measure(dataclasses.replace(case, contenders=contenders), 0.0, quick=True)
+    for name, result in row["contenders"].items():
+        assert result.get("missing", "").startswith("wrong:") == name.endswith(", idle"), (name, result)
+
+
+# Ours must write what jnp writes; who takes other passes, every token.
+def test_a_decoder_with_a_cache_that_writes_nothing_is_wrong():
+    from bench import end_to_end
+
+    case = end_to_end.case("shipped", 8, 8, 4, 2, cached=True)
+    given = jnp.full((1, 8), 9, jnp.int32)
+    text, other, idle, lost = (
+        np.pad(given + change, ((0, 0), (0, 8)), constant_values=token)
+        for change, token in ((0, 5), (0, 6), (0, end_to_end.BODIES["shipped"].mask_id), (1, 5))
+    )
+    for name in case.contenders:
+        right = [harness.verify(case, name, each, text, (None, given))[0] is None for each in (text, other, idle, lost)]
+        assert right == [True, name.endswith("autoregressive"), False, False]
+
+
+# What a user pays once is told: its time, and its memory with the call's.
+def test_what_is_prepared_once_is_told():
+    packed = Contender(lambda x: x + 1, lambda x: (x + 0,), once=True)
+    contenders = {OURS: Contender(lambda x: x + 1), "jnp": Contender(lambda x: x + 1), "ours, packed": packed}
+    row = harness.measure(Case("adding", "1", lambda rng: (jnp.ones(1 << 20),), contenders, read=4 << 20), 0.0)["contenders"]
+    assert row["ours, packed"]["once"] > 0 and row["ours, packed"]["once_bytes"] == 4 << 20 and "once" not in row["jnp"]
+    assert (row["ours, packed"]["peak_bytes"] or 4 << 20) >= 4 << 20
+
+
+# The least that anybody must do: six products of attention with its gradients, three of a loss, four of a divergence's.
+def test_what_a_kernel_computes_anew_is_no_necessary_work():
+    forward, backward = (attention.case("MDLM", 64, 64, "float32", backward=back) for back in (False, True))
+    assert backward.flops == 3 * forward.flops
+    for module, share in ((cross_entropy, 3), (divergence, 2)):
+        forward, backward = (module.case("MDLM", 64, 64, 96, "float32", backward=back) for back in (False, True))
+        assert backward.flops == share * forward.flops
+    # Half of the row is padding, which nobody need read.
+    row, padded = (attention.case("MDLM", 64, 64, "float32", mask) for mask in (None, "padded"))
+    assert padded.flops == row.flops // 2 and padded.read == row.read * 2 // 3
+    assert attention.keys_seen(np.array([[0, 2, 7, 7], [1, 3, 5, 6]]), 8).tolist() == [1, 1, 1, 0, 0, 1, 0, 0]
+    # Untied embeddings are looked up, not read.
+    from bench import end_to_end
+
+    config = end_to_end.BODIES["LLaDA-8B"]
+    held = sum(math.prod(shape) for shape in model.parameter_shapes(config).values())
+    case = end_to_end.case("LLaDA-8B", 16, 16, 16, 4)
+    assert case.read == pytest.approx(4 * 4 * (held - config.vocab * config.d_model), rel=1e-4)
+
+
 # Of 4000 bytes ten sets are four times a cache of 10000; a set that fills it is enough by itself.
 def test_inputs_have_left_the_cache_when_they_come_again():
     case = Case("doubling", "1000", lambda rng: (rng.standard_normal(1000).astype("float32"),), {}, read=4000)
@@ -140,7 +228,7 @@ def test_inputs_have_left_the_cache_when_they_come_again():
 
 
 # A time is of one call of several; in a round all begin at the same inputs, and the next goes on behind them.
-def test_contenders_take_turns_on_the_same_inputs():
+def test_contenders_take_turns_on_the_same_inputs(monkeypatch):
     turns = {"one": [], "two": []}
 
     def call(name, turn):
@@ -148,18 +236,19 @@ def test_contenders_take_turns_on_the_same_inputs():
         return harness.Timed(len(name) + turn, 0.0)
 
     ready = {name: functools.partial(call, name) for name in turns}
-    times = harness._rounds(ready, {"one": 1, "two": 2}, 0.0, 3, lambda: None)
+    monkeypatch.setattr(harness, "LEAST_ROUNDS", 3)
+    times = harness._rounds(ready, {"one": 1, "two": 2}, 0.0)
     assert turns == {"one": [2, 4, 6], "two": [2, 3, 4, 5, 6, 7]}
     assert times == {"one": [5, 7, 9], "two": [5.5, 7.5, 9.5]}
 
 
-@pytest.mark.parametrize("headline, quick, least", [(False, False, 3), (True, False, 7), (True, True, 2)])
-def test_a_case_has_a_least_number_of_rounds(monkeypatch, headline, quick, least):
-    seen = []
-    monkeypatch.setattr(harness, "_rounds", lambda ready, calls, seconds, least, between: seen.append(least) or {})
-    contenders = {OURS: Contender(lambda x: x), "jnp": Contender(lambda x: x)}
-    harness.measure(Case("nothing", "1", lambda rng: (jnp.ones(1),), contenders, read=4, flops=1, headline=headline), 0.01, quick)
-    assert seen == [least]
+# Ours and the fastest peers are in every round, whatever they take; a slow one has two, others as many as there is time for.
+def test_every_case_has_rounds_enough_to_be_compared():
+    seconds = {OURS: 2.0, "slow": 3.0, "fast": 0.5, "faster": 0.4, "fair": 0.7, "ours, packed": 1.0}
+    ready = {name: lambda turn, each=each: harness.Timed(each, 0.0) for name, each in seconds.items()}
+    times = harness._rounds(ready, dict.fromkeys(ready, 1), 0.0)
+    rounds = {OURS: 7, "slow": 2, "fast": 7, "faster": 7, "fair": 2, "ours, packed": 7}
+    assert {name: len(each) for name, each in times.items()} == rounds
 
 
 def test_calls_in_an_accelerators_queue_are_waited_for_once(monkeypatch):
@@ -221,16 +310,15 @@ def test_llada_guided_step_is_unmask_step_with_guidance():
     np.testing.assert_array_equal(got, want.tokens)
 
 
-# No position, some, and all reach the threshold.
+# No position, some, and all reach the threshold: by Fast-dLLM's walk, and as one loop.
 @pytest.mark.parametrize("threshold, least, most", [(1.0, 1, 1), (0.9, 2, 14), (0.0, 15, 15)])
 def test_fast_dllm_step_is_unmask_step_with_a_threshold(threshold, least, most):
     torch = pytest.importorskip("torch")
     logits, tokens = sampler_inputs()
-    got = peers.fast_dllm_step(
-        torch.from_numpy(logits), torch.from_numpy(tokens), mask_id=unmask.MASK, threshold=threshold
-    )
     want = dlm_kernels.unmask_step(logits, tokens, mask_id=unmask.MASK, threshold=threshold, implementation="xla")
-    np.testing.assert_array_equal(got, want.tokens)
+    for step in (peers.fast_dllm_step, peers.threshold_step):
+        got = step(torch.from_numpy(logits), torch.from_numpy(tokens), mask_id=unmask.MASK, threshold=threshold)
+        np.testing.assert_array_equal(got, want.tokens)
     assert least <= (np.asarray(got) != tokens).sum() <= most
 
 
@@ -278,3 +366,14 @@ def test_a_case_is_measured_over_two_devices_in_a_process_of_its_own():
     case = next(case for case in scale.cases() if "lm_head" in case.name and case.name.endswith("2 devices"))
     row = apart.measure(case, 0.01, quick=True)
     assert row["sweep"][1] == 2 and all(result["times"] for result in row["contenders"].values())
+
+
+# Half of a machine is not held against all of it; what somebody reached there is reachable there.
+def test_a_part_of_the_processors_has_ceilings_of_its_own(monkeypatch, capsys):
+    row = dict(flops=600, dtype="float32", contenders={OURS: dict(times=[2.0, 3.0])})
+    monkeypatch.setattr(harness, "measure", lambda case, seconds, quick: dict(row))
+    monkeypatch.setattr(machine, "rates", lambda: dict(read=5.0, float32=200.0, bfloat16=400.0))
+    name = scale.cases()[0].name
+    for part, rates in ((False, {}), (True, dict(rates=dict(read=5.0, float32=300.0, bfloat16=400.0)))):
+        apart.main(name, 0.0, False, part)
+        assert json.loads(capsys.readouterr().out) == row | rates
