@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import sys
 
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
@@ -16,11 +17,19 @@ GENERATE_OPTIONS = (
 
 
 def main(arguments=None):
-    """Runs one subcommand; returns the exit status. An error in what was asked for is one line on stderr and status 2."""
+    """Runs one subcommand; returns the exit status: 2 for an error in what was asked for, 130 for Ctrl-C, each with one line."""
     options = _parser().parse_args(arguments)
     try:
         _check_implementation(options.implementation)
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read, `head` say, has enough. What is left in the buffer would be said to be lost when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt as stopped:
+        print(f"dlm-kernels: {str(stopped) or 'stopped'}", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"dlm-kernels: {str(error) or 'not enough memory'}", file=sys.stderr)
         return 2
@@ -121,17 +130,12 @@ def _parser():
 
     train = command("train", _train, "train a denoiser on the standard library of this Python")
     train.add_argument("out", help="directory of the checkpoint; a run that was stopped goes on from there")
-    train.add_argument("--minutes", type=float)
-    train.add_argument("--steps", type=int)
-    train.add_argument("--layers", type=int, default=4)
-    train.add_argument("--rows", type=int, default=16)
-    train.add_argument("--length", type=int, default=256)
-    train.add_argument("--learning-rate", type=float, default=2e-3)
+    train.add_argument("--layers", type=int, help="of the model (default: 4, or those of --initial)")
+    _run(train, length=256, learning_rate=2e-3)
     train.add_argument("--block-share", type=float, default=0.0, help="share of updates on block-causal denoising")
     train.add_argument("--uniform-share", type=float, default=0.0, help="share of updates on random tokens for --noise-budget")
     train.add_argument("--error-share", type=float, default=0.0, help="share of visible tokens to replace and correct")
     train.add_argument("--initial", metavar="DIR", help="a checkpoint to start from")
-    train.add_argument("--seed", type=int, default=0)
 
     distill = command("distill", _distill, "teach a copy of a denoiser to decode in fewer passes")
     _model(distill)
@@ -145,12 +149,7 @@ def _parser():
     own = "share of updates on what the student itself has decoded so far (default: %(default)s)"
     distill.add_argument("--on-policy", type=float, default=0.5, metavar="SHARE", help=own)
     distill.add_argument("--initial", metavar="DIR", help="a student to start from (default: the teacher itself)")
-    distill.add_argument("--minutes", type=float)
-    distill.add_argument("--steps", type=int, help="updates")
-    distill.add_argument("--rows", type=int, default=16)
-    distill.add_argument("--length", type=int, default=128)
-    distill.add_argument("--learning-rate", type=float, default=3e-4)
-    distill.add_argument("--seed", type=int, default=0)
+    _run(distill, length=128, learning_rate=3e-4)
 
     evaluate = command("evaluate", _evaluate, "measure held-out bits per byte and infilling")
     _model(evaluate)
@@ -161,10 +160,22 @@ def _parser():
     instead.add_argument("--control", action="store_true", help="measure each mechanism of control, without and with it")
     evaluate.add_argument("--markdown", action="store_true", help="print a table of these in Markdown, row by row")
     evaluate.add_argument("--plot", metavar="FILE", help="draw --by-steps into an SVG file")
-    evaluate.add_argument("--students", nargs="*", metavar="DIR", default=["student-8", "student-2"])
+    known = "of the model's tokenizer (default: student-8 and student-2, those that are of the model's shape too)"
+    evaluate.add_argument("--students", nargs="*", metavar="DIR", help=known)
     evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s)")
     evaluate.add_argument("--files", type=int, default=None, help="use this many held-out files only")
     return parser
+
+
+def _run(command, *, length, learning_rate):
+    """How long `train` and `distill` run, and on what."""
+    add = command.add_argument
+    add("--minutes", type=float, help="how long the run takes, compiling included; this or --steps")
+    add("--steps", type=int, help="updates of the run; a run that had all its steps goes on for more")
+    add("--rows", type=int, default=16, help="texts an update (default: %(default)s)")
+    add("--length", type=int, default=length, help="tokens of each (default: %(default)s)")
+    add("--learning-rate", type=float, default=learning_rate, help="its peak (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
 
 
 def _model(command):
@@ -267,7 +278,7 @@ def _classify(options):
     texts = ([_text(name) for name in names] for names in (options.wanted, options.unwanted))
     found, right = classifier.fit(_load(options), *texts, length=options.length, implementation=options.implementation)
     classifier.save(options.out, found)
-    print(f"{right:.1%} of the rows right")
+    print(f"{right:.1%} of the rows that it was fitted to right")
 
 
 def _text(name):
@@ -302,7 +313,7 @@ def _info(options):
         print(f"instruction set of the CPU kernels: {_cpu.isa()}")
     print(f"model: {sum(x.size for x in params.values()) / 1e6:.1f} million parameters, {config.layers} layers")
     for name, implementation in implementations.taken(config, params, every=True).items():
-        print(f"{name}: {implementation}")
+        print(f"{name}: {options.implementation or implementation}")
 
 
 def _train(options):
@@ -323,7 +334,8 @@ def _train(options):
     )
     with progress.Bar(options.out) as shown:
         initial = options.initial and checkpoint.find(options.initial)
-        train.run(DenoiserConfig(layers=options.layers), settings, options.out, initial=initial, report=shown)
+        config = None if options.layers is None else DenoiserConfig(layers=options.layers)
+        train.run(config, settings, options.out, initial=initial, report=shown)
 
 
 def _distill(options):
@@ -354,8 +366,6 @@ def _distill(options):
 
 
 def _evaluate(options):
-    import jax.numpy as jnp
-
     from dlm_kernels.denoiser import checkpoint, compare, data, evaluate, limits, mechanisms, plot
 
     limits.counts(steps=options.steps, prompts=options.prompts, **({} if options.files is None else {"files": options.files}))
@@ -367,9 +377,8 @@ def _evaluate(options):
         numbers = evaluate.report(_load(options), texts, steps=options.steps, implementation=options.implementation)
         print(json.dumps(numbers, indent=2))
         return
-    models = {"teacher": _load(options)}
-    others = ["renoise"] if options.control else options.students
-    models |= {name: checkpoint.load(checkpoint.find(name), dtype=jnp.float32) for name in others}
+    teacher = _load(options)
+    models = {"teacher": teacher} | _students(teacher, ["renoise"] if options.control else options.students)
     measure, head, line = compare.decoding, compare.DECODING_HEAD, compare.line
     if options.by_steps:
         measure, head = compare.by_steps, compare.STEPS_HEAD
@@ -386,6 +395,20 @@ def _evaluate(options):
         checkpoint.write_atomic(options.plot, plot.steps_svg(rows).encode())
     if not options.markdown:
         print(json.dumps(rows, indent=2))
+
+
+def _students(teacher, names):
+    """{name: model} of those to compare with it; None: those of the shipped model's that are students of this one too."""
+    import jax.numpy as jnp
+
+    from dlm_kernels.denoiser import checkpoint, compare
+
+    if names and "teacher" in names:
+        raise ValueError("--students: expected another name than teacher, which is the model's")
+    known = compare.STUDENTS if names is None else names
+    models = {name: checkpoint.load(checkpoint.find(name), dtype=jnp.float32) for name in known}
+    fit = {n for n, model in models.items() if model[0] == teacher[0] and compare.same_tokenizer(model, teacher)}
+    return {name: model for name, model in models.items() if names is not None or name in fit}
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_the_command_fits_saves_and_uses_it(saved, tmp_path, capsys):
     out = tmp_path / "classifier.safetensors"
     files = ("--wanted", str(tmp_path / "good.py"), "--unwanted", str(tmp_path / "bad.py"))
     assert cli.main(["classify", str(out), "--model", str(saved), "--length", "16", *files]) == 0
-    assert "of the rows right" in capsys.readouterr().out
+    assert "% of the rows that it was fitted to right" in capsys.readouterr().out
     texts = []
     for scale in ("0", "40"):
         guided = ("--classifier", str(out), "--classifier-scale", scale, "--temperature", "0")

@@ -1,5 +1,6 @@
 """The teacher's states are those of its passes, the loss is the divergence from them, and a student comes closer to its teacher."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_kernels.denoiser import checkpoint, distill, model, train
+from dlm_kernels.denoiser import checkpoint, data, distill, model, train
 
 states = jax.jit(distill.teacher_states, static_argnums=0, static_argnames=("passes", "temperature"))
 
@@ -199,3 +200,29 @@ def test_a_student_learns_guidance(saved, tmp_path, texts):
 def test_steps_must_divide(steps, saved, tmp_path):
     with pytest.raises(ValueError, match="teacher_steps: expected a multiple of student_steps"):
         distill.run(None, saved, tmp_path, teacher_steps=steps[0], student_steps=steps[1])
+
+
+def test_a_student_is_of_its_teachers_shape_and_tokenizer(saved, tmp_path):
+    """And is not written over it."""
+    few, steps = train.TrainConfig(steps=1, rows=2, length=16), dict(teacher_steps=4, student_steps=2)
+    config, params, tokenizer = checkpoint.load(saved)
+    with pytest.raises(ValueError, match="teacher: expected another directory than the one that is written"):
+        distill.run(few, saved, saved / ".." / saved.name, **steps)
+    smaller = dataclasses.replace(config, layers=1)
+    shapes = model.parameter_shapes(smaller)
+    checkpoint.save(tmp_path / "smaller", smaller, {name: params[name] for name in shapes}, tokenizer)
+    checkpoint.save(tmp_path / "foreign", config, params, data.train_tokenizer(["def f():"], 300))
+    for student in (tmp_path / "smaller", tmp_path / "foreign"):
+        with pytest.raises(ValueError, match=f"initial: expected a student of the config and tokenizer of .*, got {student}"):
+            distill.run(few, saved, tmp_path / "out", initial=student, **steps)
+    with pytest.raises(ValueError, match="out: expected a directory without a model"):
+        distill.run(few, saved, tmp_path / "smaller", **steps)
+
+
+def test_a_token_that_is_pad_and_end_at_once_may_be_revealed(config, params, random):
+    """As Dream's and LLaDA's is: a student would else never learn to end."""
+    both = dataclasses.replace(config, pad_id=9, eos_id=9)
+    hidden = jnp.broadcast_to(1e3 * params["embed"][9], (1, 4, config.d_model))
+    tokens = np.full((1, 4), config.mask_id, np.int32)
+    revealed = distill.reveal(both, params, tokens, hidden, np.array([4], np.int32))
+    np.testing.assert_array_equal(revealed, np.full((1, 4), 9))

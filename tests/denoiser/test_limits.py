@@ -99,14 +99,14 @@ OTHERS = {
     "classify out --wanted TEXT --unwanted TEXT --length 0": "length: expected an int of at least 1, got 0",
     "classify out --wanted nowhere --unwanted TEXT": "[Errno 2] No such file or directory: 'nowhere'",
     "classify out --wanted BYTES --unwanted TEXT": "BYTES: expected UTF-8, got 'utf-8' codec can't decode byte 0xff",
-    "train out --steps 0": "steps: expected at least 1, got 0",
-    "train out --steps -1": "steps: expected at least 1, got -1",
+    "train out --steps 0": "steps: expected an int of at least 1, got 0",
+    "train out --steps -1": "steps: expected an int of at least 1, got -1",
     "train out --minutes 0": "minutes: expected at least 0.001, got 0.0",
     "train out --steps 1 --rows 0": "rows: expected an int of at least 1, got 0",
     "train out --steps 1 --layers 0": "layers: expected an int of at least 1, got 0",
     "train out --steps 1 --learning-rate nan": "learning_rate: expected at least 0, got nan",
     "train out --steps 1 --block-share 0.7 --uniform-share 0.7": "block_share, uniform_share: expected at most 1 together, got 1.4",
-    "train TEXT --steps 1": "[Errno 17] File exists: 'TEXT'",
+    "train TEXT --steps 1": "out: expected a directory, got the file TEXT",
     "distill out --steps 1 --guidance nan": "guidance: expected a finite number, got nan",
     "distill out --steps 1 --temperature -1": "temperature: expected at least 0, got -1.0",
     "classify folder --wanted TEXT --unwanted TEXT": "out: expected a file in a folder that is there, got folder",
@@ -193,4 +193,4 @@ def test_from_python(saved):
     with pytest.raises(ValueError, match="heads: expected an int of at least 1, got 0"):
         DenoiserConfig(heads=0)
     with pytest.raises(ValueError, match=r"models: expected \['student-2', 'student-8'\] among them"):
-        compare.decoding({"teacher": model}, ["def f(a):\n    return a\n"])
+        compare.decoding({"teacher": model}, ["def f(a):\n    return a\n"], decoders=compare.DECODERS)

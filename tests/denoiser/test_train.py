@@ -1,10 +1,13 @@
 """The training losses against brute force, the data's promises, and a resume after a kill."""
 
+import dataclasses
 import functools
 import itertools
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
+from tokenizers import Tokenizer, models
 
 import dlm_kernels
 from dlm_kernels import masks
@@ -36,14 +41,18 @@ def nll(config, params, tokens, targets, mask=None):
 
 
 def test_the_bound_is_that_of_all_orders(config, params):
-    """The mean of the loss over maskings is the mean over all 4! orders of the negative log likelihood."""
-    row = np.array([9, 4, 31, 17], np.int32)
+    """The mean of the loss over maskings is the mean over all 4! orders of the negative log likelihood.
+
+    A document ends in the row, and where the mask hides that no position is told so.
+    """
+    row = np.array([9, config.eos_id, 31, 17], np.int32)
     known = {}
     for size in range(5):
         for chosen in itertools.combinations(range(4), size):
             noisy = row.copy()
             noisy[list(chosen)] = config.mask_id
-            known[chosen] = nll(config, params, noisy, row)
+            visible = masks.packed(data.segments(noisy[None], config.eos_id).astype(np.int32))
+            known[chosen] = nll(config, params, noisy, row, visible)
     orders = [
         sum(known[tuple(sorted(order[i:]))][order[i]] for i in range(4)) for order in itertools.permutations(range(4))
     ]
@@ -91,6 +100,15 @@ def test_errors_are_other_tokens_of_the_batch_and_checked_with_as_many_intact_on
     assert 0.8 < (changed.sum(0) / np.maximum((~masked).sum(0), 1)).max() / 0.25 < 2.5  # no column is favoured
 
 
+@pytest.mark.parametrize("share, expected", [(0.35, 0.7), (0.04, 0.08), (1e-12, 0.0), (0.5, 1.0)])
+def test_the_share_of_errors_is_what_it_says(share, expected, config):
+    """Of 40 columns without a mask at most 2 share * 40 + 1 a row, which is what `loss` has room for, are checked."""
+    tokens = jnp.full((50, 40), 9, jnp.int32)
+    _, checked = train.with_errors(tokens, tokens, jnp.zeros(tokens.shape, bool), jax.random.key(2), share, 5)
+    assert np.asarray(checked).mean() == pytest.approx(expected, abs=0.015)
+    assert np.asarray(checked).sum(1).max() <= 2 * share * 40 + 1
+
+
 def test_training_on_errors_rejects_them(config, params, tmp_path, texts):
     """After training the model prefers the true token to a wrong one in its place, far more often than without errors."""
     small = DenoiserConfig(layers=2, d_model=32, heads=2, kv_heads=1, head_size=16, ffn=48, vocab=300)
@@ -98,7 +116,7 @@ def test_training_on_errors_rejects_them(config, params, tmp_path, texts):
     for share in (0.0, 0.1):
         out = tmp_path / str(share)
         settings = train.TrainConfig(
-            rows=8, length=16, steps=250, learning_rate=1e-2, average=0.9, error_share=share, weight_decay=0.0
+            rows=8, length=16, steps=250, learning_rate=1e-2, average=0.9, error_share=share, weight_decay=0.0, seed=1
         )
         train.run(small, settings, out, seed_texts=texts)
         loaded, trained, tokenizer = checkpoint.load(out, dtype=jnp.float32)
@@ -171,6 +189,14 @@ def test_text_survives_the_tokenizer(texts):
     tokenizer = data.train_tokenizer([text for _, text, _ in texts], 300)
     text = "def f(x):\n\n\treturn 'ünïcode', x ** 2  # 😀\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    text = "MASK = '<|mask|>' + '<|eos|>'\n"
+    assert min(tokenizer.encode(text).ids) == 1
+    for read in (Tokenizer.from_str(tokenizer.to_str()), tokenizer):
+        ids = data.literal(read).encode(text).ids
+        assert min(ids) > 2 and read.decode(ids) == text
+    tokenizer.encode_special_tokens = False
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    assert tokenizer.token_to_id("<|im_end|>") in data.literal(tokenizer).encode("x<|im_end|>").ids
 
 
 def test_units_lose_no_text_and_keep_decorators():
@@ -257,8 +283,92 @@ def test_training_learns_and_can_go_on_from_a_checkpoint(tmp_path, texts):
         np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_a_checkpoint_comes_back_as_it_was(config, params, tmp_path, saved):
-    tokenizer = checkpoint.load(saved)[2]
+SMALL = DenoiserConfig(layers=1, d_model=16, heads=2, kv_heads=1, head_size=8, ffn=24, vocab=300)
+FEW = dict(rows=2, length=16, steps=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, texts):
+    """The directory of a run of one step; a test that changes it takes a copy."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    train.run(SMALL, train.TrainConfig(**FEW), out, seed_texts=texts)
+    return out
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "copied"))
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_and_config(copied, texts):
+    """Whatever the texts have become, and with no config given."""
+    before = (copied / "tokenizer.json").read_bytes(), (copied / "config.json").read_bytes()
+    other = [(name, text.replace("self", "this"), held_out) for name, text, held_out in texts]
+    assert data.train_tokenizer([text for _, text, _ in other], 300).to_str().encode() != before[0]
+    train.run(None, train.TrainConfig(**FEW | dict(steps=2)), copied, seed_texts=other)
+    assert ((copied / "tokenizer.json").read_bytes(), (copied / "config.json").read_bytes()) == before
+    with pytest.raises(ValueError, match="config: expected the layers 1 of .*copied, got 7"):
+        train.run(dataclasses.replace(SMALL, layers=7), train.TrainConfig(**FEW), copied, seed_texts=texts)
+    (copied / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="expected a tokenizer.json"):
+        train.run(SMALL, train.TrainConfig(**FEW), copied, seed_texts=texts)
+
+
+def test_what_a_run_would_destroy_or_ignore_is_refused(trained, copied, saved, texts, tmp_path):
+    settings, new = train.TrainConfig(**FEW), tmp_path / "new"
+    with pytest.raises(ValueError, match="initial: expected another directory than the one that is written"):
+        train.run(None, settings, copied, initial=copied / ".." / "copied", seed_texts=texts)
+    with pytest.raises(ValueError, match="config: expected the layers 1 of .*, got 7"):
+        train.run(dataclasses.replace(SMALL, layers=7), settings, new, initial=trained, seed_texts=texts)
+    with pytest.raises(ValueError, match="initial: expected the tokenizer of the run that goes on"):
+        (copied / "tokenizer.json").write_text(data.train_tokenizer(["def f():"], 300).to_str())
+        train.run(None, settings, copied, initial=trained, seed_texts=texts)
+    (copied / "state.safetensors").unlink()
+    with pytest.raises(ValueError, match="out: expected a directory without a model, or with a run's state beside it"):
+        train.run(SMALL, settings, copied, seed_texts=texts)
+    with pytest.raises(ValueError, match="texts: expected at least one, got none"):
+        train.run(SMALL, settings, new, seed_texts=[])
+    assert not new.exists()
+
+
+def test_a_foreign_state_is_refused(copied, texts):
+    safetensors.numpy.save_file({"x": np.zeros(2)}, copied / "state.safetensors")
+    with pytest.raises(ValueError, match="state.safetensors: expected a state of training"):
+        train.run(SMALL, train.TrainConfig(**FEW), copied, seed_texts=texts)
+
+
+def test_a_run_that_diverges_saves_nothing_of_it(copied, texts, tmp_path):
+    """Neither before its first save nor over one; what it says tells the two apart."""
+    settings = train.TrainConfig(**FEW | dict(steps=9, learning_rate=1e30, weight_decay=1e30, save_every=0.0))
+    with pytest.raises(FloatingPointError, match="the update of step 0 is not finite; nothing was saved"):
+        train.run(SMALL, settings, tmp_path / "new", seed_texts=texts)
+    assert not (tmp_path / "new").exists()
+    before = (copied / "state.safetensors").read_bytes()
+    with pytest.raises(FloatingPointError, match="the update of step 1 is not finite; what was saved before is in "):
+        train.run(SMALL, settings, copied, seed_texts=texts)
+    assert (copied / "state.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_saves_its_step(number, copied, texts):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 2, which is saved in .*copied; the same command goes on"):
+        settings = train.TrainConfig(**FEW | dict(steps=9))
+        train.run(SMALL, settings, copied, seed_texts=texts, report=lambda _: signal.raise_signal(number))
+    with safetensors.safe_open(copied / "state.safetensors", framework="numpy") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == 2
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_single_step_trains(trained):
+    """Its learning rate is that of the step's middle, for at the beginning of a run it is 0."""
+    state = checkpoint.read(trained / "state.safetensors")
+    begun = jax.jit(model.init, static_argnums=0)(SMALL, jax.random.key(0))
+    assert any((state[f"['params']['{name}']"] != array).any() for name, array in begun.items())
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path, saved):
+    config, params, tokenizer = checkpoint.load(saved, dtype=jnp.float32)
     checkpoint.save(tmp_path, config, params, tokenizer, dtype=jnp.float32)
     loaded_config, loaded, loaded_tokenizer = checkpoint.load(tmp_path)
     assert loaded_config == config and loaded_tokenizer.to_str() == tokenizer.to_str()
@@ -267,12 +377,12 @@ def test_a_checkpoint_comes_back_as_it_was(config, params, tmp_path, saved):
         np.testing.assert_array_equal(loaded[name], params[name])
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(config, params, tmp_path, saved):
-    tokenizer = checkpoint.load(saved)[2]
-    checkpoint.save(tmp_path, config, {n: x for n, x in params.items() if n != "layers.0.up"}, tokenizer)
+def test_a_checkpoint_that_does_not_fit_is_refused(config, tmp_path, saved):
+    its, params, tokenizer = checkpoint.load(saved)
+    checkpoint.save(tmp_path, its, {n: x for n, x in params.items() if n != "layers.0.up"}, tokenizer)
     with pytest.raises(ValueError, match="layers.0.up"):
         checkpoint.load(tmp_path)
-    checkpoint.save(tmp_path, config, params | {"final_norm": jnp.ones(7)}, tokenizer)
+    checkpoint.save(tmp_path, its, params | {"final_norm": jnp.ones(7)}, tokenizer)
     with pytest.raises(ValueError, match=r"final_norm: expected shape \(24,\), got \(7,\)"):
         checkpoint.load(tmp_path)
     with pytest.raises(ValueError, match="no checkpoint"):
@@ -280,6 +390,30 @@ def test_a_checkpoint_that_does_not_fit_is_refused(config, params, tmp_path, sav
     checkpoint.save_state(tmp_path / "state", {"a": jnp.ones(3)}, {"step": 1})
     with pytest.raises(ValueError, match="a.*expected shape"):
         checkpoint.load_state(tmp_path / "state", {"a": jnp.ones(4)})
+    checkpoint.save(tmp_path, config, params, tokenizer)
+    with pytest.raises(ValueError, match="expected a tokenizer of at most 53 ids, got 300"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([], "expected a JSON object, got []"),
+        ("a", "expected a JSON object, got 'a'"),
+        ({"pad_id": "x"}, "pad_id: expected an int of at least 0, got 'x'"),
+        ({"mask_id": 1}, "mask_id: expected another id than pad_id and eos_id, got 1"),
+        ({"rope_theta": "x"}, "rope_theta: expected at least 1, got x"),
+        ({"rope_theta": float("nan")}, "rope_theta: expected at least 1, got nan"),
+        ({"qk_norm": "no"}, "qk_norm: expected true or false, got 'no'"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(content, message, tmp_path):
+    if isinstance(content, dict):
+        content = DenoiserConfig().to_dict() | content
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer.json").write_text(Tokenizer(models.BPE()).to_str())
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {message}")):
+        checkpoint.load(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -288,7 +422,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         checkpoint.write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_without_optax_it_says_what_to_install(monkeypatch, tmp_path, texts):
@@ -332,6 +466,33 @@ def test_progress_tells_of_a_run_that_was_over(tmp_path):
     with pytest.raises(OSError), progress.Bar(tmp_path) as bar:
         raise OSError
     assert bar.bar.tasks[0].description == "compiling"
+
+
+def test_a_log_holds_each_step_once(tmp_path):
+    """A run that was killed after step 40 and goes on from a save at step 20; of one that never began there is no log."""
+    with progress.Bar(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+    for steps in ((20, 40), (21, 40, 60)):
+        with progress.Bar(tmp_path) as bar:
+            for step in steps:
+                bar({"step": step, "loss": 3.0, "seconds": 5.0, "tokens": 100, "share": 0.05})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 8')
+    with progress.Bar(tmp_path) as bar:
+        bar({"step": 80, "loss": 3.0, "seconds": 5.0, "tokens": 100, "share": 0.05})
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [20, 40, 60, 80]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{name: float("nan")} for name in ("weight_decay", "clip", "warmup", "average", "least_ratio")]
+    + [dict(average=2.0), dict(clip=0.0), dict(steps=1.5), dict(implementation="abc")],
+)
+def test_settings_that_cannot_be_are_refused(given):
+    with pytest.raises(ValueError, match=f"{next(iter(given))}: expected"):
+        train.TrainConfig(**dict(steps=1) | given)
 
 
 def test_settings_say_what_is_wrong():

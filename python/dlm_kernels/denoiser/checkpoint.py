@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import secrets
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dlm_kernels.denoiser import chat, model, pretrained
+from dlm_kernels.denoiser import chat, data, model, pretrained
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 SHIPPED = pathlib.Path(__file__).parent / "weights"
@@ -24,12 +25,17 @@ def find(name):
 
 def save(directory, config, params, tokenizer, *, dtype=jnp.bfloat16):
     """Writes what `load` reads, each file whole or not at all."""
+    describe(directory, config, tokenizer)
+    arrays = {name: np.asarray(array.astype(dtype)) for name, array in params.items()}
+    write_atomic(pathlib.Path(directory) / "model.safetensors", safetensors.numpy.save(arrays, {"format": "pt"}))
+
+
+def describe(directory, config, tokenizer):
+    """Writes what `described` reads: without it no array in the directory means anything."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.asarray(array.astype(dtype)) for name, array in params.items()}
-    write_atomic(directory / "model.safetensors", safetensors.numpy.save(arrays, {"format": "pt"}))
-    write_atomic(directory / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
     write_atomic(directory / "tokenizer.json", tokenizer.to_str().encode())
+    write_atomic(directory / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
 
 
 def load(directory=SHIPPED, *, dtype=None):
@@ -37,14 +43,12 @@ def load(directory=SHIPPED, *, dtype=None):
 
     Raises ValueError where there is none, or a parameter is missing, unknown, or of another shape than the config says.
     """
-    directory, config = pathlib.Path(directory), _config(directory)
-    tokenizer = chat.tokenizer(directory)
-    if pretrained.architecture(config):
-        return *pretrained.load(directory, config, dtype=dtype), tokenizer
-    if "model_type" in config:
-        known = ", ".join(pretrained.ARCHITECTURES)
-        raise ValueError(f"{directory}/config.json: model_type: expected one of {known}, got {config['model_type']}")
-    config = DenoiserConfig.from_dict(config)
+    directory, values = pathlib.Path(directory), _config(directory)
+    if pretrained.architecture(values):
+        tokenizer = chat.tokenizer(directory)
+        config, params = pretrained.load(directory, values, dtype=dtype)
+        return config, params, _fitting(directory, config, tokenizer)
+    config, tokenizer = described(directory)
     arrays = read(directory / "model.safetensors")
     shapes = model.parameter_shapes(config)
     if arrays.keys() != shapes.keys():
@@ -54,6 +58,27 @@ def load(directory=SHIPPED, *, dtype=None):
             raise ValueError(f"{directory}: {name}: expected shape {shape}, got {arrays[name].shape}")
     params = {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
     return config, params, tokenizer
+
+
+def described(directory):
+    """(config, tokenizer) of one of our own checkpoint directories, its parameters there or not. ValueError as of `load`."""
+    directory, values = pathlib.Path(directory), _config(directory)
+    tokenizer = data.literal(chat.tokenizer(directory))
+    if "model_type" in values:
+        known = ", ".join(pretrained.ARCHITECTURES)
+        raise ValueError(f"{directory}/config.json: model_type: expected one of {known}, got {values['model_type']}")
+    try:
+        config = DenoiserConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: {error}") from None
+    return config, _fitting(directory, config, tokenizer)
+
+
+def _fitting(directory, config, tokenizer):
+    """An id beyond the embeddings would read another token's, and no error say so."""
+    if tokenizer.get_vocab_size() > config.vocab:
+        raise ValueError(f"{directory}: expected a tokenizer of at most {config.vocab} ids, got {tokenizer.get_vocab_size()}")
+    return tokenizer
 
 
 def published(directory):
@@ -66,9 +91,12 @@ def _config(directory):
     if not path.exists():
         raise ValueError(f"{directory}: no checkpoint is there")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {values!r}")
+    return values
 
 
 def save_state(path, state, progress):
@@ -82,7 +110,9 @@ def load_state(path, like):
     """What `save_state` wrote, in the structure of `like`, and the dict. ValueError where the structures differ."""
     arrays = read(path)
     with safetensors.safe_open(path, framework="numpy") as file:
-        progress = json.loads(file.metadata()["progress"])
+        progress = (file.metadata() or {}).get("progress")
+    if progress is None:
+        raise ValueError(f"{path}: expected a state of training, got a safetensors file of something else")
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     if arrays.keys() != set(names):
@@ -90,7 +120,7 @@ def load_state(path, like):
     for name, (_, leaf) in zip(names, leaves):
         if arrays[name].shape != leaf.shape:
             raise ValueError(f"{path}: {name}: expected shape {leaf.shape}, got {arrays[name].shape}")
-    return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names]), progress
+    return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names]), json.loads(progress)
 
 
 def read(path):
@@ -104,12 +134,16 @@ def read(path):
 def write_atomic(path, content):
     """A kill at any moment leaves the old file or the new one, never a part of either."""
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    # A name of its own, so that of two writers neither replaces the file by a part of the other's.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -10,6 +10,7 @@ IN_ORDER = {
     "left to right": dict(block=1, steps=1, **IN_BLOCKS),
     "blocks of 16": dict(block=16, steps=4, **IN_BLOCKS),
 }
+STUDENTS = ("student-8", "student-2")  # of the model that comes with the package
 # Options of `generate.generate`, and with "model" who decodes. The first is autoregression by the same model.
 DECODERS = {
     "one token at a time": IN_ORDER["left to right"],
@@ -43,15 +44,23 @@ def written(models, name, way, headers, *, length, implementation=None):
     return made, judged(models, [made], length=length, implementation=implementation)
 
 
+def same_tokenizer(a, b):
+    """Of two models (config, params, tokenizer)."""
+    return a[2] is b[2] or a[2].to_str() == b[2].to_str()
+
+
 def judged(models, made, *, length, implementation=None):
     """What the `length` last tokens of each row of some Generations are worth, by the first of the models.
 
     parse_share: of the texts, their last and perhaps unfinished line left out; beginning_share: with those that could go on, whose
     docstring or bracket is open where they are cut; teacher_bits_per_token: how probable the judge finds what was written, from
     left to right, where low is fluent or repetitive; distinct_share tells which: of a text's tokens those that are the first of
-    their kind.
+    their kind. Raises ValueError where the models' tokenizers differ: the judge would take ids for other words.
     """
     judge, *_ = models.values()
+    for name, model in models.items():
+        if not same_tokenizer(model, judge):
+            raise ValueError(f"models: expected {name} to have the tokenizer of {next(iter(models))}, who judges, got another")
     texts = [text for one in made for text in one.texts]
     rows = [row for one in made for row in one.decoded.tokens]
     width = max(map(len, rows))
@@ -65,20 +74,28 @@ def judged(models, made, *, length, implementation=None):
     }
 
 
-def decoding(models, texts, *, prompts=64, length=64, decoders=DECODERS, report=None, implementation=None):
+def decoding(models, texts, *, prompts=64, length=64, decoders=None, report=None, implementation=None):
     """What each of `decoders` takes and gives: a list of dicts, a row each; report(row) is called as they come.
 
-    models: {name: model}; the first decodes where no "model" is named. passes and tokens_per_second: the mean over the headers,
-    each at batch 1; times_first: that speed over the first decoder's. The rest: see `judged`.
+    models: {name: model}; the first decodes where no "model" is named. decoders: default those of DECODERS whose models are there;
+    a drafter has the shape of whom it drafts for. passes and tokens_per_second: the mean over the headers, each at batch 1;
+    times_first: that speed over the first decoder's. The rest: see `judged`.
     """
     headers = evaluate.held_out_headers(texts, prompts)
-    named = {way[role] for way in decoders.values() for role in ("model", "drafter") if role in way}
+    if decoders is None:
+        decoders = {name: way for name, way in DECODERS.items() if _named(way) <= models.keys()}
+    named = set().union(*map(_named, decoders.values()))
     if not named <= models.keys():
         raise ValueError(f"models: expected {sorted(named)} among them, whom the ways to decode name, got {list(models)}")
+    first = next(iter(models))
+    for way in decoders.values():
+        name, drafter = way.get("model", first), way.get("drafter")
+        if drafter and models[drafter][0] != models[name][0]:
+            raise ValueError(f"models: expected {drafter} to have the shape of {name}, for whom it drafts, got another")
     rows = []
     for decoder, way in decoders.items():
         way = dict(block=length) | way
-        name = way.pop("model", next(iter(models)))
+        name = way.pop("model", first)
         if "drafter" in way:
             way["drafter"] = models[way["drafter"]][1]
         options = dict(length=length, exact=True, implementation=implementation, **way)
@@ -91,6 +108,10 @@ def decoding(models, texts, *, prompts=64, length=64, decoders=DECODERS, report=
         if report:
             report(rows[-1])
     return rows
+
+
+def _named(way):
+    return {way[role] for role in ("model", "drafter") if role in way}
 
 
 def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=64, report=None, implementation=None):

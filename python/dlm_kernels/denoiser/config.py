@@ -34,9 +34,17 @@ class DenoiserConfig:
             raise ValueError(f"kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size: expected an even number, for RoPE, got {self.head_size}")
+        limits.numbers(1, rope_theta=self.rope_theta)
+        limits.numbers(0, rms_norm_eps=self.rms_norm_eps)
+        for name in ("qk_norm", "qkv_bias", "tie_embeddings", "self_conditioning", "shifted"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for name in ("pad_id", "eos_id", "mask_id"):
-            if not 0 <= getattr(self, name) < self.vocab:
+            limits.counts(0, **{name: getattr(self, name)})
+            if not getattr(self, name) < self.vocab:
                 raise ValueError(f"{name}: expected an id in [0, {self.vocab}), got {getattr(self, name)}")
+        if self.mask_id in (self.pad_id, self.eos_id):
+            raise ValueError(f"mask_id: expected another id than pad_id and eos_id, got {self.mask_id}")
 
     def to_dict(self):
         return dataclasses.asdict(self)

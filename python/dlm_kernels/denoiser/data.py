@@ -63,6 +63,16 @@ def train_tokenizer(texts, vocab):
     return tokenizer
 
 
+def literal(tokenizer):
+    """The tokenizer, which from now on reads `<|mask|>` in a text as these eight characters: text comes back as it was.
+
+    Its file cannot say so. One with other special tokens than `train_tokenizer` gives stays as it is: chats are written with them.
+    """
+    if {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()} == {0: PAD, 1: EOS, 2: MASK}:
+        tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def units(text):
     """`text` cut before every top-level definition: what a prompt that opens with `def` should end."""
     starts = [0, *(m.start() for m in UNIT.finditer(text)), len(text)]
@@ -78,7 +88,9 @@ def units(text):
 
 
 def stream(tokenizer, documents, eos_id):
-    """All documents' tokens in one int32 array, each document followed by `eos_id`."""
+    """All documents' tokens in one int32 array, each document followed by `eos_id`. ValueError where there is none."""
+    if not documents:
+        raise ValueError("texts: expected at least one, got none")
     ids = [encoding.ids + [eos_id] for encoding in tokenizer.encode_batch(list(documents))]
     return np.concatenate([np.asarray(x, np.int32) for x in ids])
 

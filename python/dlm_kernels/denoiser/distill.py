@@ -1,13 +1,14 @@
 """Step distillation: a student learns to do in one pass what its teacher does in several."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masked_divergence, masks, mix_guidance, unmask_topk
-from dlm_kernels.denoiser import checkpoint, data, evaluate, limits, model, train
+from dlm_kernels.denoiser import checkpoint, data, evaluate, limits, model, sampler, train
 
 
 def run(
@@ -20,7 +21,8 @@ def run(
     What takes the teacher teacher_steps passes takes the student student_steps; temperature is that of the teacher's decoding,
     guidance its scale: with one the student learns what guidance says and needs no second stream, and the steps may be equal.
     on_policy: see `student_loss`. initial: a student to start from in the place of the teacher's copy. Stops, saves and resumes as
-    `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not divide.
+    `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not divide, or a student differs from
+    its teacher in its config or tokenizer.
     """
     if student_steps < 1 or teacher_steps % student_steps or (teacher_steps == student_steps and guidance == 1):
         raise ValueError(
@@ -29,7 +31,13 @@ def run(
     limits.numbers(guidance=guidance)
     limits.numbers(0, temperature=temperature)
     limits.numbers(0, 1, on_policy=on_policy)
-    config, params, _ = checkpoint.load(teacher, dtype=jnp.float32)
+    if pathlib.Path(teacher).resolve() == pathlib.Path(out).resolve():
+        raise ValueError(f"teacher: expected another directory than the one that is written, got {out}")
+    config, params, tokenizer = checkpoint.load(teacher, dtype=jnp.float32)
+    if initial is not None:
+        its, _, own = checkpoint.load(initial)
+        if its != config or own.to_str() != tokenizer.to_str():
+            raise ValueError(f"initial: expected a student of the config and tokenizer of {teacher}, got {initial}")
     objective = functools.partial(
         student_loss,
         teacher_steps=teacher_steps, student_steps=student_steps, temperature=temperature, guidance=guidance, on_policy=on_policy,
@@ -155,7 +163,7 @@ def reveal(config, params, tokens, hidden, quota, *, implementation=None, **samp
     """`tokens` [B, L] with quota[b] of each row's masks replaced, those surest first."""
     scores = lm_head_scores(
         hidden, model.head_weight(config, params), active=tokens == config.mask_id,
-        banned_tokens=jnp.asarray([config.mask_id, config.pad_id]), implementation=implementation, **sampling,
+        banned_tokens=sampler.banned_ids(config), implementation=implementation, **sampling,
     )  # fmt: skip
     return unmask_topk(tokens, scores, mask_id=config.mask_id, num_unmask=quota, implementation=implementation).tokens
 

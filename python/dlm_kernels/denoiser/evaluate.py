@@ -22,11 +22,9 @@ def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4,
     of `train.block_loss`, for decoding block after block, where 1 is autoregression, exact and in need of one draw only;
     None is `train.loss`, whole rows. Returns a float.
     """
-    config, params, tokenizer = model
-    stream = data.stream(tokenizer, texts, config.eos_id)
+    config, params, _ = model
+    stream = stream_of(model, texts, rows * length)
     count = len(stream) // length // rows * rows
-    if count == 0:
-        raise ValueError(f"texts: expected at least {rows * length} tokens, got {len(stream)}")
     batches = stream[: count * length].reshape(-1, rows, length)
 
     @jax.jit
@@ -46,8 +44,19 @@ def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4,
     return float(nats) * len(stream) / np.log(2) / sum(len(text.encode()) for text in texts)
 
 
+def stream_of(model, texts, least):
+    """The texts' tokens, as `data.stream` has them. Raises ValueError where there are fewer than `least`."""
+    config, _, tokenizer = model
+    stream = data.stream(tokenizer, texts, config.eos_id)
+    if len(stream) < least:
+        raise ValueError(f"texts: expected at least {least} tokens, got {len(stream)}")
+    return stream
+
+
 def rows_of(stream, count, length, random):
-    """int32 [count, length]: what stands at as many random places of `stream`."""
+    """int32 [count, length]: what stands at as many random places of `stream`. ValueError where it is not longer than a row."""
+    if len(stream) <= length:
+        raise ValueError(f"texts: expected more than {length} tokens, got {len(stream)}")
     begins = random.integers(0, len(stream) - length, count)
     return np.stack([stream[begin : begin + length] for begin in begins])
 
@@ -57,8 +66,8 @@ def infilling(model, texts, *, cases=64, hole=8, length=128, steps=4, seed=1, **
 
     All cases are one batch, decoded greedily in `steps` passes; options go to `sampler.decode`.
     """
-    config, params, tokenizer = model
-    stream = data.stream(tokenizer, texts, config.eos_id)
+    config, params, _ = model
+    stream = stream_of(model, texts, length + 1)
     random = np.random.default_rng(seed)
     rows = rows_of(stream, cases, length, random)
     at = (length - hole) // 2
@@ -75,8 +84,8 @@ def correction(model, texts, *, share=0.03, threshold=0.9, rows=64, length=128, 
 
     {"repaired": of the wrong tokens, "noticed": likewise, changed at all, "damaged": of the right ones, changed}.
     """
-    config, params, tokenizer = model
-    stream = data.stream(tokenizer, texts, config.eos_id)
+    config, params, _ = model
+    stream = stream_of(model, texts, max(rows * length, length + 1))
     random = np.random.default_rng(seed)
     right = rows_of(stream, rows, length, random)
     given = np.where(random.random(right.shape) < share, random.permutation(stream)[: right.size].reshape(right.shape), right)
@@ -120,7 +129,10 @@ def _left_to_right_nats(config, params, tokens, weights, implementation):
 
 
 def parse_share(texts, *, unfinished=False):
-    """The share of `texts` that Python's own parser takes; with `unfinished` also those that are the beginning of what it would."""
+    """The share of `texts` that Python's own parser takes; with `unfinished` also those that are the beginning of what it would.
+
+    It takes an empty text too, which here counts as none: there is nothing in it that could be right.
+    """
     parse = functools.partial(codeop.compile_command, symbol="exec") if unfinished else ast.parse
     parsed = 0
     for text in texts:
@@ -128,24 +140,27 @@ def parse_share(texts, *, unfinished=False):
             parse(text)
         except (SyntaxError, ValueError, OverflowError):  # ValueError: a null byte
             continue
-        parsed += 1
+        parsed += bool(text.strip())
     return parsed / len(texts)
 
 
 def held_out_headers(texts, most):
-    """The first lines of top-level functions of the held-out texts, as prompts."""
+    """The first lines of top-level functions of the held-out texts, as prompts. ValueError where there is none."""
     found = []
     for text in texts:
         for unit in data.units(text):
             line = unit.splitlines()[0]
             if line.startswith("def ") and line.endswith(":"):
                 found.append(line)
+    if not found:
+        raise ValueError("texts: expected a top-level function among them, got none")
     return found[:most]
 
 
 def report(model, texts, *, cases=256, steps=4, implementation=None):
     """Everything measured of the model itself, as a dict; holes of 1, 4 and 8 tokens are filled in at most `steps` passes."""
     options = dict(implementation=implementation)
+    stream_of(model, texts, 64 * 128)  # what `correction` asks for, before the minutes of the rest
     numbers = {
         "held_out_bytes": sum(len(text.encode()) for text in texts),
         "bits_per_byte": bits_per_byte(model, texts, **options),

@@ -1,13 +1,15 @@
 """The measurements of `compare.by_steps` as an SVG picture: a panel a measure, a line a model, over the number of passes."""
 
+import itertools
 import math
+from xml.sax.saxutils import escape
 
 PANELS = (
     ("holes of 4: tokens right", ".0%", lambda row: row.get("hole_of_4", {}).get("token_accuracy")),
     ("64 tokens: texts that parse", ".0%", lambda row: row["parse_share"]),
     ("64 tokens: bits per token, by the teacher", ".1f", lambda row: row["teacher_bits_per_token"]),
 )
-COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#a463f2")
+COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#efb118", "#6cc5b0", "#ff8ab7", "#9c6b4e")  # and again from the first
 WIDTH, HEIGHT, LEFT, TOP = 260, 190, 44, 34
 
 
@@ -34,7 +36,7 @@ def steps_svg(rows):
         for count in sorted({row["passes"] for row, _ in points}):
             x, _ = place({"passes": count}, 0)
             parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{count}</text>')
-        for name, colour in zip(models, COLOURS):
+        for name, colour in zip(models, itertools.cycle(COLOURS)):
             own = [(row, value) for row, value in points if row["model"] == name]
             line = [place(*point) for point in own if isinstance(point[0]["steps"], int)]
             path = " ".join(f"{x},{y}" for x, y in line)
@@ -45,11 +47,12 @@ def steps_svg(rows):
                     x, y = place(*point)
                     box = f'x="{x - 4}" y="{y - 4}" width="8" height="8" stroke-width="2"'
                     parts.append(f'<rect {box} fill="none" stroke="{colour}"/>')
-    bottom = TOP + HEIGHT + 42
-    for i, (name, colour) in enumerate(zip(models, COLOURS)):
-        parts.append(f'<circle cx="{LEFT + 110 * i}" cy="{bottom - 4}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{LEFT + 110 * i + 10}" y="{bottom}">{name}</text>')
-    parts.append(f'<text x="{LEFT + 110 * len(models) + 10}" y="{bottom}">over passes; squares: from left to right</text>')
+    entries = [*zip(map(escape, models), itertools.cycle(COLOURS)), ("over passes; squares: from left to right", None)]
+    for i, (text, colour) in enumerate(entries):
+        x, bottom = LEFT + 110 * (i % 6), TOP + HEIGHT + 42 + 18 * (i // 6)
+        if colour:
+            parts.append(f'<circle cx="{x}" cy="{bottom - 4}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 10}" y="{bottom}">{text}</text>')
     size = f'width="{3 * (WIDTH + LEFT) + 10}" height="{bottom + 14}"'
     style = "font-family=\"sans-serif\" font-size=\"12\" fill=\"#777\""
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"

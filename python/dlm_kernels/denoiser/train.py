@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib.util
 import pathlib
+import signal
+import threading
 import time
 
 import jax
@@ -13,8 +15,10 @@ import numpy as np
 from dlm_kernels import masked_cross_entropy, masks, soft_embedding
 from dlm_kernels.denoiser import checkpoint, data, limits, model
 from dlm_kernels.denoiser.config import DenoiserConfig
+from dlm_kernels.ops import dispatch
 
 GOLDEN = 0.618034  # multiples of it, modulo 1, spread evenly
+DEFAULT = DenoiserConfig(layers=4)  # of a run that is given no other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +46,20 @@ class TrainConfig:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps, minutes: expected one of them, got {self.steps} and {self.minutes}")
         limits.counts(rows=self.rows, length=self.length)
-        limits.numbers(1, steps=self.steps)
+        limits.counts(**({} if self.steps is None else {"steps": self.steps}))
         limits.numbers(0.001, minutes=self.minutes)
-        limits.numbers(0, learning_rate=self.learning_rate, save_every=self.save_every)
+        limits.numbers(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay, save_every=self.save_every)
+        limits.numbers(1e-6, clip=self.clip)
+        limits.numbers(0, 1, warmup=self.warmup, least_ratio=self.least_ratio, average=self.average)
         limits.numbers(0, 2**32 - 1, seed=self.seed)
         limits.numbers(0, 0.5, error_share=self.error_share)
         limits.numbers(0, 1, block_share=self.block_share, uniform_share=self.uniform_share)
         both = self.block_share + self.uniform_share
         if both > 1:
             raise ValueError(f"block_share, uniform_share: expected at most 1 together, got {both}")
+        known = ("xla", *dispatch.PLATFORM_KERNELS.values())
+        if self.implementation not in (None, *known):
+            raise ValueError(f"implementation: expected one of {', '.join(known)} or None, got {self.implementation!r}")
 
 
 def corrupt(tokens, key, mask_id, block_size):
@@ -76,18 +85,18 @@ def corrupt(tokens, key, mask_id, block_size):
 def with_errors(tokens, noisy, masked, key, share, special):
     """Replaces about `share` of the tokens that `corrupt` left visible by tokens from elsewhere in the batch.
 
-    Every (1 / (2 share))-th column of a row, from a random one on, is checked: every other one of these is replaced where it is
-    visible, so that the model learns both to keep and to reject. special: ids below it are never written, nor replaced.
-    Returns the tokens and which are checked, bool [B, L], never a masked one. Source: LLaDA2.1's token-to-token editing.
+    Of a row's columns a share of 2 share, evenly spaced from a random one on, is checked: every other one of these is replaced
+    where it is visible, so that the model learns both to keep and to reject. special: ids below it are never written, nor
+    replaced. Returns the tokens and which are checked, bool [B, L], never a masked one. Source: LLaDA2.1's token-to-token editing.
     """
     b, length = tokens.shape
-    period = max(round(0.5 / share), 1)
     for_offset, for_parity, for_other = jax.random.split(key, 3)
-    column = jnp.arange(length) + jax.random.randint(for_offset, (b, 1), 0, period)
-    checked = (column % period == 0) & ~masked & (tokens >= special)
+    # The columns where this passes a whole number: spacing of any length, and at most 2 share L + 1 of them.
+    passed = jnp.floor(jnp.arange(length + 1) * (2 * share) + jax.random.uniform(for_offset, (b, 1))).astype(jnp.int32)
+    checked = (passed[:, 1:] > passed[:, :-1]) & ~masked & (tokens >= special)
     parity = jax.random.randint(for_parity, (b, 1), 0, 2)
     other = jax.random.permutation(for_other, tokens.reshape(-1)).reshape(b, length)
-    replaced = checked & (column // period % 2 == parity) & (other >= special)
+    replaced = checked & (passed[:, 1:] % 2 == parity) & (other >= special)
     return jnp.where(replaced, other, noisy), checked
 
 
@@ -104,7 +113,8 @@ def loss(config, params, tokens, key, *, least_ratio=0.0, error_share=0.0, imple
     """
     b, length = tokens.shape
     noisy, masked, ratio = corrupt(tokens, key, config.mask_id, length)
-    document = masks.packed(data.segments(tokens, config.eos_id).astype(jnp.int32))
+    # Of what is visible: the ends of all documents would tell the model which masks are end-of-text, and the value be no bound.
+    document = masks.packed(data.segments(noisy, config.eos_id).astype(jnp.int32))
     weights = masked / (jnp.maximum(ratio, least_ratio) * (b * length))
     # Evenly spread counts add up to at most this many, so the head sees half of the rows, in an array of fixed size.
     most = (b + 1) * length // 2 + b
@@ -113,7 +123,7 @@ def loss(config, params, tokens, key, *, least_ratio=0.0, error_share=0.0, imple
         noisy, checked = with_errors(tokens, noisy, masked, jax.random.fold_in(key, 1), error_share, special)
         weights += checked / (b * length)
         masked |= checked
-        most += b * (length // max(round(0.5 / error_share), 1) + 1)
+        most += b * (int(2 * error_share * length) + 2)  # one more than there can be, for rounding in float32
     most = min(most, b * length)
     hidden = model.hidden_states(config, params, noisy, mask=document, implementation=implementation)
     (index,) = jnp.nonzero(masked.reshape(-1), size=most, fill_value=b * length)
@@ -251,41 +261,80 @@ def prepare(config, seed_texts=None, tokenizer=None):
     """(tokenizer, training streams, held-out texts) of the standard library, or of `seed_texts` [(name, text, held out?)]."""
     found = data.files() if seed_texts is None else seed_texts
     train_texts = [text for _, text, held_out in found if not held_out]
-    tokenizer = tokenizer or data.train_tokenizer(train_texts, config.vocab)
+    tokenizer = tokenizer or data.literal(data.train_tokenizer(train_texts, config.vocab))
     whole = data.stream(tokenizer, train_texts, config.eos_id)
     in_units = data.stream(tokenizer, [unit for text in train_texts for unit in data.units(text)], config.eos_id)
     return tokenizer, [whole, in_units], [text for _, text, held_out in found if held_out]
 
 
+class _Stop:
+    """While it holds, Ctrl-C and SIGTERM only set `asked`, so that a step ends and is saved; a second one acts as ever."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():  # no other may set a handler
+            # What the parent has the process ignore, as for `nohup`, stays ignored.
+            heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (None, signal.SIG_IGN)]
+            self.before = {s: signal.signal(s, self) for s in heard}
+        return self
+
+    def __call__(self, *_):
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _start(config, train, out, initial):
+    """(config, parameters, tokenizer) to begin with: what `out` holds a state of, else `initial`'s; None where neither has it."""
+    params = tokenizer = None
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a directory, got the file {out}")
+    if initial is not None:
+        if pathlib.Path(initial).resolve() == out.resolve():
+            raise ValueError(f"initial: expected another directory than the one that is written, got {out}")
+        found, params, tokenizer = checkpoint.load(initial, dtype=jnp.float32)
+        config = _agreed(config, found, initial)
+    if (out / "state.safetensors").exists():
+        found, trained_with = checkpoint.described(out)
+        if tokenizer is not None and tokenizer.to_str() != trained_with.to_str():
+            raise ValueError(f"initial: expected the tokenizer of the run that goes on in {out}, got another in {initial}")
+        config, tokenizer = _agreed(config, found, out), trained_with
+    elif any(out.glob("model*")):
+        raise ValueError(f"out: expected a directory without a model, or with a run's state beside it, got {out}")
+    config = config or DEFAULT
+    config = dataclasses.replace(config, self_conditioning=config.self_conditioning or train.uniform_share > 0)
+    return config, params, tokenizer
+
+
+def _agreed(config, found, where):
+    """`found`, unless `config` is given and asks for another; training adds self-conditioning where it needs it."""
+    for name, value in config.to_dict().items() if config else ():
+        if name != "self_conditioning" and value != getattr(found, name):
+            raise ValueError(f"config: expected the {name} {getattr(found, name)} of {where}, got {value}")
+    return found
+
+
 def run(
-    config: DenoiserConfig,
-    train: TrainConfig,
-    out,
-    *,
-    initial=None,
-    objective=None,
-    given=None,
-    batches=None,
-    seed_texts=None,
-    report=None,
-):
+    config: DenoiserConfig | None, train: TrainConfig, out, *,
+    initial=None, objective=None, given=None, batches=None, seed_texts=None, report=None,
+):  # fmt: skip
     """Trains into directory `out`, going on from its state.safetensors if there is one; returns the averaged parameters.
 
-    `out` holds a whole model at every moment after the first save. initial: a checkpoint directory to start from, whose config
-    and tokenizer then hold. objective, given: another than those above, with its arrays. batches(streams, rows, length, seed,
-    eos_id): what gives a step its rows, in the place of `data.Batches`. report(progress: dict) is called
-    after every step.
+    `out` holds a whole model at every moment after the first save. initial: a checkpoint directory to start from. Its config and
+    tokenizer hold, as do those of a run that goes on; config is None, or has to agree. objective, given: another than those above,
+    with its arrays. batches(streams, rows, length, seed, eos_id): what gives a step its rows, in the place of `data.Batches`.
+    report(progress: dict) is called after every step. On Ctrl-C or SIGTERM the step ends and is saved, then KeyboardInterrupt is
+    raised. Raises ValueError, before anything is written, where `out` holds a model that is not a run's, and FloatingPointError
+    where the loss or an update is not finite, which is not saved.
     """
     if not importlib.util.find_spec("optax"):
         raise ValueError("training needs the optax package: pip install 'dlm_kernels[train]'")
     out = pathlib.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = None
-    if initial is not None:
-        config, params, tokenizer = checkpoint.load(initial, dtype=jnp.float32)
-    config = dataclasses.replace(config, self_conditioning=config.self_conditioning or train.uniform_share > 0)
-    fresh = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed))
-    params = fresh if initial is None else fresh | params
+    config, params, tokenizer = _start(config, train, out, initial)
+    params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed)) | (params or {})
     tokenizer, streams, _ = prepare(config, seed_texts, tokenizer)
     if batches is None:
         batches = data.Batches(streams, train.rows, train.length, train.seed)
@@ -299,35 +348,48 @@ def run(
         state, progress = checkpoint.load_state(path, state)
     saved = clock = time.monotonic()
 
-    def share():
-        return progress["step"] / train.steps if train.minutes is None else progress["seconds"] / (60 * train.minutes)
+    def share(ahead=0.0):
+        """Of the run that is over; of its steps, `ahead` of the next too."""
+        return (progress["step"] + ahead) / train.steps if train.minutes is None else progress["seconds"] / (60 * train.minutes)
 
-    while share() < 1:
-        step = progress["step"]
-        chosen = objective or _drawn_objective(train, step)
-        rate = np.float32(schedule(train, share()))
-        state, value = train_step(config, train, chosen, state, given, batches[step], step, rate)
-        value = float(value)
-        if not np.isfinite(value):
-            raise FloatingPointError(f"loss is {value} at step {step}; the last whole checkpoint is in {out}")
-        before = progress["loss"]
-        now = time.monotonic()
-        progress = {
-            "step": step + 1,
-            "seconds": progress["seconds"] + now - clock,
-            "tokens": progress["tokens"] + train.rows * train.length,
-            "loss": value if before is None else 0.98 * before + 0.02 * value,
-        }
-        clock = now
-        if report:
-            report(progress | {"share": min(share(), 1.0)})
-        if now - saved > train.save_every:
-            _save(out, config, state, progress, tokenizer)
-            saved = time.monotonic()
-    _save(out, config, state, progress, tokenizer)
+    with _Stop() as stop:
+        while share() < 1 and not stop.asked:
+            step = progress["step"]
+            chosen = objective or _drawn_objective(train, step)
+            rate = np.float32(schedule(train, share(0.5)))
+            state, value = train_step(config, train, chosen, state, given, batches[step], step, rate)
+            value = float(value)
+            if not np.isfinite(value):
+                raise _diverged(f"loss is {value} at step {step}", path)
+            before = progress["loss"]
+            now = time.monotonic()
+            progress = {
+                "step": step + 1,
+                "seconds": progress["seconds"] + now - clock,
+                "tokens": progress["tokens"] + train.rows * train.length,
+                "loss": value if before is None else 0.98 * before + 0.02 * value,
+            }
+            clock = now
+            if report:
+                report(progress | {"share": min(share(), 1.0)})
+            if now - saved > train.save_every:
+                _save(path, config, state, progress, tokenizer)
+                saved = time.monotonic()
+        _save(path, config, state, progress, tokenizer)
+    if share() < 1:
+        raise KeyboardInterrupt(f"stopped after step {progress['step']}, which is saved in {out}; the same command goes on")
     return state["average"]
 
 
-def _save(out, config, state, progress, tokenizer):
-    checkpoint.save_state(out / "state.safetensors", state, progress)
-    checkpoint.save(out, config, state["average"], tokenizer)
+def _save(path, config, state, progress, tokenizer):
+    """In an order in which a kill at any moment leaves a run that can go on, or nothing that is taken for a model."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+        raise _diverged(f"the update of step {progress['step'] - 1} is not finite", path)
+    checkpoint.describe(path.parent, config, tokenizer)
+    checkpoint.save_state(path, state, progress)
+    checkpoint.save(path.parent, config, state["average"], tokenizer)
+
+
+def _diverged(how, path):
+    left = f"what was saved before is in {path.parent}" if path.exists() else "nothing was saved"
+    return FloatingPointError(f"{how}; {left}")
