@@ -11,13 +11,13 @@ import numpy as np
 from bench import harness, llama_cpp, machine, peers
 from bench.harness import OURS, Case, Contender
 from dlm_kernels import TokenScores, lm_head_scores, masks, unmask_topk
-from dlm_kernels.denoiser import model, sampler
+from dlm_kernels.denoiser import checkpoint, model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 # Models of published shapes, with random weights: whole layers and the whole vocabulary, but on a CPU few of the layers, since
 # the rest is more of the same.
 WHOLE = {
-    "shipped": DenoiserConfig(),
+    "shipped": checkpoint.described(checkpoint.SHIPPED)[0],
     "SDAR-4B": DenoiserConfig(
         36, 2560, 32, 8, 128, 9728, 151936, 1e6, 1e-6, qk_norm=True, tie_embeddings=True, mask_id=151669
     ),

@@ -91,7 +91,6 @@ OTHERS = {
     "generate --infill '<mask:2><mask:4@x>'": "prompts: expected marks <mask:n> or <mask:n@scale>, got '<mask:4@x>'",
     "generate \udcff": "prompts: expected a text of Unicode characters, got '\\udcff'",
     "correct \udcff": "text: expected a text of Unicode characters, got '\\udcff'",
-    "correct '<|mask|>'": "text: expected a text without <|mask|>, got one with it",
     "generate --infill '<mask:>'": "--infill: expected a hole such as <mask:20> in it, got '<mask:>'",
     "generate --infill '<mask:9000000000000000>'": "not enough memory",
     "correct x --threshold nan": "threshold: expected a finite number, got nan",
@@ -146,12 +145,7 @@ def test_measures_exclude_each_other(command):
 PYTHON = [
     (dict(prompts="x"), "prompts: expected a list of texts, got 'x'"),
     (dict(prompts=["x", "<mask:2>"]), "prompts: expected <mask:n> in all of them or in none, got both"),
-    (dict(prompts=["x = <|mask|>"]), "prompts: expected a text without <|mask|>, got one with it"),
-    (dict(style="<|pad|>"), "style: expected a text without <|pad|>"),
-    (dict(negative_prompt="<|mask|>", guidance=2.0), "negative_prompt: expected a text without <|mask|>"),
     (dict(required="abc"), "required: expected a list of texts, got 'abc'"),
-    (dict(required=["<|mask|>"]), "required: expected a text without <|mask|>"),
-    (dict(required=["<|eos|>"]), "required: expected texts without a banned token, got '<|eos|>'"),
     (dict(banned=[10**10]), "banned: expected token ids in [0, 300), got 10000000000"),
     (dict(banned=range(3, 300), exact=True), "banned: expected to leave a token that may be written, got all of them"),
     (dict(logit_bias={5: "a"}), "logit_bias: expected finite numbers, got 'a' for token 5"),
@@ -173,6 +167,28 @@ PYTHON = [
 def test_generate_from_python(options, message, saved):
     with pytest.raises(ValueError, match=re.escape(message)):
         generate.generate(checkpoint.load(saved, dtype=jnp.float32), **({"prompts": ["x"]} | options))
+
+
+SPELLED = [
+    (dict(prompts=["x = <|mask|>"]), "prompts: expected a text without <|mask|>, got one with it"),
+    (dict(style="<|pad|>"), "style: expected a text without <|pad|>"),
+    (dict(negative_prompt="<|mask|>", guidance=2.0), "negative_prompt: expected a text without <|mask|>"),
+    (dict(required=["<|mask|>"]), "required: expected a text without <|mask|>"),
+    (dict(required=["<|eos|>"]), "required: expected texts without a banned token, got '<|eos|>'"),
+]
+
+
+@pytest.mark.parametrize("options, message", SPELLED)
+def test_special_tokens_that_a_published_tokenizer_finds_in_texts(options, message, saved):
+    config, params, tokenizer = checkpoint.load(saved, dtype=jnp.float32)
+    tokenizer.encode_special_tokens = False
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate.generate((config, params, tokenizer), **({"prompts": ["x"]} | options))
+
+
+def test_special_tokens_spelled_in_a_prompt_are_text(saved):
+    model = checkpoint.load(saved, dtype=jnp.float32)
+    assert generate.generate(model, ["x = '<|mask|>'"], length=4, block=4, steps=2).texts[0].startswith("x = '<|mask|>'")
 
 
 def test_what_is_a_default_is_as_if_not_given(saved):
