@@ -243,13 +243,14 @@ def test_evaluate_measures_what_it_says(saved):
 
 
 def test_evaluate_reports_each_measure(command, monkeypatch, texts):
-    monkeypatch.setattr(data, "files", lambda: texts)
+    text = texts[2][1] * 400  # as many tokens as correction takes
+    monkeypatch.setattr(data, "files", lambda: [*texts[:2], ("held", text, True)])
     monkeypatch.setattr(evaluate, "bits_per_byte", lambda *_, block_size=None, **__: block_size)
     monkeypatch.setattr(evaluate, "correction", lambda *_, threshold, **__: threshold)
     monkeypatch.setattr(evaluate, "infilling", lambda *_, hole, steps, **__: [hole, steps])
     status, out, _ = command("evaluate", "--steps", "2")
     blocks = {f"bits_per_byte_in_blocks_of_{size}": size for size in (4, 16, 64)}
-    expected = {"held_out_bytes": len(texts[2][1]), "bits_per_byte": None, "autoregressive_bits_per_byte": 1} | blocks
+    expected = {"held_out_bytes": len(text), "bits_per_byte": None, "autoregressive_bits_per_byte": 1} | blocks
     expected |= {"correction_at_0.7": 0.7, "correction_at_0.9": 0.9}
     expected |= {"hole_of_1": [1, 1], "hole_of_4": [4, 2], "hole_of_8": [8, 2]}
     assert status == 0 and json.loads(out) == expected
