@@ -85,6 +85,9 @@ def test_an_answer_ends_with_its_turn(answering):
 def test_ids_without_a_text_are_not_sampled(answering):
     made = generate.generate(answering, ["def"], length=64, block=64, steps=4, temperature=50.0, seed=1, exact=True)
     assert made.decoded.tokens.max() <= 303
+    # The last one that has a text may come.
+    made = generate.generate(answering, ["def"], length=8, block=8, steps=8, temperature=1.0, logit_bias={303: 100.0})
+    assert made.decoded.tokens[0, -8] == 303
 
 
 def test_a_rule_alone_is_rehearsed_in_one_pass(answering, monkeypatch):

@@ -13,7 +13,20 @@ import rich.console
 
 import dlm_kernels
 from dlm_kernels import cli, masks
-from dlm_kernels.denoiser import checkpoint, compare, correct, data, evaluate, generate, html, model, plot, train, view
+from dlm_kernels.denoiser import (
+    checkpoint,
+    compare,
+    correct,
+    data,
+    evaluate,
+    generate,
+    html,
+    model,
+    plot,
+    sampler,
+    train,
+    view,
+)
 from dlm_kernels.denoiser.text import words
 
 SHIPPED = ("teacher", "student-8", "student-2")
@@ -155,6 +168,11 @@ def test_canvas_of_ragged_prompts_and_holes(saved):
     other, start = generate.without_prompt(config, board, ids)
     np.testing.assert_array_equal(other[1, start[1] : board.first[1]], ids)
     assert (other[1, : start[1]] == config.pad_id).all()
+    # Of a prompt that is all holes too, for which columns are added.
+    board = generate.canvas(config, tokenizer, [f"<mask:{generate.BUCKET}>"], 3, before=len(ids))
+    other, start = generate.without_prompt(config, board, ids)
+    np.testing.assert_array_equal(other[0, start[0] : board.first[0]], ids)
+    assert (other[0, board.first[0] :] == config.mask_id).sum() == generate.BUCKET
 
 
 def test_rows_of_a_batch_are_what_they_are_alone(saved):
@@ -174,6 +192,12 @@ def test_a_row_draws_alike_in_any_batch(marks, saved):
     together = generate.generate(model, prompts, **options)
     assert together.decoded.tokens.shape[1] > 48
     assert generate.generate(model, prompts[:1], **options).texts == together.texts[:1]
+
+
+def test_rows_of_a_batch_draw_for_themselves(saved):
+    options = dict(length=6, block=6, steps=3, temperature=1.0)
+    first, second = generate.generate(checkpoint.load(saved, dtype=np.float32), ["def add("] * 2, **options).texts
+    assert first != second
 
 
 def test_the_view_shows_every_kind_of_token(saved):
@@ -240,6 +264,26 @@ def test_evaluate_measures_what_it_says(saved):
         assert bits == pytest.approx(np.log2(config.vocab) * tokens / len(text), rel=1e-4)
     scores = evaluate.infilling((config, uniform, tokenizer), [text], cases=4, hole=4, length=32, steps=2)
     assert scores["token_accuracy"] < 0.5 and scores["exact_match"] == 0
+
+
+def test_each_row_is_masked_by_draws_of_its_own(saved, monkeypatch):
+    """Two batches of two draws each: four keys."""
+    loaded, text = checkpoint.load(saved, dtype=np.float32), "x = 1\n" * 60
+    monkeypatch.setattr(train, "loss", lambda config, params, tokens, key, **_: jax.random.uniform(key))
+    stream = data.stream(loaded[2], [text], loaded[0].eos_id)
+    length = len(stream) // 4
+    bits = evaluate.bits_per_byte(loaded, [text], rows=2, length=length, draws=2)
+    nats = np.mean([jax.random.uniform(jax.random.fold_in(jax.random.key(1), i)) for i in range(4)])
+    assert bits == pytest.approx(nats * len(stream) / np.log(2) / len(text), rel=1e-5)
+
+
+def test_holes_are_filled_in_as_many_passes_as_asked_for(saved, monkeypatch):
+    """Wherever in its row a hole is, it is one block."""
+    passes, decode = [], sampler.decode
+    monkeypatch.setattr(sampler, "decode", lambda *x, **options: passes.append(decode(*x, **options)) or passes[-1])
+    loaded = checkpoint.load(saved, dtype=np.float32)
+    evaluate.infilling(loaded, ["x = 1\n" * 60], cases=3, hole=4, length=18, steps=2)
+    assert passes[0].passes == 2
 
 
 def test_evaluate_reports_each_measure(command, monkeypatch, texts):
@@ -378,6 +422,8 @@ def test_parse_share_and_headers():
     assert evaluate.parse_share(["x = 1", "def f(:", "a\0b", "def f():\n    pass"]) == 0.5
     cut = 'def f():\n    """A text', "def f():\n    x = g(1,", "if x:", "x = )", "def f(:\n    pass", "def f():\n    x = 1\n  y"
     assert evaluate.parse_share(cut) == 0 and evaluate.parse_share(cut, unfinished=True) == 0.5
+    texts = ["def f(a):\n    pass\n\n\ndef g(b):\n    pass\n"] * 2
+    assert evaluate.held_out_headers(texts, 3) == ["def f(a):", "def g(b):", "def f(a):"]
     assert evaluate.held_out_headers(["import os\n\ndef f(a):\n    pass\n\nclass A:\n    pass\n"], 5) == ["def f(a):"]
 
 

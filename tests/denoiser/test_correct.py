@@ -60,6 +60,16 @@ def test_columns_outside_are_nobodys_and_masks_stay(trained):
     np.testing.assert_array_equal(np.asarray(correct.correct(config, params, other, **within).tokens)[:, 2:13], fixed[:, 2:13])
 
 
+def test_what_is_never_written_and_what_is_outside_stays(trained):
+    """By a model that is sure of nothing, which takes the first token that it may."""
+    config, params, rows = trained
+    unsure = params | {"final_norm": params["final_norm"] * 0}
+    fixed = np.asarray(correct.correct(config, unsure, rows[:3], threshold=0.0, passes=1, start=2, stop=13).tokens)
+    expected = rows[:3].copy()
+    expected[:, 2:13] = 1 + max(config.mask_id, config.pad_id, config.eos_id)
+    np.testing.assert_array_equal(fixed, expected)
+
+
 def test_the_command_repairs_a_text(trained, texts, tmp_path, capsys):
     config, params, _ = trained
     tokenizer = data.train_tokenizer([text for _, text, held_out in texts if not held_out], 300)

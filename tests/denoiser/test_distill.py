@@ -47,6 +47,20 @@ def test_the_target_is_the_state_at_the_pass_that_reveals_it(config, params, ran
                 board[c] = p[c].argmax()
 
 
+def test_a_teacher_with_a_temperature_draws_anew_in_each_pass(config, params, monkeypatch):
+    """Of three passes the last reveals nothing."""
+    given, reveal = [], distill.reveal
+
+    def watched(*arguments, **options):
+        given.append((options["temperature"], *jax.random.key_data(options["key"]).tolist()))
+        return reveal(*arguments, **options)
+
+    monkeypatch.setattr(distill, "reveal", watched)
+    tokens, options = np.full((1, 6), config.mask_id, np.int32), dict(passes=3, quota=np.array([1]), mask=None)
+    distill.teacher_states(config, params, tokens, jax.random.key(0), temperature=0.7, **options)
+    assert len(set(given)) == 2 and {temperature for temperature, *_ in given} == {0.7}
+
+
 def test_states_a_student_meets(config):
     """Of a span of n tokens k n / 4 are masked; every other span is the end of its row, half of it at least; k is spread evenly."""
     tokens = jnp.full((400, 24), 7, jnp.int32)
@@ -98,7 +112,9 @@ def test_a_share_of_the_states_is_its_own(config, params, random):
     for seed in range(6):
         key = jax.random.key(seed)
         _, span = distill.student_state(tokens, jax.random.split(key)[0], config.mask_id, 2)
-        other = jnp.where(span, (tokens + 5) % 50 + 3, tokens)  # another text in the span: what is read around it stays
+        # Another text in the span, with ends of documents: what is read around it stays.
+        other = jnp.where(jnp.arange(12) % 3 == 1, config.eos_id, (tokens + 5) % 50 + 3)
+        other = jnp.where(span, other, tokens)
         own = [loss(student, params, t, key, on_policy=1.0, **steps) for t in (tokens, other)]
         np.testing.assert_allclose(*own, rtol=1e-6)
         given = [loss(student, params, t, key, on_policy=0.0, **steps) for t in (tokens, other)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import cli, masks
-from dlm_kernels.denoiser import checkpoint, model, renoise, train
+from dlm_kernels.denoiser import checkpoint, generate, model, renoise, train
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 
@@ -138,6 +138,37 @@ def test_every_pass_is_reported(config, params, board):
     jax.effects_barrier()
     assert [int(frame.passes) for frame in frames] == list(range(1, 10))
     np.testing.assert_array_equal(frames[-1].tokens, decoded.tokens)
+    # A token was written in the pass that last changed it.
+    boards = np.stack([board["tokens"], *(frame.tokens for frame in frames)])
+    changed = boards[1:] != boards[:-1]
+    last, holes = len(changed) - 1 - changed[::-1].argmax(0), board["tokens"] == config.mask_id
+    np.testing.assert_array_equal(np.asarray(decoded.revealed)[holes], last[holes])
+    assert not np.isin(last[holes], [2, 5, 8]).all()
+
+
+def test_columns_from_stop_on_are_nobodys(config, params, board):
+    """Two of them would be the last block's."""
+    made = []
+    for filler in (config.mask_id, 9):
+        wide = np.concatenate([board["tokens"], np.full((2, 4), filler, np.int32)], axis=1)
+        made.append(np.asarray(renoise.decode(config, params, block=6, steps=3, stop=21, **(board | {"tokens": wide})).tokens))
+        assert (made[-1][:, 21:] == filler).all() and (made[-1][:, :21] != config.mask_id).all()
+    np.testing.assert_array_equal(made[0][:, :21], made[1][:, :21])
+
+
+def test_a_block_settles_in_its_second_pass_at_the_earliest(config, params, board):
+    """Of a model that says the same everywhere, and so what it said in the block before."""
+    same = params | {"final_norm": params["final_norm"] * 0}
+    assert renoise.decode(config, same, block=6, steps=9, calm=10.0, **board).passes == 3 * 2
+
+
+def test_generate_cools_to_half_its_temperature(saved, monkeypatch):
+    given, decode = [], renoise.decode
+    monkeypatch.setattr(renoise, "decode", lambda *x, **options: given.append(options["temperature"]) or decode(*x, **options))
+    for temperature in (None, 0.5):
+        options = dict(length=6, block=6, steps=2, noise_budget=0.5, temperature=temperature)
+        generate.generate(checkpoint.load(saved, dtype=jnp.float32), ["def add("], **options)
+    assert set(given) == {(0.8, 0.4), (0.5, 0.25)}
 
 
 def test_a_model_trained_on_noise_restores_a_text(tmp_path, texts):
@@ -162,21 +193,26 @@ def test_the_loss_is_that_of_the_naive_code(conditioned, random):
     config, params = conditioned
     tokens = jnp.asarray(random.integers(3, config.vocab, (4, 9)), jnp.int32)
     key = jax.random.key(5)
-    found = train.uniform_loss(config, params, tokens, key)
+    found, gradient = jax.value_and_grad(lambda params: train.uniform_loss(config, params, tokens, key))(params)
     for_ratio, for_place, for_token, for_rows = jax.random.split(key, 4)
     ratio = (jax.random.uniform(for_ratio, ()) + jnp.arange(4)[:, None] / 4) % 1.0
     noisy = jnp.where(
         jax.random.uniform(for_place, (4, 9)) < ratio, jax.random.randint(for_token, (4, 9), 0, config.vocab), tokens
     )
     assert 0 < (noisy != tokens).sum() < 36
-    head = model.head_weight(config, params)
-    soft = jax.nn.softmax(model.hidden_states(config, params, noisy) @ head.T) @ params["embed"]
     first = int(jax.random.randint(for_rows, (), 0, 2))
+    soft = jax.nn.softmax(model.hidden_states(config, params, noisy) @ model.head_weight(config, params).T) @ params["embed"]
     soft = soft.at[1 - first :: 2].set(0)
-    embedded = model.self_conditioned(config, params, params["embed"][noisy], soft)
-    logits = model.hidden_states(config, params, noisy, embedded=embedded) @ head.T
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)
-    assert float(found) == pytest.approx(float(nll.mean()), rel=1e-5)
+
+    def naive(params):
+        """`soft` is a constant."""
+        embedded = model.self_conditioned(config, params, params["embed"][noisy], soft)
+        logits = model.hidden_states(config, params, noisy, embedded=embedded) @ model.head_weight(config, params).T
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1).mean()
+
+    expected, slope = jax.value_and_grad(naive)(params)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(gradient["embed"], slope["embed"], rtol=1e-3, atol=1e-4 * np.abs(slope["embed"]).max())
 
 
 def test_the_command(saved, capsys):

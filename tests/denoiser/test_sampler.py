@@ -166,6 +166,16 @@ def test_each_block_draws_anew(config, params):
     assert (np.asarray(made.tokens[0, :6]) != np.asarray(made.tokens[0, 6:])).sum() > 2
 
 
+def test_each_pass_draws_anew(config, params):
+    """Likewise: what a later pass writes is not what the first would have."""
+    fixed = {name: x * 0 if name.endswith(".out") else x for name, x in params.items()}
+    holes, key = np.full((1, 12), config.mask_id, np.int32), jax.random.split(jax.random.key(2), 1)
+    once, thrice = (sampler.decode(config, fixed, holes, block=12, steps=n, temperature=1.0, key=key) for n in (1, 3))
+    later = np.asarray(thrice.revealed) > 0
+    differs = np.asarray(once.tokens != thrice.tokens)
+    assert later.sum() == 8 and differs[later].sum() > 2 and not differs[~later].any()
+
+
 def test_left_padding_changes_nothing(run, board):
     keys = jax.random.split(jax.random.key(2), 3)
     plain = run(board, steps=3, temperature=0.8, key=keys).tokens

@@ -175,7 +175,66 @@ def test_block_loss_against_blocks_one_by_one(config, params, random):
     np.testing.assert_allclose(compiled_block_loss(config, params, rows, key, 3), total / 14, rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", [train.loss, functools.partial(train.block_loss, block_size=8)])
+def test_no_ratio_counts_for_less_than_the_least(loss, config, params, random):
+    rows = random.integers(3, config.vocab, (3, 8)).astype(np.int32)
+    noisy, masked, _ = (np.asarray(x) for x in train.corrupt(jnp.asarray(rows), jax.random.key(4), config.mask_id, 8))
+    assert 0 < masked.sum() < 24
+    total = sum((nll(config, params, noisy[row], rows[row]) * masked[row]).sum() for row in range(3))
+    value = loss(config, params, jnp.asarray(rows), jax.random.key(4), least_ratio=1.0)
+    np.testing.assert_allclose(value, total / 24, rtol=1e-5)
+
+
+def test_every_checked_token_counts_once(config, params, random):
+    """All that are visible, at this share."""
+    rows, key = jnp.asarray(random.integers(3, config.vocab, (3, 8)), jnp.int32), jax.random.key(4)
+    noisy, masked, ratio = train.corrupt(rows, key, config.mask_id, 8)
+    wrong, checked = train.with_errors(rows, noisy, masked, jax.random.fold_in(key, 1), 0.5, 3)
+    assert (masked | checked).all() and (wrong != noisy).any()
+    weights = np.where(masked, 1 / ratio, 1)
+    total = sum((nll(config, params, wrong[row], rows[row]) * weights[row]).sum() for row in range(3))
+    np.testing.assert_allclose(train.loss(config, params, rows, key, error_share=0.5), total / 24, rtol=1e-5)
+
+
 compiled_block_loss = jax.jit(train.block_loss, static_argnums=0)
+
+
+def test_objectives_have_their_shares_and_blocks_every_size(config, monkeypatch):
+    settings = train.TrainConfig(steps=1, length=24, block_share=0.5, uniform_share=0.3)
+    drawn = [train._drawn_objective(settings, step) for step in range(2000)]
+    for objective, share in ((train.block_objective, 0.5), (train.uniform_objective, 0.3), (train.whole_objective, 0.2)):
+        assert abs(drawn.count(objective) / 2000 - share) < 0.05
+    monkeypatch.setattr(train, "block_loss", lambda config, params, tokens, key, size, **_: int(size))
+    sizes = {train.block_objective(config, settings, None, None, None, jax.random.key(i)) for i in range(60)}
+    assert sizes == {1, 2, 4, 8, 16}
+
+
+def test_matrices_of_layers_go_by_muon_and_vectors_do_not_decay():
+    params = {"embed": jnp.ones((4, 6)), "layers.0.up": jnp.ones((4, 6)), "final_norm": jnp.ones(6)}
+    decayed = train.optimizer(settings := train.TrainConfig(steps=1, clip=1e9))
+    updates, _ = decayed.update(jax.tree.map(jnp.zeros_like, params), decayed.init(params), params)
+    for name, share in (("embed", settings.weight_decay), ("layers.0.up", settings.weight_decay), ("final_norm", 0)):
+        np.testing.assert_allclose(updates[name], share, atol=1e-6)
+    plain = train.optimizer(train.TrainConfig(steps=1, clip=1e9, weight_decay=0.0))
+    gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    updates, _ = plain.update(gradients, plain.init(params), params)
+    for name in ("embed", "final_norm"):  # Adam's first step
+        np.testing.assert_allclose(updates[name], np.sign(gradients[name]), rtol=1e-4)
+    sizes = np.linalg.svd(updates["layers.0.up"], compute_uv=False) / (0.2 * 6**0.5)
+    assert (0.6 < sizes).all() and (sizes < 1.3).all()
+
+
+def test_each_step_draws_anew(config):
+    settings, params = train.TrainConfig(steps=9), {"embed": jnp.ones((2, 3))}
+
+    def objective(config, train, params, given, tokens, key):
+        return jax.random.uniform(key) + 0 * params["embed"].sum()
+
+    def value(step):
+        state = {"params": params, "average": params, "optimizer": train.optimizer(settings).init(params)}
+        return float(train.train_step(config, settings, objective, jax.tree.map(jnp.copy, state), None, None, step, 0.0)[1])
+
+    assert value(0) == value(0) != value(1)
 
 
 def test_the_schedule_ends_at_zero():

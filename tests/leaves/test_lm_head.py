@@ -84,13 +84,14 @@ def test_a_packed_weight_changes_nothing(leaf, shape, dtype):
             np.testing.assert_allclose(result, wanted, rtol=3e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cap", [None, 100.0])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_logits_rounded_to_a_dtype(leaf, dtype):
+def test_logits_rounded_to_a_dtype(leaf, dtype, cap):
     # Multiples of 1/16: exact sums, so that rounding them has one right result.
     rng = np.random.default_rng(0)
     hidden = rng.integers(-9, 10, (5, 40)).astype(np.float32)
     weight = rng.integers(-9, 10, (300, 40)).astype(np.float32) / 16
-    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=jnp.dtype(dtype))
+    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=cap, logits_dtype=jnp.dtype(dtype))
     got = leaf("lm_head", "lm_head_scores")(hidden, weight, *[None] * 6, **static)
     expected = reference.lm_head_scores(hidden, weight, *[None] * 6, **static)
     np.testing.assert_array_equal(got[0], expected[0])
@@ -105,7 +106,7 @@ def test_loss_and_gradient(leaf, shape, dtype, cap):
     hidden, weight, targets = operands(*shape, dtype)
     active = jnp.arange(shape[0]) % 5 != 2
     if shape[0] > 3:
-        targets = targets.at[0].set(shape[2]).at[2].set(-1)  # NaN; ignored, for row 2 is not active
+        targets = targets.at[0].set(shape[2]).at[1:3].set(-1)  # NaN, twice; ignored, for row 2 is not active
         hidden = hidden.at[2].set(jnp.nan)
     arrays = hidden, weight, targets, active
     loss, lse = leaf("cross_entropy", "masked_cross_entropy_forward")(*arrays, logits_soft_cap=cap)

@@ -156,3 +156,11 @@ def test_a_chip_is_known_by_each_of_its_names(monkeypatch):
         assert chips.chip().topology.startswith(topology)
     monkeypatch.setattr(chips, "kind", lambda: "TPU of a year to come")
     assert chips.chip() == chips.UNKNOWN and chips.refuse_chip() is None
+
+
+def test_a_width_whose_gradients_do_not_fit():
+    """They keep more of a tile of the weight than the loss does, whose kernel takes it."""
+    hidden, weight = (jax.ShapeDtypeStruct((*shape, 32768), jnp.bfloat16) for shape in ((2, 8), (1000,)))
+    loss, gradients = dlm_kernels.explain(jax.grad(dlm_kernels.masked_cross_entropy, (0, 1)), hidden, weight, TOKENS, PER_TOKEN)
+    assert loss.implementations["tpu"] == "pallas" and "tpu" not in gradients.implementations
+    assert gradients.refused["pallas"] == "VMEM holds no 128 rows of a weight of width 32768"

@@ -219,3 +219,25 @@ def test_guidance(run):
     CLOSE(run(guidance.mix_guidance, *streams[:2], scale)[0], guidance_reference.mix_guidance(*as_numpy((*streams[:2], scale))))
     weights = normal(1, 3, guidance.ROWS + 5)
     CLOSE(run(guidance.combine_guidance, streams, weights)[0], guidance_reference.combine_guidance(*as_numpy((streams, weights))))
+
+
+@pytest.mark.parametrize("drawn", ["by a key", "before"])
+def test_lm_head_scores_with_every_option(run, head_operands, drawn):
+    """Each tile of rows and of the weight has its own part of each option; three whole tiles over two cores, none counted twice."""
+    hidden, weight, rows = head_operands[0], normal(1, 384, 40) / 3, jnp.arange(20, dtype=jnp.int32)
+    banned = jnp.unique((hidden @ weight.T).argmax(1))
+    assert set((banned // 128).tolist()) == {0, 1, 2}
+    draws = (jax.random.bits(jax.random.key(5), (20, 2)), rows, None) if drawn == "by a key" else (None, None, normal(6, 20, 384))
+    arrays = hidden, weight, jnp.linspace(0, 1.5, 20), *draws, rows != 3, banned.astype(jnp.int32)
+    static = dict(confidence="margin", tempered_confidence=True, logits_soft_cap=20.0, logits_dtype=None)
+    got, expected = run(lm_head.lm_head_scores, *arrays, **static), lm_head_reference.lm_head_scores(*as_numpy(arrays), **static)
+    np.testing.assert_array_equal(got[0], expected[0])
+    for result, wanted in zip(got[1:], expected[1:], strict=True):
+        CLOSE(result, wanted)
+
+
+def test_rows_are_multiplied_part_by_part(run, head_operands, monkeypatch):
+    """All 20 in one tile, 16 of them at a time."""
+    monkeypatch.setattr(head, "PART", 16)
+    monkeypatch.setattr(head, "tiles", lambda *_, **__: (32, 128))
+    test_masked_cross_entropy(run, head_operands)

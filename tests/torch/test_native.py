@@ -226,3 +226,30 @@ def test_gradients_of_nothing(native):
     native.attention(query, query[:, :0], query[:, :0]).sum().backward()
     native.masked_cross_entropy(hidden, torch.ones(V, D), torch.ones(0, L, dtype=torch.int32), torch.ones(0, L)).backward()
     assert (query.grad == 0).all() and hidden.grad.shape == hidden.shape
+
+
+def test_every_option_reaches_its_kernel(native):
+    query, key, value = draw(0, B, L, 2, 16), draw(1, B, 9, 2, 16), draw(2, B, 9, 2, 16)
+    options = dict(scale=0.7, logits_soft_cap=2.0, return_lse=True)
+    for keys in (9, 0):
+        arrays = query, key[:, :keys], value[:, :keys]
+        expected = dlm_kernels.attention(*map(jnp.asarray, arrays), **options, implementation="xla")
+        same(native.attention(*map(torch.tensor, arrays), **options), expected)
+    # Integers, whose sums are exact, of more bits than float16 has, and are rounded alike.
+    random = np.random.default_rng(0)
+    hidden, weight = (random.integers(-n, n + 1, shape).astype(np.float32) for n, shape in ((99, (B, L, 40)), (9, (V, 40))))
+    arrays = hidden, weight / 512
+    options = dict(temperature=0.7, tempered_confidence=True, logits_soft_cap=100.0, key=jax.random.key(5))
+    expected = dlm_kernels.lm_head_scores(*map(jnp.asarray, arrays), **options, logits_dtype="float16", implementation="xla")
+    same(native.lm_head_scores(*map(torch.tensor, arrays), **options, logits_dtype="float16"), expected)
+    logits, tokens = draw(3, B, L, V), np.full((B, L), 39)
+    options = dict(mask_id=39, entropy_budget=8.0)
+    expected = dlm_kernels.unmask_step(jnp.asarray(logits), jnp.asarray(tokens), **options, implementation="xla")
+    assert 2 < expected.unmasked.sum() < B * L
+    same(native.unmask_step(torch.tensor(logits), torch.tensor(tokens), **options), expected)
+    arrays = hidden / 99, weight / 9, random.integers(0, V, (B, L)), np.arange(B * L, dtype=np.float32).reshape(B, L)
+    expected = dlm_kernels.masked_cross_entropy(*map(jnp.asarray, arrays), reduction="none", implementation="xla")
+    same([native.masked_cross_entropy(*map(torch.tensor, arrays), reduction="none")], [expected])
+    arrays = arrays[0], arrays[1], arrays[0] / 2, arrays[1], arrays[3]
+    expected = dlm_kernels.masked_divergence(*map(jnp.asarray, arrays), reduction="none", implementation="xla")
+    same([native.masked_divergence(*map(torch.tensor, arrays), reduction="none")], [expected])
