@@ -26,8 +26,7 @@ def find(name):
 def save(directory, config, params, tokenizer, *, dtype=jnp.bfloat16):
     """Writes what `load` reads, each file whole or not at all."""
     describe(directory, config, tokenizer)
-    arrays = {name: np.asarray(array.astype(dtype)) for name, array in params.items()}
-    write_atomic(pathlib.Path(directory) / "model.safetensors", safetensors.numpy.save(arrays, {"format": "pt"}))
+    save_parameters(directory, params, dtype=dtype)
 
 
 def describe(directory, config, tokenizer):
@@ -36,6 +35,11 @@ def describe(directory, config, tokenizer):
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / "tokenizer.json", tokenizer.to_str().encode())
     write_atomic(directory / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+
+
+def save_parameters(directory, params, *, dtype=jnp.bfloat16):
+    arrays = {name: np.asarray(array.astype(dtype)) for name, array in params.items()}
+    write_atomic(pathlib.Path(directory) / "model.safetensors", safetensors.numpy.save(arrays, {"format": "pt"}))
 
 
 def load(directory=SHIPPED, *, dtype=None):

@@ -387,7 +387,7 @@ def _save(path, config, state, progress, tokenizer):
         raise _diverged(f"the update of step {progress['step'] - 1} is not finite", path)
     checkpoint.describe(path.parent, config, tokenizer)
     checkpoint.save_state(path, state, progress)
-    checkpoint.save(path.parent, config, state["average"], tokenizer)
+    checkpoint.save_parameters(path.parent, state["average"])
 
 
 def _diverged(how, path):
