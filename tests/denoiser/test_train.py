@@ -1,4 +1,4 @@
-"""The training losses against brute force, the data's promises, and a resume after a kill."""
+"""The training losses against brute force, a resume after a kill, and what a run refuses to destroy."""
 
 import dataclasses
 import functools
@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -20,11 +19,10 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from tokenizers import Tokenizer, models
 
 import dlm_kernels
 from dlm_kernels import masks
-from dlm_kernels.denoiser import checkpoint, data, model, progress, train
+from dlm_kernels.denoiser import checkpoint, data, model, train
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 
@@ -244,46 +242,6 @@ def test_the_schedule_ends_at_zero():
     assert np.argmax(rates) == 10 and max(rates) > 0.9
 
 
-def test_text_survives_the_tokenizer(texts):
-    tokenizer = data.train_tokenizer([text for _, text, _ in texts], 300)
-    text = "def f(x):\n\n\treturn 'ünïcode', x ** 2  # 😀\n"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    text = "MASK = '<|mask|>' + '<|eos|>'\n"
-    assert min(tokenizer.encode(text).ids) == 1
-    for read in (Tokenizer.from_str(tokenizer.to_str()), tokenizer):
-        ids = data.literal(read).encode(text).ids
-        assert min(ids) > 2 and read.decode(ids) == text
-    tokenizer.encode_special_tokens = False
-    tokenizer.add_special_tokens(["<|im_end|>"])
-    assert tokenizer.token_to_id("<|im_end|>") in data.literal(tokenizer).encode("x<|im_end|>").ids
-
-
-def test_units_lose_no_text_and_keep_decorators():
-    text = "import os\n\n\n@cache\n@other(1)\ndef f():\n    pass\n\n\nclass A:\n    def g(self):\n        pass\n"
-    pieces = data.units(text)
-    assert "".join(pieces) == text
-    assert pieces[1].startswith("@cache\n@other(1)\ndef f") and pieces[2].startswith("class A")
-
-
-def test_the_split_depends_on_the_path_alone():
-    found = data.files()
-    held_out = [name for name, _, held in found if held]
-    assert held_out == [name for name, _, _ in found if data.is_held_out(name)]
-    assert 0.01 < len(held_out) / len(found) < 0.05
-
-
-def test_batches_are_a_function_of_seed_and_step():
-    streams = [np.arange(1000, dtype=np.int32), np.arange(2000, 2500, dtype=np.int32)]
-    batches = data.Batches(streams, 4, 10, 0)
-    rows = np.concatenate([batches[step] for step in range(batches.per_epoch)])
-    assert (np.diff(rows, axis=1) == 1).all()
-    assert len(np.unique(rows)) == rows.size  # an epoch shows nothing twice
-    later = batches[batches.per_epoch + 3]
-    np.testing.assert_array_equal(data.Batches(streams, 4, 10, 0)[batches.per_epoch + 3], later)
-    with pytest.raises(ValueError, match="at least 20 tokens each"):
-        data.Batches([np.arange(15)], 1, 10, 0)
-
-
 TRAIN = """
     import json, sys, time
     import jax
@@ -426,64 +384,6 @@ def test_a_single_step_trains(trained):
     assert any((state[f"['params']['{name}']"] != array).any() for name, array in begun.items())
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path, saved):
-    config, params, tokenizer = checkpoint.load(saved, dtype=jnp.float32)
-    checkpoint.save(tmp_path, config, params, tokenizer, dtype=jnp.float32)
-    loaded_config, loaded, loaded_tokenizer = checkpoint.load(tmp_path)
-    assert loaded_config == config and loaded_tokenizer.to_str() == tokenizer.to_str()
-    assert loaded.keys() == params.keys()
-    for name in params:
-        np.testing.assert_array_equal(loaded[name], params[name])
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused(config, tmp_path, saved):
-    its, params, tokenizer = checkpoint.load(saved)
-    checkpoint.save(tmp_path, its, {n: x for n, x in params.items() if n != "layers.0.up"}, tokenizer)
-    with pytest.raises(ValueError, match="layers.0.up"):
-        checkpoint.load(tmp_path)
-    checkpoint.save(tmp_path, its, params | {"final_norm": jnp.ones(7)}, tokenizer)
-    with pytest.raises(ValueError, match=r"final_norm: expected shape \(24,\), got \(7,\)"):
-        checkpoint.load(tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint"):
-        checkpoint.load(tmp_path / "nowhere")
-    checkpoint.save_state(tmp_path / "state", {"a": jnp.ones(3)}, {"step": 1})
-    with pytest.raises(ValueError, match="a.*expected shape"):
-        checkpoint.load_state(tmp_path / "state", {"a": jnp.ones(4)})
-    checkpoint.save(tmp_path, config, params, tokenizer)
-    with pytest.raises(ValueError, match="expected a tokenizer of at most 53 ids, got 300"):
-        checkpoint.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ([], "expected a JSON object, got []"),
-        ("a", "expected a JSON object, got 'a'"),
-        ({"pad_id": "x"}, "pad_id: expected an int of at least 0, got 'x'"),
-        ({"mask_id": 1}, "mask_id: expected another id than pad_id and eos_id, got 1"),
-        ({"rope_theta": "x"}, "rope_theta: expected at least 1, got x"),
-        ({"rope_theta": float("nan")}, "rope_theta: expected at least 1, got nan"),
-        ({"qk_norm": "no"}, "qk_norm: expected true or false, got 'no'"),
-    ],
-)
-def test_a_config_that_makes_no_sense_is_refused(content, message, tmp_path):
-    if isinstance(content, dict):
-        content = DenoiserConfig().to_dict() | content
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    (tmp_path / "tokenizer.json").write_text(Tokenizer(models.BPE()).to_str())
-    with pytest.raises(ValueError, match=re.escape(f"config.json: {message}")):
-        checkpoint.load(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    checkpoint.write_atomic(path, b"old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomic(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
 def test_without_optax_it_says_what_to_install(monkeypatch, tmp_path, texts):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"training needs the optax package: pip install 'dlm_kernels\[train\]'"):
@@ -505,43 +405,6 @@ def test_the_average_forgets_a_random_start(config):
         state, _ = train.train_step(config, settings, objective, state, None, None, step, 0.5)
         expected = keep * expected + (1 - keep) * state["params"]["embed"]
         np.testing.assert_allclose(state["average"]["embed"], expected, rtol=1e-5)
-
-
-def test_progress_tells_the_speed_and_the_time_left(tmp_path):
-    """Both since the first step was through, which compiled: 6000 tokens and a fifth of the run in a minute."""
-    with progress.Bar(tmp_path) as bar:
-        bar({"step": 1, "loss": 3.0, "seconds": 5.0, "tokens": 100, "share": 0.05})
-        bar({"step": 20, "loss": 2.0, "seconds": 65.0, "tokens": 6100, "share": 0.25})
-    assert bar.bar.tasks[0].description == "step 20  loss 2.000  100 tokens/s  4 min left"
-    assert bar.bar.tasks[0].completed == 0.25
-    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert json.loads(line)["step"] == 20 and json.loads(line)["tokens_per_second"] == 100.0
-
-
-def test_progress_tells_of_a_run_that_was_over(tmp_path):
-    with progress.Bar(tmp_path) as bar:
-        pass
-    assert bar.bar.tasks[0].description == f"{tmp_path}: had all its steps; more of them, or minutes, go on"
-    with pytest.raises(OSError), progress.Bar(tmp_path) as bar:
-        raise OSError
-    assert bar.bar.tasks[0].description == "compiling"
-
-
-def test_a_log_holds_each_step_once(tmp_path):
-    """A run that was killed after step 40 and goes on from a save at step 20; of one that never began there is no log."""
-    with progress.Bar(tmp_path / "new"):
-        pass
-    assert not (tmp_path / "new").exists()
-    for steps in ((20, 40), (21, 40, 60)):
-        with progress.Bar(tmp_path) as bar:
-            for step in steps:
-                bar({"step": step, "loss": 3.0, "seconds": 5.0, "tokens": 100, "share": 0.05})
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 8')
-    with progress.Bar(tmp_path) as bar:
-        bar({"step": 80, "loss": 3.0, "seconds": 5.0, "tokens": 100, "share": 0.05})
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [20, 40, 60, 80]
 
 
 @pytest.mark.parametrize(
