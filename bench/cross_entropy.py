@@ -14,8 +14,8 @@ def case(name, rows, d, v, dtype, masked=0.5, backward=False, **options):
     def inputs(rng):
         weights = np.where(rng.permutation(rows) < masked * rows, 1 / masked, 0).astype(np.float32)
         return (
-            jnp.asarray(rng.standard_normal((1, rows, d), "float32"), dtype),
-            jnp.asarray(rng.standard_normal((v, d), "float32") * (3 / d**0.5), dtype),
+            harness.normal(rng, (1, rows, d), dtype),
+            harness.normal(rng, (v, d), dtype, 3 / d**0.5),
             jnp.asarray(rng.integers(0, v, (1, rows)), jnp.int32),
             jnp.asarray(weights)[None],
         )

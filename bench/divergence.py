@@ -13,8 +13,7 @@ def case(name, rows, d, v, dtype, masked=0.5, backward=False, **options):
 
     def inputs(rng):
         def model():
-            hidden, weight = rng.standard_normal((1, rows, d), "float32"), rng.standard_normal((v, d), "float32") * (3 / d**0.5)
-            return jnp.asarray(hidden, dtype), jnp.asarray(weight, dtype)
+            return harness.normal(rng, (1, rows, d), dtype), harness.normal(rng, (v, d), dtype, 3 / d**0.5)
 
         weights = (rng.permutation(rows) < masked * rows) / (masked * rows)
         return *model(), *model(), jnp.asarray(weights, jnp.float32)[None]

@@ -46,25 +46,19 @@ def title(body):
     return body + f", {layers} of {whole} layers" * (layers < whole)
 
 
-# A prime, so that no two rows of a matrix are equal.
-PERIOD = 4194301
-
-
 @functools.lru_cache(maxsize=1)
 def parameters(body, seed):
-    """`model.init`'s, kept from case to case; a large model's of random numbers that recur, since gigabytes of others take long."""
+    """Kept from case to case: `model.init`'s for the model that ships, a large one's of random numbers that recur."""
     config = BODIES[body]
     if body == "shipped":
         return model.init(config, jax.random.key(seed), DTYPE)
-    numbers = np.random.default_rng(seed).standard_normal(PERIOD, "float32")
-    params = {}
-    for i, (name, shape) in enumerate(model.parameter_shapes(config).items()):
+    rng, params = np.random.default_rng(seed), {}
+    for name, shape in model.parameter_shapes(config).items():
         if len(shape) == 1:
-            array = np.full(shape, name.endswith("norm"), "float32")
+            params[name] = jnp.full(shape, name.endswith("norm"), DTYPE)
         else:
             fan_in = shape[1] if name in ("embed", "head") else shape[0]
-            array = np.resize(np.roll(numbers, 1000 * i) * fan_in**-0.5, shape)
-        params[name] = jnp.asarray(array, DTYPE)
+            params[name] = harness.normal(rng, shape, DTYPE, fan_in**-0.5)
     return params
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -30,8 +31,12 @@ NO_PEERS = (GREEDY, PACKED, FROM_TORCH)
 SLOW_SECONDS = 4.0
 # Rounds of every case: of fewer a rank test cannot tell two files apart, see `bench.comparison`.
 LEAST_ROUNDS = 7
-# Who has taken so long leaves after two rounds.
+# Who has taken so long leaves after the first round if another peer was twice as fast, or after the second if one was 1.5 times:
+# as fast but for noise, it might be the first in the next run.
 LONG_SECONDS = 0.5
+LEAVES = {1: 2.0, 2: 1.5}
+# A prime, so that no two rows of a matrix are equal.
+PERIOD = 4194301
 # Between contenders: a thread pool that has just finished still spins for a while, and would slow the next one.
 REST_SECONDS = 0.003
 
@@ -99,16 +104,25 @@ def error(output, expected):
         if got.shape != want.shape:
             return math.inf
         if np.issubdtype(want.dtype, np.floating) or want.dtype == ml_dtypes.bfloat16:
-            got, want = got.astype(np.float64), want.astype(np.float64)
-            # Infinities (a query that sees nothing) must be in the same places; their difference would be NaN.
-            if not np.array_equal(np.isinf(got), np.isinf(want)):
-                return math.inf
-            got, want = np.where(np.isinf(got), 0, got), np.where(np.isinf(want), 0, want)
-            gap = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+            gap = _distance(got.ravel(), want.ravel())
         else:
             gap = np.mean(got != want)
         worst = math.inf if math.isnan(gap) else max(worst, float(gap))
     return worst
+
+
+def _distance(got, want):
+    """||got - want|| / ||want|| in float64, of parts that a cache holds: whole copies of a head's gradient are gigabytes."""
+    apart = size = 0.0
+    for at in range(0, len(want), 1 << 16):
+        a, b = (x[at : at + (1 << 16)].astype(np.float64) for x in (got, want))
+        infinite = np.isinf(a), np.isinf(b)
+        # Infinities (a query that sees nothing) must be in the same places; their difference would be NaN.
+        if not np.array_equal(*infinite):
+            return math.inf
+        a[infinite[0]] = b[infinite[1]] = 0
+        apart, size = apart + np.dot(a - b, a - b), size + np.dot(b, b)
+    return math.sqrt(apart) / max(math.sqrt(size), 1e-30)
 
 
 def as_numpy(array):
@@ -137,6 +151,15 @@ def input_sets(case, cache_bytes):
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
     copies = min(64, max(1, math.ceil(4 * cache_bytes / max(size, 1))))
     return [first, *(case.inputs(rng) for _ in range(copies - 1))]
+
+
+def normal(rng, shape, dtype, scale=1.0):
+    """Normal numbers times `scale`; a large array's recur, since gigabytes of others take longer than what is measured."""
+    numbers = rng.standard_normal(min(math.prod(shape), PERIOD), "float32") * np.float32(scale)
+    return _repeated(jnp.asarray(numbers, dtype), shape)
+
+
+_repeated = jax.jit(jnp.resize, static_argnums=1)
 
 
 def measure(case, seconds, quick=False):
@@ -281,16 +304,16 @@ def _rounds(ready, calls, seconds):
     times = {name: [] for name in ready}
     spent = dict.fromkeys(ready, 0.0)
     began, turn = time.perf_counter(), 2
-    stay = set(ready)
+    ready, stay = dict(ready), set(ready)
     for done in range(200 if ready else 0):
         if done >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
-        if done == 2 and OURS in ready:
-            others = {name: sum(times[name]) for name in ready if not is_ours(name)}
-            # As fast but for noise: in the next run another of them may be the first.
-            stay = {OURS, *NO_PEERS, *(name for name in others if others[name] < 1.5 * min(others.values()))}
-        for name, call in ready.items():
+        if done in LEAVES and OURS in ready:
+            others = {name: sum(times[name]) / len(times[name]) for name in ready if not is_ours(name)}
+            stay = {OURS, *NO_PEERS, *(name for name in others if others[name] < LEAVES[done] * min(others.values()))}
+        for name, call in list(ready.items()):
             if name not in stay and spent[name] > LONG_SECONDS:
+                del ready[name]  # for good: the n-th times of two lists are of one round
                 continue
             time.sleep(REST_SECONDS)
             times[name].append(_seconds(call, turn, calls[name]))

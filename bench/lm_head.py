@@ -22,9 +22,9 @@ def case(name, rows, d, v, dtype, guided=False, as_written=False, from_torch=Fal
     step = max(1, rows // ORACLE_ROWS)
 
     def inputs(rng):
-        hidden = (jnp.asarray(rng.standard_normal((1, rows, d), "float32"), dtype) for _ in range(1 + guided))
+        hidden = (harness.normal(rng, (1, rows, d), dtype) for _ in range(1 + guided))
         # Logits of a standard deviation near 3.
-        return (*hidden, jnp.asarray(rng.standard_normal((v, d), "float32") * (3 / d**0.5), dtype))
+        return (*hidden, harness.normal(rng, (v, d), dtype, 3 / d**0.5))
 
     def scores(*arrays, implementation):
         guidance = dict(unconditional_hidden=arrays[1], guidance_scale=SCALE) if guided else {}

@@ -245,13 +245,21 @@ def test_contenders_take_turns_on_the_same_inputs(monkeypatch):
     assert times == {"one": [5, 7, 9], "two": [5.5, 7.5, 9.5]}
 
 
-# Ours and the fastest peers are in every round, whatever they take; a slow one has two, others as many as there is time for.
+# Ours and the fastest peers are in every round, whatever they take; of the slow ones one half as fast has one, another has two.
 def test_every_case_has_rounds_enough_to_be_compared():
     seconds = {OURS: 2.0, "slow": 3.0, "fast": 0.5, "faster": 0.4, "fair": 0.7, "ours, packed": 1.0}
     ready = {name: lambda turn, each=each: harness.Timed(each, 0.0) for name, each in seconds.items()}
     times = harness._rounds(ready, dict.fromkeys(ready, 1), 0.0)
-    rounds = {OURS: 7, "slow": 2, "fast": 7, "faster": 7, "fair": 2, "ours, packed": 7}
+    rounds = {OURS: 7, "slow": 1, "fast": 7, "faster": 7, "fair": 2, "ours, packed": 7}
     assert {name: len(each) for name, each in times.items()} == rounds
+
+
+# The n-th times of two lists are of one round, so who has left must not come back when the others get slower.
+def test_who_has_left_stays_away():
+    seconds = {OURS: [1.0] * 7, "fast": [1.0, 9.0] + [1.0] * 5, "left": [6.0] * 7}
+    ready = {name: functools.partial(lambda each, _: harness.Timed(each.pop(0), 0.0), each) for name, each in seconds.items()}
+    times = harness._rounds(ready, dict.fromkeys(ready, 1), 0.0)
+    assert {name: len(each) for name, each in times.items()} == {OURS: 7, "fast": 7, "left": 1}
 
 
 def test_calls_in_an_accelerators_queue_are_waited_for_once(monkeypatch):
