@@ -8,6 +8,8 @@ import sys
 from bench import harness, machine
 
 PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+# {number of processors: what so few reach at best}, not what all do: the ceilings of their cases, measured with the first of them.
+RATES = {}
 
 
 def measure(case, seconds, quick=False):
@@ -21,19 +23,24 @@ def measure(case, seconds, quick=False):
     # Before anything is imported: some libraries make their threads then.
     confine = f"import os; os.sched_setaffinity(0, {PROCESSORS[:processors]}); " if processors else ""
     part = bool(processors) and processors < len(PROCESSORS)
-    program = f"{confine}from bench import apart; apart.main({case.name!r}, {seconds!r}, {quick!r}, {part!r})"
+    ceilings = part and processors not in RATES
+    program = f"{confine}from bench import apart; apart.main({case.name!r}, {seconds!r}, {quick!r}, {ceilings!r})"
     made = subprocess.run([sys.executable, "-c", program], cwd=machine.ROOT, env=environment, capture_output=True, text=True)
     if made.returncode:
         raise RuntimeError(f"its process ended with {made.returncode}: {made.stderr.strip()[-500:]}")
-    return json.loads(made.stdout.splitlines()[-1])
+    row = json.loads(made.stdout.splitlines()[-1])
+    if part:
+        RATES.setdefault(processors, row.get("rates"))
+        row["rates"] = RATES[processors] = harness.greatest(harness.achieved(row), RATES[processors])
+    return row
 
 
-def main(name, seconds, quick, part):
-    """part: of the machine's processors; what they reach at best, not what all do, is the row's ceiling."""
+def main(name, seconds, quick, ceilings):
+    """ceilings: the row is to hold what this process's processors reach at best."""
     from bench import scale
 
     case = next(case for case in scale.cases() if case.name == name)
     row = harness.measure(case, seconds, quick)
-    if part:
-        row["rates"] = harness.greatest(harness.achieved(row), machine.rates())
+    if ceilings:
+        row["rates"] = machine.rates()
     print(json.dumps(row))

@@ -37,8 +37,8 @@ def run(grid, only, minutes, out):
     cases = [case for case in whole if (only or "").lower() in f"{case.operation} {case.name}".lower()]
     if not cases:
         raise report.Unusable(f"--only: expected a part of a case's operation and name, got {only!r}")
-    # Those of the README first and the largest last, in case the time is up before.
-    cases.sort(key=lambda case: (not (case.headline or case.quick), case.full))
+    # Those of the README first, then other shapes, points of curves, and the largest, in case the time is up before.
+    cases.sort(key=lambda case: (not (case.headline or case.quick), case.full, case.sweep is not None))
     # A part of a run takes its part of the run's time, unless it was given time of its own.
     left_out = 0 if minutes else len(whole) - len(cases)
     # Until a case has run anew its row of before stays, so that a run that is stopped loses nothing.
@@ -51,10 +51,10 @@ def run(grid, only, minutes, out):
             print(f"{case.operation}: {case.name}: left out, the time is up", flush=True)
             continue
         # The ceilings move with whatever else the machine does, so they are measured again and again, and the best one holds.
-        if i % 15 == 0:
+        if i % 30 == 0:
             rates = harness.greatest(machine.rates(), rates)
         # What is left goes into rounds, but for what compiling, checking and making inputs took of a case so far; and not all of
-        # it, for the last cases are the heaviest.
+        # it, for heavier cases may follow.
         seconds = max(0.5, 0.3 * ((end - time.monotonic()) / (left_out + len(cases) - i) - setup / max(1, i)))
         began = time.monotonic()
         try:

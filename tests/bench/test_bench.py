@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
@@ -387,12 +386,21 @@ def test_a_case_is_measured_over_two_devices_in_a_process_of_its_own():
     assert row["sweep"][1] == 2 and all(result["times"] for result in row["contenders"].values())
 
 
-# Half of a machine is not held against all of it; what somebody reached there is reachable there.
+# Half of a machine is not held against all of it; what somebody reached there is reachable there, and so few are measured once.
 def test_a_part_of_the_processors_has_ceilings_of_its_own(monkeypatch, capsys):
+    def process(command, **_):
+        exec(command[-1][command[-1].index("from bench") :], {})
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
+
     row = dict(flops=600, dtype="float32", contenders={OURS: dict(times=[2.0, 3.0])})
+    measured = []
     monkeypatch.setattr(harness, "measure", lambda case, seconds, quick: dict(row))
-    monkeypatch.setattr(machine, "rates", lambda: dict(read=5.0, float32=200.0, bfloat16=400.0))
-    name = scale.cases()[0].name
-    for part, rates in ((False, {}), (True, dict(rates=dict(read=5.0, float32=300.0, bfloat16=400.0)))):
-        apart.main(name, 0.0, False, part)
-        assert json.loads(capsys.readouterr().out) == row | rates
+    monkeypatch.setattr(machine, "rates", lambda: measured.append(1) or dict(read=5.0, float32=200.0, bfloat16=400.0))
+    monkeypatch.setattr(apart, "PROCESSORS", [0, 1])
+    monkeypatch.setattr(apart, "RATES", {})
+    monkeypatch.setattr(apart.subprocess, "run", process)
+    part, whole = (dataclasses.replace(scale.cases()[0], apart=dict(processors=n)) for n in (1, 2))
+    assert apart.measure(whole, 0.0) == row
+    for _ in range(2):
+        assert apart.measure(part, 0.0) == row | dict(rates=dict(read=5.0, float32=300.0, bfloat16=400.0))
+    assert measured == [1]
