@@ -81,13 +81,7 @@ def case(body, prompt, length, block, steps, *, batch=1, cached=False, **options
         return weights(body, rng), jnp.asarray(rng.integers(3, 4000, (batch, prompt)), jnp.int32)
 
     def decoder(implementation, **how):
-        how = dict(block=block, steps=steps, cache=cached) | how
-
-        def decode(params, given):
-            canvas = jnp.pad(given, ((0, 0), (0, length)), constant_values=config.mask_id)
-            return sampler.decode(config, params, canvas, first=prompt, implementation=implementation, **how).tokens
-
-        return Contender(jax.jit(decode))
+        return Contender(_decode(body, prompt, length, implementation, **dict(block=block, steps=steps, cache=cached) | how))
 
     def whole(output, params, given):
         """0 where the prompt is as it was and a token stands in every place after it."""
@@ -124,6 +118,18 @@ def case(body, prompt, length, block, steps, *, batch=1, cached=False, **options
         tokens=batch * length,
         **options,
     )
+
+
+@functools.cache  # one token at a time is the same program in every case of a model
+def _decode(body, prompt, length, implementation, **how):
+    config = BODIES[body]
+
+    @jax.jit
+    def decode(params, given):
+        canvas = jnp.pad(given, ((0, 0), (0, length)), constant_values=config.mask_id)
+        return sampler.decode(config, params, canvas, first=prompt, implementation=implementation, **how).tokens
+
+    return decode
 
 
 def component(body, part, prompt, block, **options):

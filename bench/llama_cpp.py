@@ -80,8 +80,11 @@ def run(path, prompt, block, length, steps):
 
 
 @functools.cache
-def folder():
-    made = tempfile.TemporaryDirectory()
+def folder(size):
+    """For a file of `size` bytes: in memory where twice that is free, for a disk may take longer than all else in the case."""
+    memory = Path("/dev/shm")
+    free = memory.is_dir() and min(shutil.disk_usage(memory).free, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    made = tempfile.TemporaryDirectory(dir=memory if free > 2 * size else None)
     atexit.register(made.cleanup)
     return Path(made.name)
 
@@ -90,7 +93,7 @@ def write(config, params):
     """A GGUF file of LLaDA's architecture, in float32 or bfloat16 as the parameters; the one of before is gone."""
     import gguf
 
-    path, c = folder() / "llada.gguf", config
+    path, c = folder(sum(array.nbytes for array in params.values())) / "llada.gguf", config
     path.unlink(missing_ok=True)
     writer = gguf.GGUFWriter(path, "llada")
     writer.add_context_length(4096)
@@ -117,7 +120,7 @@ def write(config, params):
     def add(name, array):
         array = np.asarray(array)
         if array.dtype == np.float32 or array.ndim == 1:  # norms are always float32
-            writer.add_tensor(name, np.ascontiguousarray(array.astype(np.float32)))
+            writer.add_tensor(name, np.ascontiguousarray(array, np.float32))
         else:
             bits = np.ascontiguousarray(array).view(np.uint8)
             writer.add_tensor(name, bits, raw_shape=bits.shape, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -129,7 +132,7 @@ def write(config, params):
         for norm in ("attention", "ffn"):
             add(f"blk.{i}.{norm.replace('attention', 'attn')}_norm.weight", params[f"layers.{i}.{norm}_norm"])
         for theirs, ours in LAYER.items():
-            matrix = np.asarray(params[f"layers.{i}.{ours}"]).T
+            matrix = params[f"layers.{i}.{ours}"].T  # of JAX, which transposes several times as fast as NumPy
             if ours in ("query", "key"):
                 # RoPE there rotates neighbours; here the first half of a head with the second.
                 halves = matrix.reshape(-1, 2, c.head_size // 2, c.d_model)
