@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -169,6 +170,9 @@ def measure(case, seconds, quick=False):
 
 
 def precision():
+    """Products of float32 numbers in full, as a CPU's are; torch may have been told otherwise."""
+    if torch := sys.modules.get("torch"):
+        torch.set_float32_matmul_precision(machine.FULL)
     return jax.default_matmul_precision(None if machine.platform_name() == "cpu" else machine.FULL)
 
 
@@ -177,6 +181,7 @@ def _measure(case, seconds, quick):
     sets = jax.block_until_ready(input_sets(case, machine.cache_bytes()))
     expected = None if case.oracle is None else case.oracle(*sets[0])
     results, ready, calls = {}, {}, {}
+    on_cpu = machine.platform_name() == "cpu"
     for name in checking_order(case):
         contender = case.contenders[name]
         if reason := contender.missing or (quick and contender.compiles and "left out of a quick run"):
@@ -189,7 +194,8 @@ def _measure(case, seconds, quick):
             compiling = time.perf_counter() - start
             again = functools.partial(_call, function, prepared)
             queued = functools.partial(_call, function, prepared, wait=lambda output: output)
-            if contender.compiles:  # within its first call
+            # Within its first call: a compiler, or on an accelerator whatever loads libraries and kernels then.
+            if contender.compiles or not on_cpu:
                 again(0)
                 compiling = time.perf_counter() - start
             (output, first), peak = machine.peak_bytes(functools.partial(_timed, again), function)
@@ -207,9 +213,13 @@ def _measure(case, seconds, quick):
             peak += once.get("once_bytes", 0)
         results[name] = dict(compile=compiling, first_call=first, peak_bytes=peak, error=gap, times=[first]) | once
         if first < SLOW_SECONDS:
-            ready[name] = again if machine.platform_name() == "cpu" else queued
-            # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide.
-            calls[name] = 1 if first > 0.5 else max(1, math.ceil(0.01 / _seconds(again, 1)))
+            ready[name] = again if on_cpu else queued
+            # A round's share of one contender is at least 10 ms, or the clock and one hiccup decide. The first call of what was not
+            # compiled before it says less of the others.
+            slow = 0.5 if on_cpu and function is contender.function else 0.1
+            calls[name] = 1 if first > slow else max(1, math.ceil(0.01 / _seconds(again, 1)))
+            if not on_cpu:
+                results[name]["start"] = _start(queued)
     in_turn = {name: ready[name] for name in case.contenders if name in ready}
     for name, times in _rounds(in_turn, calls, seconds).items():
         results[name]["times"] = times
@@ -289,6 +299,18 @@ def _seconds(call, turn, times=1):
             seconds.append(output.seconds)
     wait(output)
     return statistics.mean(seconds or [(time.perf_counter() - start) / times])
+
+
+def _start(call, times=16):
+    """Seconds until a call is in an accelerator's queue: a kernel that takes less is timed as its start. Of a few calls, for
+    where the queue is full a call waits for another's end.
+    """
+    start = time.perf_counter()
+    for i in range(times):
+        output = call(i)
+    seconds = (time.perf_counter() - start) / times
+    wait(output)
+    return seconds
 
 
 def _call(function, sets, i, wait=wait):

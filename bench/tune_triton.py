@@ -1,11 +1,15 @@
 """On a GPU: times the Triton kernels with other tiles, and writes the fastest to their table."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
 from collections.abc import Callable
 
+import jax
+
+import dlm_kernels
 from bench import attention, harness, lm_head, machine, report
 from bench.harness import OURS, Contender, Patched
 from dlm_kernels.triton_kernels import tiles
@@ -15,31 +19,61 @@ TABLE = machine.ROOT / "python/dlm_kernels/triton_kernels/tiles.py"
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
+    name: str
     cases: Callable  # () -> the cases that choose, one at least for each kind of arguments
     constants: dict[str, tuple[int, ...]]  # tried, in the place of the kernel's own
     warps: tuple[int, ...] = (4, 8)
-    stages: tuple[int, ...] = (1, 2, 3, 4)
+    stages: tuple[int, ...] = (1, 2)
 
 
-def _attention():
+def _attention(dtype):
     shapes = [("LLaDA-8B", 1024, 1024), ("LLaDA-8B", 32, 2048), ("MDLM", 1024, 1024), ("DiffusionGemma local", 256, 1280)]
-    return [attention.case(*shape, "bfloat16", mask) for shape in shapes for mask in (None, "padded", "BD3 16")]
+    return [attention.case(*shape, dtype, mask) for shape in shapes for mask in (None, "padded", "BD3 16")]
 
 
-def _backward():
-    return [attention.case(model, 1024, 1024, "bfloat16", backward=True) for model in ("LLaDA-8B", "MDLM", "DiffusionGemma local")]
+def _backward(dtype):
+    return [attention.case(model, 1024, 1024, dtype, backward=True) for model in ("LLaDA-8B", "MDLM", "DiffusionGemma local")]
 
 
-def _head():
-    return [lm_head.case("LLaDA-8B", rows, 4096, 126464, "bfloat16") for rows in (32, 128, 1024)]
+def _head(dtype):
+    cases = [lm_head.case("LLaDA-8B", rows, 4096, 126464, dtype) for rows in (32, 128, 1024)]
+    return [*cases, *map(_drawn, cases[:2])]
 
 
-KERNELS = {
-    "attention_forward": Kernel(_attention, {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128)}),
-    "attention_backward": Kernel(_backward, {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)}),
+def _drawn(case):
+    """With noise, which is the same whatever the tiles: what all must equal is what the kernel's own draw."""
+
+    def scores(hidden, weight):
+        how = dict(temperature=1.0, key=jax.random.key(7), implementation=machine.implementation())
+        return tuple(dlm_kernels.lm_head_scores(hidden, weight, **how))
+
+    contenders = {OURS: Contender(jax.jit(scores))}
+    return dataclasses.replace(case, name=f"{case.name}, temperature 1", contenders=contenders, oracle=None)
+
+
+def _kernels(dtype, forward, backward, head, stages):
+    return [
+        Kernel("attention_forward", functools.partial(_attention, dtype), forward, stages=stages),
+        Kernel("attention_backward", functools.partial(_backward, dtype), backward, stages=stages),
+        Kernel("lm_head", functools.partial(_head, dtype), head, stages=stages),
+    ]
+
+
+KERNELS = _kernels(
+    "bfloat16",
+    {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128)},
+    {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)},
     # 32 rows would be multiplied by another instruction than 128 are on Hopper: a row's bits would depend on how many there are.
-    "lm_head": Kernel(_head, {"BLOCK_R": (64, 128), "BLOCK_D": (32, 64, 128)}),
-}
+    {"BLOCK_R": (64, 128), "BLOCK_D": (32, 64, 128)},
+    stages=(1, 2, 3, 4),
+) + _kernels(
+    "float32",  # as products of two parts, which take twice the registers
+    {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32)},
+    {"BLOCK_M": (16, 32), "BLOCK_N": (16, 32)},
+    # The parts' products are added up for each BLOCK_D, so another would round a row otherwise than at another number of rows.
+    {"BLOCK_R": (16, 32)},
+    stages=(1, 2),
+)
 
 
 class Table(dict):
@@ -56,19 +90,19 @@ class Table(dict):
         return self.candidate or own
 
 
-def fastest(name, kernel, case):
+def fastest(kernel, case):
     """(key of the table, (constants, warps, stages)) of the fastest for `case`; None in the second's place: the kernel's own."""
     contender = case.contenders[OURS]
 
     def tried_with(table):
         return Contender(Patched(contender.function, tiles, "MEASURED", table), contender.prepare)
 
-    own = Table(tiles.MEASURED, name, None)
+    own = Table(tiles.MEASURED, kernel.name, None)
     constants = [dict(zip(kernel.constants, values)) for values in itertools.product(*kernel.constants.values())]
     tried = list(itertools.product(constants, kernel.warps, kernel.stages))
     contenders = {"own": tried_with(own)}
     for i, candidate in enumerate(tried):
-        contenders[i] = tried_with(Table(tiles.MEASURED, name, candidate))
+        contenders[i] = tried_with(Table(tiles.MEASURED, kernel.name, candidate))
     # What does not fit the chip's memory or registers fails, and is missing from the row.
     row = harness.measure(dataclasses.replace(case, contenders=contenders), seconds=5.0)
     times = {name: statistics.median(result["times"]) for name, result in row["contenders"].items() if "times" in result}
@@ -80,13 +114,14 @@ def fastest(name, kernel, case):
 
 
 def run(only=None):
-    cases = [(name, kernel, case) for name, kernel in KERNELS.items() for case in kernel.cases()]
-    cases = [each for each in cases if (only or "").lower() in f"{each[0]} {each[2].name}".lower()]
+    cases = [(kernel, case) for kernel in KERNELS for case in kernel.cases()]
+    cases = [(kernel, case) for kernel, case in cases if (only or "").lower() in f"{kernel.name} {case.name}".lower()]
     if not cases:
-        raise report.Unusable(f"--only: expected a part of one of {', '.join(KERNELS)} and a case's name, got {only!r}")
+        names = ", ".join(dict.fromkeys(kernel.name for kernel in KERNELS))
+        raise report.Unusable(f"--only: expected a part of one of {names} and a case's name, got {only!r}")
     table = dict(tiles.MEASURED)
-    for name, kernel, case in cases:
-        key, found = fastest(name, kernel, case)
+    for kernel, case in cases:
+        key, found = fastest(kernel, case)
         table.pop(key, None)
         if found is not None:
             table[key] = found

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +78,10 @@ def test_tune_tries_tiles_and_writes_the_table(monkeypatch):
     case = attention.case("LLaDA2-mini", 4, 16, "float32")
     run = functools.partial(dlm_kernels.attention, implementation="triton")
     case = dataclasses.replace(case, contenders={OURS: Contender(jax.jit(lambda q, k, v: run(q, k, v)))})
-    kernel = tune_triton.Kernel(None, {"BLOCK_M": (16, 15)}, warps=(4,), stages=(1,))
+    kernel = tune_triton.Kernel("attention_forward", None, {"BLOCK_M": (16, 15)}, warps=(4,), stages=(1,))
     seen, measure = [], harness.measure
     monkeypatch.setattr(harness, "measure", lambda case, seconds: seen.append(measured := measure(case, 0.01, True)) or measured)
-    key, found = tune_triton.fastest("attention_forward", kernel, case)
+    key, found = tune_triton.fastest(kernel, case)
     assert key == ("attention_forward", launch.arch(), "float32", 128, True, 0)
     assert found in (None, ({"BLOCK_M": 16}, 4, 1))
     # A tile has to be a power of two.
@@ -94,6 +96,30 @@ def test_tune_tries_tiles_and_writes_the_table(monkeypatch):
         4,
         1,
     )
+
+
+# Each kind of arguments that a kernel's own choice tells apart, in both dtypes; nothing is computed.
+def test_tune_asks_for_every_kind(monkeypatch):
+    pytest.importorskip("triton")
+    from bench import tune_triton
+    from dlm_kernels.triton_kernels import launch, tiles
+
+    monkeypatch.setattr(machine, "implementation", lambda: "triton")
+    zeros = SimpleNamespace(standard_normal=lambda shape, dtype: np.broadcast_to(np.float32(0), shape))
+    kinds = {}
+    for kernel in tune_triton.KERNELS:
+        for case in kernel.cases():
+            monkeypatch.setattr(tiles, "MEASURED", table := tune_triton.Table({}, kernel.name, None))
+            jax.eval_shape(lambda case=case: case.contenders[OURS].function(*case.inputs(zeros)))
+            name, arch, dtype, *kind = table.asked
+            assert (name, arch) == (kernel.name, launch.arch())
+            kinds.setdefault((name, dtype), set()).add(tuple(kind))
+    heads = {(128, False), (128, True), (64, False), (256, False)}
+    for dtype in ("bfloat16", "float32"):
+        assert kinds.pop(("attention_forward", dtype)) == {(*head, pairs) for head in heads for pairs in range(3)}
+        assert kinds.pop(("attention_backward", dtype)) == {(128, 0), (64, 0), (256, 0)}
+        assert kinds.pop(("lm_head", dtype)) == {(few, drawn) for few in (False, True) for drawn in (False, True)}
+    assert not kinds
 
 
 def test_every_case_has_its_own_name_and_starts_with_ours():
@@ -266,6 +292,50 @@ def test_calls_in_an_accelerators_queue_are_waited_for_once(monkeypatch):
     monkeypatch.setattr(harness, "wait", waited.append)
     harness._seconds(lambda turn: turn, 5, 3)
     assert waited == [7]
+
+
+# On an accelerator what is no jitted function loads and compiles within its first call, and the time of a short one is its start.
+def test_an_accelerators_first_call_is_no_time_of_a_contender(monkeypatch):
+    called = []
+
+    def loads(x):
+        called.append(x) or len(called) > 1 or time.sleep(0.3)
+        return 2 * x
+
+    monkeypatch.setattr(machine, "platform_name", lambda: "cuda")
+    monkeypatch.setattr(machine, "cache_bytes", lambda: 1)
+    contenders = {OURS: Contender(jax.jit(lambda x: 2 * x)), "jnp": Contender(lambda x: 2 * x), "loads": Contender(loads)}
+    row = harness.measure(Case("doubling", "1", lambda rng: (jnp.ones(4),), contenders, read=32), 0.0)
+    found = row["contenders"]["loads"]
+    assert found["compile"] > 0.3 > 0.1 > found["first_call"] and len(found["times"]) == 7 and max(found["times"]) < 0.1
+    assert 0 < found["start"] < 0.1 and row["contenders"][OURS]["start"] > 0
+
+
+def test_a_time_says_where_it_is_that_of_starting_the_call():
+    assert report._times(dict(times=[1e-5, 2e-5], start=1.4e-5)) == "15 us (10 us to 20 us) (start)"
+    assert report._times(dict(times=[1e-5, 2e-5], start=1e-6)) == report._times(dict(times=[1e-5, 2e-5]))
+
+
+# Queued calls wait for nothing, so their seconds are the starts'.
+def test_a_start_is_timed_before_the_queue_is_waited_for(monkeypatch):
+    clock, waited = [0.0], []
+
+    def call(turn):
+        clock[0] += 1.0
+        return turn
+
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(harness, "wait", lambda output: waited.append(output) or clock.append(clock.pop() + 100.0))
+    assert harness._start(call, 4) == 1.0 and waited == [3]
+
+
+def test_torch_multiplies_in_full_while_a_case_is_measured():
+    torch = pytest.importorskip("torch")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    with harness.precision():
+        assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision(before)
 
 
 def test_a_case_may_have_only_slow_contenders(monkeypatch):
