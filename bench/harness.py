@@ -38,6 +38,8 @@ LONG_SECONDS = 0.5
 LEAVES = {1: 2.0, 2: 1.5}
 # A prime, so that no two rows of a matrix are equal.
 PERIOD = 4194301
+# Numbers whose difference is taken at one time: so few that BLAS wakes no threads for their product.
+PART = 1 << 13
 # Between contenders: a thread pool that has just finished still spins for a while, and would slow the next one.
 REST_SECONDS = 0.003
 
@@ -115,14 +117,16 @@ def error(output, expected):
 def _distance(got, want):
     """||got - want|| / ||want|| in float64, of parts that a cache holds: whole copies of a head's gradient are gigabytes."""
     apart = size = 0.0
-    for at in range(0, len(want), 1 << 16):
-        a, b = (x[at : at + (1 << 16)].astype(np.float64) for x in (got, want))
-        infinite = np.isinf(a), np.isinf(b)
-        # Infinities (a query that sees nothing) must be in the same places; their difference would be NaN.
-        if not np.array_equal(*infinite):
-            return math.inf
-        a[infinite[0]] = b[infinite[1]] = 0
-        apart, size = apart + np.dot(a - b, a - b), size + np.dot(b, b)
+    for at in range(0, len(want), PART):
+        a, b = (x[at : at + PART].astype(np.float64) for x in (got, want))
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            # Infinities (a query that sees nothing) must be in the same places; their difference would be NaN.
+            infinite = np.isinf(a)
+            if not np.array_equal(infinite, np.isinf(b)):
+                return math.inf
+            a[infinite] = b[infinite] = 0
+        a -= b
+        apart, size = apart + np.dot(a, a), size + np.dot(b, b)
     return math.sqrt(apart) / max(math.sqrt(size), 1e-30)
 
 

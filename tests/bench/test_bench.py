@@ -138,6 +138,10 @@ def test_error_sees_every_kind_of_difference():
     assert harness.error((np.array([1.0, 0, 2.0]),), (x,)) == np.inf
     assert harness.error((np.array([1.0, -np.inf, np.nan]),), (x,)) == np.inf
     assert harness.error((x[:2],), (x,)) == np.inf
+    # Parts are summed up, and each has to have its infinities where the other has.
+    long = np.tile(np.float32([1, -np.inf, 2, 4]), harness.PART)
+    assert harness.error((long,), (long,)) == 0 and harness.error((long[::-1],), (long,)) == np.inf
+    assert harness.error((1.5 * long,), (long,)) == pytest.approx(0.5)
     assert harness.error((np.array([1, 2, 3, 4]),), (np.array([1, 2, 3, 5]),)) == 0.25
     assert harness.error((np.array([1.0, 2.0]),), (np.array([1.0, 2.2]),)) == pytest.approx(0.2 / np.hypot(1, 2.2))
 
