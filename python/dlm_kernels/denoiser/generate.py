@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels.denoiser import chat, control, limits, renoise, sampler, speculative
+from dlm_kernels.denoiser import blocks, chat, control, limits, renoise, sampler, speculative
 from dlm_kernels.denoiser.text import encode
 
 HOLE = re.compile(r"<mask:(\d+)(?:@(-?\d*\.?\d+))?>")  # how many tokens, and under which guidance scale
@@ -38,7 +38,7 @@ class Generation:
     texts: list[str]  # prompt and all
     answers: list[str]  # from the first hole on: what continues a prompt, without it
     board: Canvas  # what was decoded, required texts in it
-    decoded: sampler.Decoded | speculative.Speculated  # NumPy arrays
+    decoded: blocks.Decoded | speculative.Speculated  # NumPy arrays
     tokens: int  # generated, in all rows, padding after a stop left out
     passes: int
     seconds: float  # of decoding, compiled
@@ -192,7 +192,7 @@ def generate(
     ends = chat.ends(config, tokenizer)
     limits.ids(config.vocab, banned=banned)
     banned = [*banned, *(ends if exact or required or marked else ())]
-    if {*range(config.vocab)} <= {*banned, *np.asarray(sampler.banned_ids(config)).tolist()}:
+    if {*range(config.vocab)} <= {*banned, *np.asarray(blocks.banned_ids(config)).tolist()}:
         raise ValueError("banned: expected to leave a token that may be written, got all of them")
     phrases = [encode(config, tokenizer, "required", text) for text in required]
     for at, (text, phrase) in enumerate(zip(required, phrases)):
