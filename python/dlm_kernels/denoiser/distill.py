@@ -35,7 +35,7 @@ def run(
         raise ValueError(f"teacher: expected another directory than the one that is written, got {out}")
     config, params, tokenizer = checkpoint.load(teacher, dtype=jnp.float32)
     if initial is not None:
-        its, _, own = checkpoint.load(initial)
+        its, own = checkpoint.described(initial)
         if its != config or own.to_str() != tokenizer.to_str():
             raise ValueError(f"initial: expected a student of the config and tokenizer of {teacher}, got {initial}")
     objective = functools.partial(
