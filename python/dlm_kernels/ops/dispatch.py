@@ -138,10 +138,10 @@ def _run(leaf, implementation, operands, static):
     return sharding.by_parts(leaf, function, axes, arrays)
 
 
-def check(implementation):
+def check(implementation, known=PACKAGES):
     """Raises for a name that none has, which `call` does too: for operations that may have nothing to call."""
-    if implementation is not None and not (isinstance(implementation, str) and implementation in PACKAGES):
-        raise ValueError(f"implementation: expected one of {sorted(PACKAGES)} or None, got {implementation!r}")
+    if implementation is not None and not (isinstance(implementation, str) and implementation in known):
+        raise ValueError(f"implementation: expected one of {sorted(known)} or None, got {implementation!r}")
 
 
 def _choose(leaf, implementation, operands, static):
