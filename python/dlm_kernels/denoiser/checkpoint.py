@@ -18,9 +18,9 @@ SHIPPED = pathlib.Path(__file__).parent / "weights"
 BESIDE = ("student-8", "student-2", "renoise")  # each in a folder of its name there
 
 
-def find(name):
-    """The directory of a model: that of one of BESIDE, which come with the package, or a path."""
-    return SHIPPED / name if name in BESIDE else pathlib.Path(name)
+def find(name=None):
+    """The directory of a model: by default the shipped one's, that of one of BESIDE, which come with it, or a path."""
+    return SHIPPED / (name or "") if name in (None, *BESIDE) else pathlib.Path(name)
 
 
 def save(directory, config, params, tokenizer, *, dtype=jnp.bfloat16):
