@@ -169,7 +169,6 @@ def generate(
         if temperature == 0:
             raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
         steps = 48 if steps is None else steps
-        temperature = 0.8 if temperature is None else temperature
     if steps is None and all(options.get(rule) is None for rule in ALL):
         steps = max(block // 4, 1)
     # A draw is of a place in the block's window: one as narrow as the canvas happens to be would draw otherwise in a wider one.
@@ -181,6 +180,8 @@ def generate(
         temperature=temperature or None, guidance=guidance if guided else None, logit_bias=logit_bias, eos_bias=eos_bias or None,
         on_pass=on_pass, drafts=drafts, noise_budget=noise_budget, **options,
     )  # fmt: skip
+    if noise_budget is not None and temperature is None:
+        temperature = 0.8
     decode, its_own = _decoder(drafts, drafter, noise_budget, temperature, named)
     ends = chat.ends(config, tokenizer)
     banned = _banned(config, tokenizer, [*banned, *(ends if exact or required or marked else ())], bool(temperature))
