@@ -116,34 +116,48 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
 
     Returns loss and lse, float32 [R]; loss 0 and lse -inf where inactive. A tile of rows costs nothing where none is active.
     """
-    (r, d), v = hidden.shape, weight.shape[0]
-    rows, columns = head.tiles(r, v, d, hidden.dtype.itemsize, *head.streamed(hidden.dtype.itemsize))
+    kernel = functools.partial(_forward_kernel, soft_cap=logits_soft_cap)
+    top, total, chosen = statistics("masked_cross_entropy_forward", kernel, 3, hidden, weight, active, of_rows=[targets])
+    lse = jnp.where(active, logsumexp(top, total), -jnp.inf)
+    known = (targets >= 0) & (targets < weight.shape[0])
+    return jnp.where(active, jnp.where(known, lse - jnp.sum(chosen, axis=1), jnp.nan), 0.0), lse
+
+
+def statistics(name, kernel, count, hidden, weight, active, of_rows=(), beside=()):
+    """`count` arrays, float32 [R, cores * LANES], that `kernel` sums up over the vocabulary, of which each core takes a part.
+
+    kernel: of these operands, the statistics [ROWS, LANES], which it writes, and scratch [ROWS, COLUMNS] for each head's logits.
+    of_rows, beside: as in `gradients`.
+    """
+    (r, d), v, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
+    others = [x.shape[1] for x in beside[1:]]
+    rows, columns = head.tiles(r, v, d, itemsize, *head.streamed(itemsize, *others))
     tiles, cores = pl.cdiv(v, columns), chips.chip().cores
     steps = pl.cdiv(tiles, cores)
 
     def tile(i, part, step, live):
         return jnp.minimum(part * steps + step, tiles - 1) * live[i]
 
-    top, total, chosen = pl.pallas_call(
-        functools.partial(_forward_kernel, tiles=tiles, soft_cap=logits_soft_cap, vocabulary=v),
+    def of_head(width):
+        return [
+            head.resident((rows, width), lambda i, part, step, live: (i, 0)),
+            pl.BlockSpec((columns, width), lambda *at: (tile(*at), 0)),
+        ]
+
+    column = pl.BlockSpec((rows, 1), lambda i, part, step, live: (i, 0))
+    return pl.pallas_call(
+        functools.partial(kernel, tiles=tiles, vocabulary=v),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(r, rows), cores, steps),
-            in_specs=[
-                head.resident((rows, d), lambda i, part, step, live: (i, 0)),
-                pl.BlockSpec((columns, d), lambda *at: (tile(*at), 0)),
-                pl.BlockSpec((rows, 1), lambda i, part, step, live: (i, 0)),
-            ],
-            out_specs=[pl.BlockSpec((rows, LANES), lambda i, part, step, live: (i, part))] * 3,
-            scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
+            in_specs=[*of_head(d), *[column] * len(of_rows), *(spec for width in others for spec in of_head(width))],
+            out_specs=[pl.BlockSpec((rows, LANES), lambda i, part, step, live: (i, part))] * count,
+            scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)] * (1 + len(others)),
         ),
-        out_shape=[jax.ShapeDtypeStruct((r, cores * LANES), jnp.float32)] * 3,
+        out_shape=[jax.ShapeDtypeStruct((r, cores * LANES), jnp.float32)] * count,
         compiler_params=chips.parameters("arbitrary", "parallel", "arbitrary"),
-        name="masked_cross_entropy_forward",
-    )(head.live(active, r, rows), hidden, weight, targets[:, None])
-    lse = jnp.where(active, logsumexp(top, total), -jnp.inf)
-    known = (targets >= 0) & (targets < v)
-    return jnp.where(active, jnp.where(known, lse - jnp.sum(chosen, axis=1), jnp.nan), 0.0), lse
+        name=name,
+    )(head.live(active, r, rows), hidden, weight, *(x[:, None] for x in of_rows), *beside)
 
 
 def logsumexp(top, total):

@@ -1,11 +1,7 @@
 """The divergence of an LM head's distribution from another's, and its gradients: of neither head are logits in memory."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import chips, cross_entropy, head
 from dlm_kernels.pallas_kernels.chips import LANES
@@ -75,14 +71,8 @@ def _counted(p, gap):
     return jnp.where(p == 0, 0.0, p * gap)
 
 
-def _streamed(weight, target_weight):
-    """See head.tiles: of both heads hidden rows stay and the weight goes by."""
-    row_bytes, column_bytes, tile_bytes = head.streamed(weight.dtype.itemsize)
-    return row_bytes, column_bytes, tile_bytes, [(target_weight.shape[1], row_bytes, column_bytes)]
-
-
 def supports_masked_divergence_forward(hidden, weight, target_weight, **_):
-    return chips.refuse(hidden) or head.refuse(weight, *_streamed(weight, target_weight))
+    return chips.refuse(hidden) or head.refuse(weight, *head.streamed(weight.dtype.itemsize, target_weight.shape[1]))
 
 
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
@@ -90,33 +80,9 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
 
     Returns loss, lse and target_lse, float32 [R]; 0, -inf and -inf where inactive. Rows cost nothing where a tile has none active.
     """
-    (r, d), (v, e) = hidden.shape, target_weight.shape
-    rows, columns = head.tiles(r, v, d, hidden.dtype.itemsize, *_streamed(weight, target_weight))
-    tiles, cores = pl.cdiv(v, columns), chips.chip().cores
-    steps = pl.cdiv(tiles, cores)
-
-    def tile(i, part, step, live):
-        return jnp.minimum(part * steps + step, tiles - 1) * live[i]
-
-    def of_head(width):
-        return [
-            head.resident((rows, width), lambda i, part, step, live: (i, 0)),
-            pl.BlockSpec((columns, width), lambda *at: (tile(*at), 0)),
-        ]
-
-    top, total, target_top, target_total, gap = pl.pallas_call(
-        functools.partial(_forward_kernel, tiles=tiles, vocabulary=v),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(pl.cdiv(r, rows), cores, steps),
-            in_specs=of_head(d) + of_head(e),
-            out_specs=[pl.BlockSpec((rows, LANES), lambda i, part, step, live: (i, part))] * 5,
-            scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)] * 2,
-        ),
-        out_shape=[jax.ShapeDtypeStruct((r, cores * LANES), jnp.float32)] * 5,
-        compiler_params=chips.parameters("arbitrary", "parallel", "arbitrary"),
-        name="masked_divergence_forward",
-    )(head.live(active, r, rows), hidden, weight, target_hidden, target_weight)
+    name, target = "masked_divergence_forward", (target_hidden, target_weight)
+    found = cross_entropy.statistics(name, _forward_kernel, 5, hidden, weight, active, beside=target)
+    top, total, target_top, target_total, gap = found
     lse, target_lse = cross_entropy.logsumexp(top, total), cross_entropy.logsumexp(target_top, target_total)
     scale = jnp.exp(target_top - jnp.max(target_top, axis=1, keepdims=True))
     mean_gap = jnp.sum(_counted(scale, gap), axis=1) / jnp.sum(target_total * scale, axis=1)

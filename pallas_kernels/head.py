@@ -41,9 +41,12 @@ def tiles(r, v, d, itemsize, row_bytes, column_bytes, tile_bytes=TILE_BYTES, bes
     return split(count), columns
 
 
-def streamed(itemsize):
-    """row_bytes, column_bytes and tile_bytes of a kernel in which hidden rows stay and the weight goes by: one block, and two."""
-    return itemsize, 2 * itemsize, STREAMED_TILE_BYTES
+def streamed(itemsize, *beside):
+    """row_bytes, column_bytes, tile_bytes and `beside` where hidden rows stay and the weight goes by: one block, and two.
+
+    beside: the width of each other head.
+    """
+    return itemsize, 2 * itemsize, STREAMED_TILE_BYTES, [(width, itemsize, 2 * itemsize) for width in beside]
 
 
 def resident(shape, index):

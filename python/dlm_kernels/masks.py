@@ -59,23 +59,21 @@ def bounds(mask, key_length):
     """`mask` as the kernels want it: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order, empty ones as stop == start."""
     ends = (mask.start, mask.stop, mask.start2, mask.stop2)
     ends = (checks.ints("mask", end, "BT").clip(0, key_length) for end in ends if end is not None)
-    start, stop, *second = jnp.broadcast_arrays(*ends)
-    stop = jnp.maximum(stop, start)
-    if not second:
-        return jnp.stack([start, stop], axis=-1)
-    start2, stop2 = second[0], jnp.maximum(*second)
-    empty, empty2 = stop == start, stop2 == start2
-    swap = ~empty2 & (empty | (start2 < start))
-    start, stop, start2, stop2 = (
-        jnp.where(swap, start2, start),
-        jnp.where(swap, stop2, stop),
-        jnp.where(swap, start, start2),
-        jnp.where(swap, stop, stop2),
-    )
+    return jnp.stack(in_order(jnp, *jnp.broadcast_arrays(*ends)), axis=-1)
+
+
+def in_order(xp, start, stop, start2=None, stop2=None):
+    """The ends as `bounds` has them, of arrays of one shape; xp: jax.numpy, or torch."""
+    stop = xp.maximum(start, stop)
+    if start2 is None:
+        return start, stop
+    stop2 = xp.maximum(start2, stop2)
+    swap = (start2 < stop2) & ((start == stop) | (start2 < start))
+    pairs = (start, start2), (stop, stop2), (start2, start), (stop2, stop)
+    start, stop, start2, stop2 = (xp.where(swap, other, own) for own, other in pairs)
     merge = start2 <= stop
-    stop = jnp.where(merge, jnp.maximum(stop, stop2), stop)
-    start2, stop2 = jnp.where(merge, stop, start2), jnp.where(merge, stop, stop2)
-    return jnp.stack([start, stop, start2, stop2], axis=-1)
+    last = xp.maximum(stop, stop2)
+    return start, xp.where(merge, last, stop), xp.where(merge, last, start2), xp.where(merge, last, stop2)
 
 
 def padding(lengths, query_length, key_length=None, *, side="right"):

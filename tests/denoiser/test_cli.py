@@ -15,7 +15,7 @@ import pytest
 import rich.console
 
 import dlm_kernels
-from dlm_kernels import cli
+from dlm_kernels import cli, commands
 from dlm_kernels.denoiser import (
     checkpoint,
     correct,
@@ -318,14 +318,14 @@ def test_an_interrupt_is_one_line(message, command, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt(*[message] * bool(message))
 
-    monkeypatch.setattr(cli, "_info", interrupted)
+    monkeypatch.setattr(commands, "run_info", interrupted)
     assert command("info") == (130, "", f"dlm-kernels: {message or 'stopped'}\n")
 
 
 def test_a_reader_that_has_enough_is_no_error():
     """Neither where the pipe breaks while it is written to nor at the end, when what is buffered leaves."""
     package = str(pathlib.Path(cli.__file__).parents[1])
-    code = "import sys; from dlm_kernels import cli; cli._info = lambda _: print('x' * {}); sys.exit(cli.main(['info']))"
+    code = "from dlm_kernels import cli, commands; commands.run_info = lambda _: print('x' * {}); sys.exit(cli.main(['info']))"
     for count in (10, 100000):
         process = subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path.insert(0, {package!r}); " + code.format(count)],

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlm_kernels import cli, masks
+from dlm_kernels import commands, masks
 from dlm_kernels.denoiser import (
     checkpoint,
     compare,
@@ -49,10 +49,10 @@ def test_a_drafter_of_another_shape_is_refused_before_the_first_row(loaded):
 
 def test_students_of_the_shipped_model_are_compared_with_none_but_it(loaded):
     shipped = checkpoint.load(dtype=np.float32)
-    assert cli._students(shipped, None).keys() == {*compare.STUDENTS}
-    assert cli._students(loaded, None) == cli._students(loaded, []) == {}
+    assert commands.students(shipped, None).keys() == {*compare.STUDENTS}
+    assert commands.students(loaded, None) == commands.students(loaded, []) == {}
     with pytest.raises(ValueError, match="--students: expected another name than teacher"):
-        cli._students(loaded, ["teacher"])
+        commands.students(loaded, ["teacher"])
     ways = [compare._named(way) for way in compare.DECODERS.values()]
     assert sum(not names for names in ways) == len(ways) - 3
 

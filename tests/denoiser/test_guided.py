@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_kernels.denoiser import checkpoint, generate, guided, sampler
+from dlm_kernels.denoiser import blocks, checkpoint, generate, guided
 
 
 def test_guidance_scale_one_is_plain_and_zero_is_the_other_prompt(run, config, board):
@@ -90,7 +90,7 @@ def test_adaptive_guidance_masks_the_least_confident_anew(config):
     tokens = jnp.asarray([[9, 5, config.mask_id, 6, 7, 8], [9, config.mask_id, config.mask_id, 3, 4, 5]])
     confidence = jnp.asarray([[0.0, 0.9, 0.0, 0.2, np.nan, 0.2], [0.0, 0.0, 0.0, 0.5, 0.5, 0.6]])
     hole = jnp.asarray([[False, True, True, True, True, True]] * 2)
-    decoded = sampler.Decoded(tokens, None, confidence, None)
+    decoded = blocks.Decoded(tokens, None, confidence, None)
     m = config.mask_id
     masked = guided.without_doubtful(config, 0.5, decoded, hole)  # 2 of 4; 1 of 3
     np.testing.assert_array_equal(masked, [[9, 5, m, m, m, 8], [9, m, m, m, 4, 5]])

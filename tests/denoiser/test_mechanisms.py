@@ -30,7 +30,7 @@ def test_the_table(saved, monkeypatch, capsys):
     nothing = params | soft | {"final_norm": params["final_norm"] * 0}
     loaded = {"renoise": (other, nothing, tokenizer)}
     monkeypatch.setattr(checkpoint, "load", lambda name, **_: loaded.get(str(name), teacher))
-    monkeypatch.setattr(checkpoint, "find", str)
+    monkeypatch.setattr(checkpoint, "find", lambda name=None: str(name or checkpoint.SHIPPED))
     monkeypatch.setattr(data, "files", lambda: FILES)
     monkeypatch.setattr(mechanisms, "control", functools.partial(mechanisms.control, length=LENGTH))
     assert cli.main(["evaluate", "--control", "--prompts", "6"]) == 0
@@ -89,7 +89,11 @@ def test_the_table(saved, monkeypatch, capsys):
     assert table[mechanism, "bits/token"][0] == pytest.approx(bits, rel=1e-5) and table[mechanism, "bits/token"][1] > bits
 
 
-def test_a_renoise_of_another_shape(saved):
+def test_what_cannot_be_measured_is_refused_before_the_first_row(saved, monkeypatch):
     loaded = checkpoint.load(saved, dtype=np.float32)
+    monkeypatch.setattr(generate, "generate", None)
     with pytest.raises(ValueError, match="models: expected a renoise of the teacher's shape"):
-        mechanisms.control({"teacher": loaded, "renoise": loaded}, ["def f(a):\n    return a\n"])
+        mechanisms.control({"teacher": loaded, "renoise": loaded}, [FUNCTIONS])
+    other = dataclasses.replace(loaded[0], self_conditioning=True), *loaded[1:]
+    with pytest.raises(ValueError, match="texts: expected at least 8192 tokens, got"):
+        mechanisms.control({"teacher": loaded, "renoise": other}, [FUNCTIONS])

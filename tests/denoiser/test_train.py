@@ -410,7 +410,7 @@ def test_the_average_forgets_a_random_start(config):
 @pytest.mark.parametrize(
     "given",
     [{name: float("nan")} for name in ("weight_decay", "clip", "warmup", "average", "least_ratio")]
-    + [dict(average=2.0), dict(clip=0.0), dict(steps=1.5), dict(implementation="abc")],
+    + [dict(average=2.0), dict(clip=0.0), dict(steps=1.5), dict(implementation="abc"), dict(implementation="cudnn")],
 )
 def test_settings_that_cannot_be_are_refused(given):
     with pytest.raises(ValueError, match=f"{next(iter(given))}: expected"):

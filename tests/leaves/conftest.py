@@ -36,6 +36,27 @@ def leaf(request, monkeypatch):
     return find
 
 
+@pytest.fixture
+def check_gradients(leaf):
+    """check_gradients(got, wanted, dloss, factors): what `leaf` gives for the gradients of an LM head's loss, against the oracle's.
+
+    factors: what of each product is no gradient of a logit.
+    """
+    # The result's rounding; in bfloat16 the logits' gradients are rounded too where the matrix instructions take no other dtype.
+    twice = leaf.package == "cpu_kernels" and importlib.import_module("dlm_kernels.cpu_kernels").isa() == "avx512_bf16"
+    tolerances = {"float32": 2e-5, "bfloat16": (1 + twice) * 2**-8, "float16": 2**-10}
+
+    def check(got, wanted, dloss, factors):
+        for result, want, factor in zip(got, wanted, factors, strict=True):
+            assert result.dtype == factor.dtype
+            # The difference of two probabilities may cancel to nothing, the rounding of each does not.
+            scale = max(np.abs(want).max(), np.nanmax(np.abs(np.asarray(factor, np.float64))) * np.abs(dloss).max())
+            atol = tolerances[str(factor.dtype)] * scale
+            np.testing.assert_allclose(np.asarray(result, np.float64), want, rtol=0, atol=atol)
+
+    return check
+
+
 def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if _is_not_for_tritons_interpreter(item) or _is_refused_by_the_tpu(item)]
     config.hook.pytest_deselected(items=left_out)

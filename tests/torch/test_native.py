@@ -50,6 +50,8 @@ def test_attention_and_its_gradients_with_overlapping_intervals(native):
     )
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
     mask = masks.KeyIntervals(*torch.tensor(ends))
+    bounds = masks.bounds(masks.KeyIntervals(*jnp.asarray(ends)), 9)
+    np.testing.assert_array_equal(native._bounds(mask, 9).cpu(), bounds)
     out, lse = native.attention(*(x.transpose(1, 2) for x in tensors), mask=mask, return_lse=True)
     same((out, lse), expected)
     cotangent = draw(3, *out.shape), np.where(np.isneginf(expected[1]), 0, draw(4, *lse.shape))

@@ -18,9 +18,9 @@ SHIPPED = pathlib.Path(__file__).parent / "weights"
 BESIDE = ("student-8", "student-2", "renoise")  # each in a folder of its name there
 
 
-def find(name):
-    """The directory of a model: that of one of BESIDE, which come with the package, or a path."""
-    return SHIPPED / name if name in BESIDE else pathlib.Path(name)
+def find(name=None):
+    """The directory of a model: by default the shipped one's, that of one of BESIDE, which come with it, or a path."""
+    return SHIPPED / (name or "") if name in (None, *BESIDE) else pathlib.Path(name)
 
 
 def save(directory, config, params, tokenizer, *, dtype=jnp.bfloat16):
@@ -48,11 +48,9 @@ def load(directory=SHIPPED, *, dtype=None):
     Raises ValueError where there is none, or a parameter is missing, unknown, or of another shape than the config says.
     """
     directory, values = pathlib.Path(directory), _config(directory)
-    if pretrained.architecture(values):
-        tokenizer = chat.tokenizer(directory)
-        config, params = pretrained.load(directory, values, dtype=dtype)
-        return config, params, _fitting(directory, config, tokenizer)
     config, tokenizer = described(directory)
+    if pretrained.architecture(values):
+        return config, pretrained.load(directory, values, dtype=dtype), tokenizer
     arrays = read(directory / "model.safetensors")
     shapes = model.parameter_shapes(config)
     if arrays.keys() != shapes.keys():
@@ -65,24 +63,23 @@ def load(directory=SHIPPED, *, dtype=None):
 
 
 def described(directory):
-    """(config, tokenizer) of one of our own checkpoint directories, its parameters there or not. ValueError as of `load`."""
+    """(config, tokenizer) of what `load` loads, its parameters there or not. ValueError as of `load`."""
     directory, values = pathlib.Path(directory), _config(directory)
-    tokenizer = data.literal(chat.tokenizer(directory))
-    if "model_type" in values:
+    tokenizer = chat.tokenizer(directory)
+    if pretrained.architecture(values):
+        config = pretrained.described(directory, values)
+    elif "model_type" in values:
         known = ", ".join(pretrained.ARCHITECTURES)
         raise ValueError(f"{directory}/config.json: model_type: expected one of {known}, got {values['model_type']}")
-    try:
-        config = DenoiserConfig.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{directory}/config.json: {error}") from None
-    return config, _fitting(directory, config, tokenizer)
-
-
-def _fitting(directory, config, tokenizer):
-    """An id beyond the embeddings would read another token's, and no error say so."""
+    else:
+        try:
+            config, tokenizer = DenoiserConfig.from_dict(values), data.literal(tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{directory}/config.json: {error}") from None
+    # An id beyond the embeddings would read another token's, and no error say so.
     if tokenizer.get_vocab_size() > config.vocab:
         raise ValueError(f"{directory}: expected a tokenizer of at most {config.vocab} ids, got {tokenizer.get_vocab_size()}")
-    return tokenizer
+    return config, tokenizer
 
 
 def published(directory):

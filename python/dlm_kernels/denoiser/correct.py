@@ -32,9 +32,7 @@ def correct(config, params, tokens, *, threshold=0.9, passes=8, editable=None, s
     start, stop: int or int32 [B], outside of which is padding. passes, threshold are data. The model must have learnt from errors
     (`train.with_errors`): another knows nothing about tokens that it sees. Returns Corrected. Source: LLaDA2.1's editing.
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
+    tokens = limits.canvas(tokens)
     if editable is None:
         editable = jnp.ones(tokens.shape, bool)
     if jnp.shape(editable) != tokens.shape:

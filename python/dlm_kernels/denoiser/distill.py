@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masked_divergence, masks, mix_guidance, unmask_topk
-from dlm_kernels.denoiser import checkpoint, data, evaluate, limits, model, sampler, train
+from dlm_kernels.denoiser import blocks, checkpoint, data, evaluate, limits, model, train
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
         raise ValueError(f"teacher: expected another directory than the one that is written, got {out}")
     config, params, tokenizer = checkpoint.load(teacher, dtype=jnp.float32)
     if initial is not None:
-        its, _, own = checkpoint.load(initial)
+        its, own = checkpoint.described(initial)
         if its != config or own.to_str() != tokenizer.to_str():
             raise ValueError(f"initial: expected a student of the config and tokenizer of {teacher}, got {initial}")
     objective = functools.partial(
@@ -163,7 +163,7 @@ def reveal(config, params, tokens, hidden, quota, *, implementation=None, **samp
     """`tokens` [B, L] with quota[b] of each row's masks replaced, those surest first."""
     scores = lm_head_scores(
         hidden, model.head_weight(config, params), active=tokens == config.mask_id,
-        banned_tokens=sampler.banned_ids(config), implementation=implementation, **sampling,
+        banned_tokens=blocks.banned_ids(config), implementation=implementation, **sampling,
     )  # fmt: skip
     return unmask_topk(tokens, scores, mask_id=config.mask_id, num_unmask=quota, implementation=implementation).tokens
 

@@ -12,6 +12,8 @@ from dlm_kernels import masked_cross_entropy, masks
 from dlm_kernels.denoiser import correct, data, sampler, train
 from dlm_kernels.denoiser import model as denoiser
 
+LEAST = 64 * 128  # tokens that `correction` asks for: who measures more beside it looks first, before minutes of work
+
 
 def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4, seed=1, implementation=None):
     """The bound on -log2 p of the texts, over their UTF-8 bytes.
@@ -160,7 +162,7 @@ def held_out_headers(texts, most):
 def report(model, texts, *, cases=256, steps=4, implementation=None):
     """Everything measured of the model itself, as a dict; holes of 1, 4 and 8 tokens are filled in at most `steps` passes."""
     options = dict(implementation=implementation)
-    stream_of(model, texts, 64 * 128)  # what `correction` asks for, before the minutes of the rest
+    stream_of(model, texts, LEAST)
     numbers = {
         "held_out_bytes": sum(len(text.encode()) for text in texts),
         "bits_per_byte": bits_per_byte(model, texts, **options),

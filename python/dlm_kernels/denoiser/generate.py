@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels.denoiser import chat, control, limits, renoise, sampler, speculative
+from dlm_kernels.denoiser import blocks, chat, control, limits, renoise, sampler, speculative
 from dlm_kernels.denoiser.text import encode
 
 HOLE = re.compile(r"<mask:(\d+)(?:@(-?\d*\.?\d+))?>")  # how many tokens, and under which guidance scale
@@ -31,6 +31,7 @@ class Canvas:
     start: np.ndarray  # int32 [B], the first column that is not padding
     first: np.ndarray  # int32 [B], the first hole: blocks are counted from here
     guidance: np.ndarray  # float32 [B, L], the scale that a hole's own mark gives, elsewhere NaN
+    style: int  # tokens of it, with which each row begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Generation:
     texts: list[str]  # prompt and all
     answers: list[str]  # from the first hole on: what continues a prompt, without it
     board: Canvas  # what was decoded, required texts in it
-    decoded: sampler.Decoded | speculative.Speculated  # NumPy arrays
+    decoded: blocks.Decoded | speculative.Speculated  # NumPy arrays
     tokens: int  # generated, in all rows, padding after a stop left out
     passes: int
     seconds: float  # of decoding, compiled
@@ -83,7 +84,7 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
     tokens = _padded(rows, config.pad_id, np.int32, least)
     start = np.array([tokens.shape[1] - len(row) for row in rows], np.int32)
     first = (tokens == config.mask_id).argmax(1).astype(np.int32)
-    return Canvas(tokens, start, first, _padded(scales, np.nan, np.float32, least))
+    return Canvas(tokens, start, first, _padded(scales, np.nan, np.float32, least), len(ahead))
 
 
 def _padded(rows, filler, dtype, least):
@@ -155,7 +156,7 @@ def generate(
     config, params, tokenizer = model
     _check(prompts, required, options)
     limits.counts(block=block, length=length)
-    limits.whole(1, steps=steps)  # the rehearsal below has its own
+    limits.whole(1, steps=steps)  # the rehearsal has its own
     limits.whole(0, 2**32 - 1, seed=seed)
     limits.numbers(0, temperature=temperature, noise_budget=noise_budget)
     limits.numbers(0, 1, adaptive=adaptive)
@@ -172,88 +173,64 @@ def generate(
         steps = max(block // 4, 1)
     # A draw is of a place in the block's window: one as narrow as the canvas happens to be would draw otherwise in a wider one.
     block = block if marked else min(block, length)
-    style = style or ""
     away = None if negative_prompt is None else encode(config, tokenizer, "negative_prompt", negative_prompt)
-    board = canvas(config, tokenizer, prompts, length, style, least=block, before=len(away or []))
-    prefix = len(encode(config, tokenizer, "style", style))
-    own = ~np.isnan(board.guidance)
-    guided = guidance != 1 or options.get("guidance_final") is not None or own.any()
+    board = canvas(config, tokenizer, prompts, length, style or "", least=block, before=len(away or []))
+    guided = guidance != 1 or options.get("guidance_final") is not None or not np.isnan(board.guidance).all()
     named = dict(
         temperature=temperature or None, guidance=guidance if guided else None, logit_bias=logit_bias, eos_bias=eos_bias or None,
         on_pass=on_pass, drafts=drafts, noise_budget=noise_budget, **options,
     )  # fmt: skip
-    if drafts is not None:
-        _alone("drafts", "steps and greedy decoding", (), named)
-    elif drafter is not None:
-        raise ValueError("drafter: expected drafts with it, got none")
-    if noise_budget is not None:
-        _alone("noise_budget", "steps and temperature", ("temperature", "on_pass"), named)
-        temperature = 0.8 if temperature is None else temperature
+    if noise_budget is not None and temperature is None:
+        temperature = 0.8
+    decode, its_own = _decoder(drafts, drafter, noise_budget, temperature, named)
     ends = chat.ends(config, tokenizer)
-    limits.ids(config.vocab, banned=banned)
-    banned = [*banned, *(ends if exact or required or marked else ())]
-    if {*range(config.vocab)} <= {*banned, *np.asarray(sampler.banned_ids(config)).tolist()}:
-        raise ValueError("banned: expected to leave a token that may be written, got all of them")
-    phrases = [encode(config, tokenizer, "required", text) for text in required]
-    for at, (text, phrase) in enumerate(zip(required, phrases)):
-        if set(phrase) & set(banned):
-            raise ValueError(f"required: expected texts without a banned token, got {text!r}")
-        tokens = control.require(
-            config, params, board.tokens, phrase, start=board.start, later=[len(other) for other in phrases[at + 1 :]],
-            implementation=options.get("implementation"),
-        )  # fmt: skip
-        board = dataclasses.replace(board, tokens=tokens)
-    if temperature:
-        # Ids without a text, which no training has lowered: LLaDA's and Dream's heads are wider than their vocabularies.
-        banned = [*banned, *range(max(tokenizer.get_vocab().values()) + 1, config.vocab)]
+    banned = _banned(config, tokenizer, [*banned, *(ends if exact or required or marked else ())], bool(temperature))
+    board = _with_required(model, board, required, banned, options.get("implementation"))
     if temperature or "remask_rule" in options or options.get("confidence") == "random":
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
         options |= dict(temperature=temperature or None, key=keys)
     if guided:
-        scale = np.where(own, board.guidance, np.float32(guidance)) if own.any() else guidance
-        options |= dict(guidance_scale=scale) | _away_from(config, board, prefix, adaptive, away)
+        options |= _guidance(config, board, guidance, adaptive, away)
     elif adaptive is not None or negative_prompt is not None:
         raise ValueError("adaptive, negative_prompt: expected a guidance other than 1 with them, got 1")
     if logit_bias is not None or eos_bias:
         bias = control.logit_bias(config, {} if logit_bias is None else logit_bias)
         bias[ends] += eos_bias
         options["logit_bias"] = bias
-    viewer = _viewer(on_pass)
-    if on_pass is not None:
-        options["on_pass"] = viewer
-    decode = sampler.decode
-    if drafts is not None:
-        decode = speculative.decode
-        options |= dict(drafts=drafts, drafter=drafter)
-    if noise_budget is not None:
-        decode = renoise.decode
-        options |= dict(budget=noise_budget, temperature=(temperature, temperature / 2))
     options |= dict(block=block, start=board.start, first=board.first, stop_at=np.array(ends, np.int32))
-    options |= dict(banned_tokens=np.array(banned, np.int32))
-    asked = time.perf_counter()
-    # Numbers of passes are data: this compiles the very loop that is measured next.
-    viewer.shows = False
-    rules = {rule: np.full(np.shape(options[rule]), most) for rule, most in ALL.items() if options.get(rule) is not None}
-    rehearsal = options | (rules if steps is None else {"steps": 1})
-    jax.block_until_ready(decode(config, params, board.tokens, **rehearsal))
-    jax.effects_barrier()
-    ready = time.perf_counter()
-    viewer.shows = True
-    decoded = decode(config, params, board.tokens, **(options | ({} if steps is None else {"steps": steps})))
-    decoded = jax.tree.map(np.asarray, jax.block_until_ready(decoded))
-    end = time.perf_counter()
-    jax.effects_barrier()
+    options |= dict(banned_tokens=np.array(banned, np.int32)) | its_own
+    decoded, seconds, compile_seconds = _measured(functools.partial(decode, config, params, board.tokens), steps, on_pass, options)
     made = (board.tokens == config.mask_id) & (decoded.tokens != config.pad_id)
     return Generation(
         answers=[tokenizer.decode(row[hole:].tolist()) for hole, row in zip(board.first, decoded.tokens)],
-        texts=[tokenizer.decode(row[begin + prefix :].tolist()) for begin, row in zip(board.start, decoded.tokens)],
+        texts=[tokenizer.decode(row[begin + board.style :].tolist()) for begin, row in zip(board.start, decoded.tokens)],
         board=board,
         decoded=decoded,
         tokens=int(made.sum()),
         passes=int(decoded.passes),
-        seconds=end - ready,
-        compile_seconds=ready - asked,
+        seconds=seconds,
+        compile_seconds=compile_seconds,
     )
+
+
+def _measured(decode, steps, on_pass, options):
+    """(what decode(steps=steps, **options) gives, as NumPy arrays, the seconds it took, those of compiling it before)."""
+    viewer = _viewer(on_pass)
+    if on_pass is not None:
+        options = options | dict(on_pass=viewer)
+    asked = time.perf_counter()
+    # Numbers of passes are data: this compiles the very loop that is measured next.
+    viewer.shows = False
+    rules = {rule: np.full(np.shape(options[rule]), most) for rule, most in ALL.items() if options.get(rule) is not None}
+    jax.block_until_ready(decode(**options | (rules if steps is None else {"steps": 1})))
+    jax.effects_barrier()
+    ready = time.perf_counter()
+    viewer.shows = True
+    decoded = decode(**options | ({} if steps is None else {"steps": steps}))
+    decoded = jax.tree.map(np.asarray, jax.block_until_ready(decoded))
+    end = time.perf_counter()
+    jax.effects_barrier()
+    return decoded, end - ready, ready - asked
 
 
 class _Viewer:
@@ -292,16 +269,55 @@ def _alone(name, company, fits, given):
         raise ValueError(f"{name}: goes with {company} alone, got {more}")
 
 
-def _away_from(config, board, prefix, adaptive, away):
-    """Of `sampler.decode`'s options what the unconditional stream reads. prefix: how many tokens are style; away: None, or ids."""
+def _decoder(drafts, drafter, noise_budget, temperature, given):
+    """The decoder, and the options that it alone takes. Raises ValueError where of `given` something does not go with it."""
+    if drafts is not None:
+        _alone("drafts", "steps and greedy decoding", (), given)
+        return speculative.decode, dict(drafts=drafts, drafter=drafter)
+    if drafter is not None:
+        raise ValueError("drafter: expected drafts with it, got none")
+    if noise_budget is not None:
+        _alone("noise_budget", "steps and temperature", ("temperature", "on_pass"), given)
+        return renoise.decode, dict(budget=noise_budget, temperature=(temperature, temperature / 2))
+    return sampler.decode, {}
+
+
+def _banned(config, tokenizer, banned, sampled):
+    """`banned`, checked, and for sampling the ids without a text too."""
+    limits.ids(config.vocab, banned=banned)
+    if {*range(config.vocab)} <= {*banned, *np.asarray(blocks.banned_ids(config)).tolist()}:
+        raise ValueError("banned: expected to leave a token that may be written, got all of them")
+    # No training has lowered these: LLaDA's and Dream's heads are wider than their vocabularies.
+    return [*banned, *(range(max(tokenizer.get_vocab().values()) + 1, config.vocab) if sampled else ())]
+
+
+def _with_required(model, board, required, banned, implementation):
+    """The canvas with the texts `required` written into it."""
+    config, params, tokenizer = model
+    phrases = [encode(config, tokenizer, "required", text) for text in required]
+    for at, (text, phrase) in enumerate(zip(required, phrases)):
+        if set(phrase) & set(banned):
+            raise ValueError(f"required: expected texts without a banned token, got {text!r}")
+        tokens = control.require(
+            config, params, board.tokens, phrase, start=board.start, later=[len(other) for other in phrases[at + 1 :]],
+            implementation=implementation,
+        )  # fmt: skip
+        board = dataclasses.replace(board, tokens=tokens)
+    return board
+
+
+def _guidance(config, board, guidance, adaptive, away):
+    """Of `sampler.decode`'s options the scale, and what the unconditional stream reads. away: None, or ids."""
     if adaptive is not None and away is not None:
         raise ValueError("adaptive, negative_prompt: expected one of them, got both")
+    own = ~np.isnan(board.guidance)
+    options = dict(guidance_scale=np.where(own, board.guidance, np.float32(guidance)) if own.any() else guidance)
     if adaptive is not None:
-        return dict(guidance_remask=adaptive)
-    if prefix and away is None:
-        return dict(unconditional=board.tokens, unconditional_start=board.start + prefix)
+        return options | dict(guidance_remask=adaptive)
+    if board.style and away is None:
+        return options | dict(unconditional=board.tokens, unconditional_start=board.start + board.style)
     tokens, start = without_prompt(config, board, away)
-    return dict(unconditional=tokens, unconditional_start=start)
+    return options | dict(unconditional=tokens, unconditional_start=start)
 
 
 def tokens_with(tokenizer, text):

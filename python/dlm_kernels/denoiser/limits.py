@@ -1,4 +1,4 @@
-"""What the numbers given to the denoiser may be. Each check raises a ValueError that names the argument and what came."""
+"""What is given to the denoiser: each check raises a ValueError that names the argument, what was expected and what came."""
 
 import jax
 import jax.numpy as jnp
@@ -49,3 +49,11 @@ def ids(vocab, **given):
         for token in tokens:
             if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab:
                 raise ValueError(f"{name}: expected token ids in [0, {vocab}), got {token!r}")
+
+
+def canvas(tokens):
+    """`tokens` as int32 [B, L]. Raises ValueError for another shape, and where it holds nothing."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
+    return tokens

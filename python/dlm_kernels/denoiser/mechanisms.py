@@ -27,11 +27,12 @@ def control(models, texts, *, files=None, prompts=64, length=64, report=None, im
     models: {"teacher": model, "renoise": model}, of which the first is what all others change, and judges. All write `length`
     greedy tokens at most in a quarter as many passes, after each of the headers, in one batch; "renoise" as `generate` does by
     default. files: [(name, text, held out?)] for the classifier, default `data.files()`. report(row) is called as they come.
-    Raises ValueError where the models differ in shape.
+    Raises ValueError, before anything is written, where the models differ in shape or the texts are too short.
     """
     shape, other = dataclasses.replace(models["teacher"][0], self_conditioning=True), models["renoise"][0]
     if other != shape:
         raise ValueError(f"models: expected a renoise of the teacher's shape {shape}, got {other}")
+    evaluate.stream_of(models["teacher"], texts, evaluate.LEAST)
     headers = evaluate.held_out_headers(texts, prompts)
     rows = []
     for values in _measured(models, texts, data.files() if files is None else files, headers, length, implementation):

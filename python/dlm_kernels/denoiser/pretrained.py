@@ -108,26 +108,31 @@ def architecture(config):
     return ARCHITECTURES.get(str(config.get("model_type")).lower())
 
 
-def load(directory, config, *, dtype=None):
-    """(DenoiserConfig, params) of a published checkpoint; config: its config.json. `dtype` converts, None keeps what is stored.
-
-    Reads one tensor at a time, from model.safetensors or from the shards that model.safetensors.index.json lists. Raises ValueError
-    where the config asks for what `model` does not compute, or a parameter is missing or of another shape.
-    """
-    directory = pathlib.Path(directory)
-    to_config, names = architecture(config)
+def described(directory, config):
+    """The DenoiserConfig of a published checkpoint; config: its config.json. ValueError for what `model` does not compute."""
+    to_config, _ = architecture(config)
     try:
-        ours = to_config(config)
+        return to_config(config)
     except KeyError as error:
         raise ValueError(f"{directory}/config.json: expected {error}, got none") from None
+
+
+def load(directory, config, *, dtype=None):
+    """The parameters of a published checkpoint, described as by `described`. `dtype` converts, None keeps what is stored.
+
+    Reads one tensor at a time, from model.safetensors or from the shards that model.safetensors.index.json lists. Raises ValueError
+    where the config does not fit, or a parameter is missing or of another shape.
+    """
+    directory, (_, names) = pathlib.Path(directory), architecture(config)
+    shapes = model.parameter_shapes(described(directory, config))
     tensor, params = _tensors(directory), {}
-    for name, shape in model.parameter_shapes(ours).items():
+    for name, shape in shapes.items():
         _, i, part = name.split(".") if name.startswith("layers.") else (None, None, name)
         array = jnp.asarray(tensor(names[part].format(i=i)), dtype)
         params[name] = array.T if array.ndim == 2 and i is not None else array
         if params[name].shape != shape:
             raise ValueError(f"{directory}: {name}: expected shape {shape}, got {params[name].shape}")
-    return ours, params
+    return params
 
 
 def _tensors(directory):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.denoiser import guided, model
+from dlm_kernels.denoiser import blocks, guided, model
 
 RULES = ("least", "cap", "rescale", "confidence")
 
@@ -40,12 +40,8 @@ def remask(config, rule, data, decoded, inside, at, index, step):
             doubt = jnp.where(known, -jnp.nan_to_num(confidence, nan=0.0), -jnp.inf)
             weights = jnp.exp(doubt - jnp.where(known.any(1), doubt.max(1), 0)[:, None])
             p *= weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-30)
-
-        # Of the block and its step alone, as samples are; 1 sets these draws apart from theirs.
-        def draw(key):
-            key = jax.random.fold_in(jax.random.fold_in(key, index), step)
-            return jax.random.uniform(jax.random.fold_in(key, 1), (block,))
-
-        chosen = jax.vmap(draw)(data["key"]) < p
+        # 1 sets these draws apart from the samples'.
+        keys = blocks.row_keys(data["key"], index, step, 1)
+        chosen = jax.vmap(lambda key: jax.random.uniform(key, (block,)))(keys) < p
     tokens = jnp.where(chosen & known, config.mask_id, tokens)
     return decoded._replace(tokens=model.write_window(decoded.tokens, tokens, at))

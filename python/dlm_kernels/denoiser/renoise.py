@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, soft_embedding, unmask_topk
-from dlm_kernels.denoiser import limits, model, sampler
+from dlm_kernels.denoiser import blocks, limits, model
 
 
 class _State(NamedTuple):
     """The loop's carry; rows go through the blocks together."""
 
-    decoded: sampler.Decoded
+    decoded: blocks.Decoded
     at: jax.Array  # int32 [B], the window's first column
     index: jax.Array  # int32, the block
     step: jax.Array  # int32, passes made on it
@@ -53,9 +53,7 @@ def decode(
     All but block are data. A row does not depend on its batch. Returns Decoded: `revealed` is the pass that last changed the token.
     Raises ValueError for arguments that do not fit. Source: DiffusionGemma's sampler; its ports', which end by writing argmax.
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
+    tokens = limits.canvas(tokens)
     b, length = tokens.shape
     limits.counts(block=block)
     limits.whole(1, steps=steps)
@@ -64,11 +62,10 @@ def decode(
     if np.shape(temperature) != (2,):
         raise ValueError(f"temperature: expected two numbers, the first pass's and the last's, got {temperature}")
     limits.numbers(0, budget=budget, temperature=temperature, calm=calm)
-    columns = dict(start=start, first=first, stop=length if stop is None else stop)
-    columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
+    columns = blocks.columns(tokens, start, first, stop)
     data = dict(
         steps=jnp.asarray(steps, jnp.int32), budget=jnp.asarray(budget, jnp.float32), calm=jnp.asarray(calm, jnp.float32),
-        temperature=jnp.asarray(temperature, jnp.float32), key=key, banned=sampler.banned_ids(config, banned_tokens),
+        temperature=jnp.asarray(temperature, jnp.float32), key=key, banned=blocks.banned_ids(config, banned_tokens),
         stop_at=stop_at,
     )  # fmt: skip
     return _decode((config, min(block, length), implementation, on_pass), params, tokens, columns, data)
@@ -79,7 +76,7 @@ def _decode(static, params, tokens, columns, data):
     config, block, implementation, on_pass = static
     b, length = tokens.shape
     position = jnp.arange(length, dtype=jnp.int32)[None]
-    hole = (tokens == config.mask_id) & (columns["start"][:, None] <= position) & (position < columns["stop"][:, None])
+    hole = blocks.holes(config, tokens, columns)
     head = model.head_weight(config, params)
 
     def unwritten(decoded):
@@ -87,17 +84,14 @@ def _decode(static, params, tokens, columns, data):
 
     def noise(index, step, stream):
         """Random tokens [B, block], of the row, the block and the step alone."""
-        keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(k, index), step), stream))(data["key"])
+        keys = blocks.row_keys(data["key"], index, step, stream)
         return keys, jax.vmap(lambda k: jax.random.randint(k, (block,), 0, config.vocab))(keys)
 
     def opened(state):
         """The next block that has masks, filled with noise."""
         todo = unwritten(state.decoded)
-        index = jnp.where(todo, (position - columns["first"][:, None]) // block, length).min()
-        begin = columns["first"] + index * block
-        at = jnp.clip(begin, 0, length - block)
-        inside = at[:, None] + jnp.arange(block)
-        inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block) & model.read_window(todo, at, block)
+        index = blocks.next_block(todo, columns["first"], block).min()
+        at, inside = blocks.window(todo, columns["first"], block, index)
         canvas = jnp.where(inside, noise(index, 0, 0)[1], model.read_window(state.decoded.tokens, at, block))
         return state._replace(
             decoded=state.decoded._replace(tokens=model.write_window(state.decoded.tokens, canvas, at)),
@@ -144,27 +138,24 @@ def _decode(static, params, tokens, columns, data):
         changing = inside & ~state.settled[:, None]
         canvas = jnp.where(changing, canvas, old)
 
-        def put(array, values, where):
-            return model.write_window(array, jnp.where(where, values, model.read_window(array, at, block)), at)
-
-        decoded = sampler.Decoded(
-            put(decoded.tokens, canvas, changing),
-            put(decoded.revealed, decoded.passes, changing & (canvas != old)),
-            put(decoded.confidence, likeliest.confidence, changing),
+        decoded = blocks.Decoded(
+            blocks.put(decoded.tokens, canvas, changing, at),
+            blocks.put(decoded.revealed, decoded.passes, changing & (canvas != old), at),
+            blocks.put(decoded.confidence, likeliest.confidence, changing, at),
             decoded.passes + 1,
         )
-        ended = sampler.end_rows(config, data["stop_at"], decoded.tokens, hole)
+        ended = blocks.end_rows(config, data["stop_at"], decoded.tokens, hole)
         decoded = decoded._replace(tokens=jnp.where(over, ended, decoded.tokens))
         soft = state.soft
         if config.self_conditioning:
             soft = soft_embedding(hidden, head, embedding=params["embed"], temperature=t, implementation=implementation)
         if on_pass is not None:
-            jax.debug.callback(lambda *fields: on_pass(sampler.Decoded(*fields)), *decoded, ordered=True)
+            jax.debug.callback(lambda *fields: on_pass(blocks.Decoded(*fields)), *decoded, ordered=True)
         return _State(decoded, at, state.index, step + 1, inside, likeliest.token, soft, settled, over)
 
     nothing = jnp.zeros((b, block), bool)
     before = _State(
-        sampler.untouched(tokens), jnp.zeros(b, jnp.int32), jnp.int32(0), jnp.int32(0), nothing,
+        blocks.untouched(tokens), jnp.zeros(b, jnp.int32), jnp.int32(0), jnp.int32(0), nothing,
         jnp.zeros((b, block), jnp.int32),
         jnp.zeros((b, block, config.d_model), params["embed"].dtype), jnp.zeros(b, bool), jnp.bool_(True),
     )  # fmt: skip

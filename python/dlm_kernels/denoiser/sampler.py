@@ -7,17 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels import lm_head_scores, unmask_topk
-from dlm_kernels.denoiser import guided, limits, model, streams
+from dlm_kernels.denoiser import blocks, guided, limits, model, streams
 from dlm_kernels.denoiser import remask as remasking
 
 NEVER = 1_000_000  # more passes than a block takes
-
-
-class Decoded(NamedTuple):
-    tokens: jax.Array  # int32 [B, L]
-    revealed: jax.Array  # int32 [B, L], the pass, from 0, that last wrote the position; -1 where it was given
-    confidence: jax.Array  # float32 [B, L], of that pass; 1 where the token was given
-    passes: jax.Array  # int32, forward passes made
 
 
 class _Static(NamedTuple):
@@ -36,7 +29,7 @@ class _Static(NamedTuple):
 class _State(NamedTuple):
     """The loop's carry."""
 
-    decoded: Decoded
+    decoded: blocks.Decoded
     block: jax.Array  # int32, the block of the last pass
     step: jax.Array  # int32, passes made on it
     cache: list  # per layer (key, value), or empty
@@ -179,11 +172,9 @@ def decode(
     if key is not None and jnp.shape(key)[:1] != (b,):
         raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
     if 0 in (b, length):
-        return untouched(tokens)
-    columns = dict(start=start, first=first, stop=length if stop is None else stop)
-    if guidance_scale is not None:
-        columns["unconditional_start"] = start if unconditional is None else unconditional_start
-    columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
+        return blocks.untouched(tokens)
+    other_start = start if unconditional is None else unconditional_start
+    columns = blocks.columns(tokens, start, first, stop, unconditional_start=other_start)
     if (classifier is None) != (classifier_scale is None):
         raise ValueError("classifier, classifier_scale: expected both or neither")
     if classifier is not None and not config.tie_embeddings:
@@ -200,7 +191,7 @@ def decode(
         guidance_refresh=whole(guidance_refresh),  # []
         stop_at=whole(stop_at),  # [] or [N]
         unconditional=whole(unconditional),  # [B, L]
-        banned=banned_ids(config, banned_tokens),  # int32 [M]
+        banned=blocks.banned_ids(config, banned_tokens),  # int32 [M]
         key=key,  # keys [B]
         classifier=classifier,  # a `classifier.Classifier`
         classifier_scale=real(classifier_scale),  # [] or [B]
@@ -218,25 +209,11 @@ def decode(
     return _decode(static, params, tokens, columns, data)
 
 
-def banned_ids(config, more=None):
-    """int32: what no model here may write, and `more`. Where one id is pad and end-of-text at once it is banned as neither."""
-    own = [config.mask_id] + [config.pad_id] * (config.pad_id != config.eos_id)
-    return jnp.concatenate([jnp.asarray(own, jnp.int32), jnp.asarray([] if more is None else more, jnp.int32)])
-
-
-def untouched(tokens):
-    """A Decoded before the first pass."""
-    return Decoded(
-        tokens, jnp.full(tokens.shape, -1, jnp.int32), jnp.ones(tokens.shape, jnp.float32), jnp.zeros((), jnp.int32)
-    )
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(static, params, tokens, columns, data):
     config, block = static.config, static.block
     b, length = tokens.shape
-    position = jnp.arange(length, dtype=jnp.int32)[None]
-    hole = (tokens == config.mask_id) & (columns["start"][:, None] <= position) & (position < columns["stop"][:, None])
+    hole = blocks.holes(config, tokens, columns)
     apart = data["guidance_refresh"] is not None
     dtype = params["embed"].dtype
 
@@ -252,32 +229,26 @@ def _decode(static, params, tokens, columns, data):
 
     def one_pass(state):
         # The first block, over all rows, that still has a mask.
-        index = jnp.where(masked(state), (position - columns["first"][:, None]) // block, length)
-        index = index.min()
+        index = blocks.next_block(masked(state), columns["first"], block).min()
         step = jnp.where(index == state.block, state.step + 1, 0)
-        begin = columns["first"] + index * block
-        # The window that is computed; at the canvas's edge it reaches back before `begin`.
-        at = jnp.clip(begin, 0, length - block)
+        at, inside = blocks.window(hole, columns["first"], block, index)
         hidden, cache, other = streams.both(static, params, columns, data, state, hole, index, step, at)
         if data["classifier"] is not None:
             towards = streams.towards_wanted(static, params, columns, data, state.decoded.tokens, at)
             # To both streams: their weights add up to 1.
             hidden += jnp.tile(towards, (hidden.shape[0] // b, 1, 1)).astype(hidden.dtype)
-        inside = at[:, None] + jnp.arange(block)
-        inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block)
-        inside &= model.read_window(hole, at, block)
         # A row that waits for others must not be edited or masked anew meanwhile.
         todo = inside & (model.read_window(state.decoded.tokens, at, block) == config.mask_id)
         inside &= todo.any(1, keepdims=True)
         decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
         if data["remask"] is not None:
             decoded = remasking.remask(config, static.remask_rule, data, decoded, inside, at, index, step)
-        decoded = decoded._replace(tokens=end_rows(config, data["stop_at"], decoded.tokens, hole))
+        decoded = decoded._replace(tokens=blocks.end_rows(config, data["stop_at"], decoded.tokens, hole))
         if static.on_pass is not None:
-            jax.debug.callback(lambda *fields: static.on_pass(Decoded(*fields)), *decoded, ordered=True)
+            jax.debug.callback(lambda *fields: static.on_pass(blocks.Decoded(*fields)), *decoded, ordered=True)
         return _State(decoded, index, step, cache, other)
 
-    before = _State(untouched(tokens), jnp.int32(-length - 1), jnp.int32(0), cache, other)
+    before = _State(blocks.untouched(tokens), jnp.int32(-length - 1), jnp.int32(0), cache, other)
     return jax.lax.while_loop(lambda state: masked(state).any(), one_pass, before).decoded
 
 
@@ -297,8 +268,7 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         guidance = dict(unconditional_hidden=hidden[b:], guidance_scale=guided.scale(data, todo, inside, at))
     sampling = {} if data["temperature"] is None else dict(temperature=data["temperature"])
     if data["key"] is not None:
-        # From the block and its step alone: a row draws the same in any batch.
-        sampling["key"] = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, index), step))(data["key"])
+        sampling["key"] = blocks.row_keys(data["key"], index, step)
     scores = lm_head_scores(
         hidden[:b],
         head,
@@ -326,23 +296,9 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         **rules,
     )
     changed = result.tokens != window
-
-    def put(array, values):
-        return model.write_window(array, jnp.where(changed, values, model.read_window(array, at, block)), at)
-
-    return Decoded(
-        put(decoded.tokens, result.tokens),
-        put(decoded.revealed, decoded.passes),
-        put(decoded.confidence, scores.confidence),
+    return blocks.Decoded(
+        blocks.put(decoded.tokens, result.tokens, changed, at),
+        blocks.put(decoded.revealed, decoded.passes, changed, at),
+        blocks.put(decoded.confidence, scores.confidence, changed, at),
         decoded.passes + 1,
     )
-
-
-def end_rows(config, stop_at, tokens, hole):
-    """`tokens`, padded behind each row's first stop token once nothing before that token is masked."""
-    if stop_at is None:
-        return tokens
-    ends = hole & jnp.isin(tokens, stop_at)
-    open_before = jnp.cumsum(hole & (tokens == config.mask_id), axis=1) > 0
-    ended = jnp.cumsum(ends & ~open_before, axis=1) - (ends & ~open_before) > 0
-    return jnp.where(ended & hole, config.pad_id, tokens)

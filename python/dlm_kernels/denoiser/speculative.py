@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels import lm_head_scores, masks, unmask_topk
-from dlm_kernels.denoiser import limits, model, sampler
+from dlm_kernels.denoiser import blocks, limits, model
 
 
 class Speculated(NamedTuple):
@@ -34,16 +34,12 @@ def decode(
     drafts: guesses per pass, static; each widens the batch by B rows. The other arguments are as in `sampler.decode`, greedy.
     Returns Speculated. Raises ValueError for arguments that do not fit. Source: FreeDave (Wu and Zhang 2025).
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens: expected shape [B, L] with neither zero, got {list(tokens.shape)}")
+    tokens = limits.canvas(tokens)
     limits.counts(block=block, drafts=drafts)
     limits.whole(1, steps=steps)
-    b, length = tokens.shape
-    columns = dict(start=start, first=first, stop=length if stop is None else stop)
-    columns = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b,)) for name, x in columns.items()}
-    banned = sampler.banned_ids(config, banned_tokens)
-    static = (config, min(block, length), drafts + 1, implementation)
+    columns = blocks.columns(tokens, start, first, stop)
+    banned = blocks.banned_ids(config, banned_tokens)
+    static = (config, min(block, tokens.shape[1]), drafts + 1, implementation)
     return _decode(static, params, drafter, tokens, columns, jnp.asarray(steps, jnp.int32), banned, stop_at)
 
 
@@ -53,7 +49,7 @@ def _decode(static, params, drafter, tokens, columns, steps, banned, stop_at):
     b, length = tokens.shape
     rows = b * states
     position = jnp.arange(length, dtype=jnp.int32)[None]
-    hole = (tokens == config.mask_id) & (columns["start"][:, None] <= position) & (position < columns["stop"][:, None])
+    hole = blocks.holes(config, tokens, columns)
     # Rows are (row, state) from here on: every array per row is repeated for its states.
     hole, start, first, stop = (
         jnp.repeat(x, states, 0) for x in (hole, *(columns[n] for n in ("start", "first", "stop")))
@@ -69,9 +65,7 @@ def _decode(static, params, drafter, tokens, columns, steps, banned, stop_at):
     depth = jnp.tile(jnp.arange(states), b)
 
     def block_of(board):
-        """The first block of each state that has a mask; a state without any is at `length`."""
-        open_ = hole & (board == config.mask_id)
-        return jnp.where(open_, (position - first[:, None]) // block, length).min(1)
+        return blocks.next_block(hole & (board == config.mask_id), first, block)
 
     def quota(todo, step):
         return -(-todo // jnp.maximum(steps - step, 1))
@@ -82,7 +76,7 @@ def _decode(static, params, drafter, tokens, columns, steps, banned, stop_at):
             window, scores, mask_id=config.mask_id, num_unmask=count, candidates=inside, implementation=implementation
         )
         board = model.write_window(board, result.tokens, at)
-        return sampler.end_rows(config, stop_at, board, hole)
+        return blocks.end_rows(config, stop_at, board, hole)
 
     def score(params, board, place, at, todo):
         hidden = model.read_window(model.hidden_states(config, params, board, **place), at, block)
@@ -94,10 +88,7 @@ def _decode(static, params, drafter, tokens, columns, steps, banned, stop_at):
         current = jnp.repeat(block_of(board)[::states], states)
         step = jnp.where(current == index, step, 0)
         # A row that is through stays as it is: it has no mask left to commit.
-        begin = first + jnp.minimum(current, length // block) * block
-        at = jnp.clip(begin, 0, length - block)
-        inside = at[:, None] + jnp.arange(block)
-        inside = (begin[:, None] <= inside) & (inside < begin[:, None] + block) & model.read_window(hole, at, block)
+        at, inside = blocks.window(hole, first, block, jnp.minimum(current, length // block))
         todo = inside & (model.read_window(board, at, block) == config.mask_id)
         scores = score(params, board, place, at, todo)
         following = commit(board, scores, at, inside, quota(todo.sum(1), step + depth))

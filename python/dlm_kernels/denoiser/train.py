@@ -57,9 +57,7 @@ class TrainConfig:
         both = self.block_share + self.uniform_share
         if both > 1:
             raise ValueError(f"block_share, uniform_share: expected at most 1 together, got {both}")
-        known = ("xla", *dispatch.PLATFORM_KERNELS.values())
-        if self.implementation not in (None, *known):
-            raise ValueError(f"implementation: expected one of {', '.join(known)} or None, got {self.implementation!r}")
+        dispatch.check(self.implementation, dispatch.PACKAGES.keys() - {"cudnn"})  # which has attention alone, no loss
 
 
 def corrupt(tokens, key, mask_id, block_size):

@@ -5,7 +5,7 @@ score_tokens(logits [B, L, V]), whose leaf has "rv" for logits:
 
     ops/unmask.py      checks the arguments and calls `call(SCORE, implementation, {"logits": ..., ...})`
     `_call`            folds [B, L, V] to [R, V], for R, rows, is what the leaf folds, and spreads the results to [B, L]
-    `_run`             asks `_choose` for an implementation per platform (which `explain` tells), and `_compiled` for their function
+    `_run`             asks `_choose` for an implementation per platform (which `explain` tells), and `_function` for their function
     `_batched`         under vmap only: folds the mapped axis into R too, and begins anew at `call`
     partitioned        where the compiler splits arrays over devices: how, and what each runs on its part (sharding.py)
     kernel_or          on a TPU in the place of that, for there nothing asks (lowering.py)
@@ -134,22 +134,14 @@ def _run(leaf, implementation, operands, static):
     present = tuple(name for name, array in operands.items() if array is not None)
     arrays = [operands[name] for name in present]
     axes = sharding.axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays])
-    function = _compiled(
-        leaf,
-        implementation,
-        tuple(choice.implementations.items()),
-        present,
-        axes,
-        sharding.groups(leaf, operands),
-        tuple(static.items()),
-    )
+    function = _function(leaf, implementation, choice.implementations, present, axes, sharding.groups(leaf, operands), static)
     return sharding.by_parts(leaf, function, axes, arrays)
 
 
-def check(implementation):
+def check(implementation, known=PACKAGES):
     """Raises for a name that none has, which `call` does too: for operations that may have nothing to call."""
-    if implementation is not None and not (isinstance(implementation, str) and implementation in PACKAGES):
-        raise ValueError(f"implementation: expected one of {sorted(PACKAGES)} or None, got {implementation!r}")
+    if implementation is not None and not (isinstance(implementation, str) and implementation in known):
+        raise ValueError(f"implementation: expected one of {sorted(known)} or None, got {implementation!r}")
 
 
 def _choose(leaf, implementation, operands, static):
@@ -196,10 +188,9 @@ def _module(implementation, module):
     return importlib.import_module(f"dlm_kernels.{PACKAGES[implementation]}.{module}")
 
 
-@functools.cache
-def _compiled(leaf, implementation, implementations, present, axes, groups, static):
-    """The jitted, batchable, partitionable function of the `present` operands; cached, or each call would compile anew."""
-    kernels = {platform: _kernel(leaf, name, present, static) for platform, name in implementations}
+def _function(leaf, implementation, implementations, present, axes, groups, static):
+    """The batchable, partitionable function of the `present` operands."""
+    kernels = {platform: _kernel(leaf, name, present, static) for platform, name in implementations.items()}
     default = kernels.pop("default")
     if implementation in ("triton", "pallas"):
         default = lowering.asked(default, implementation, leaf.name)
@@ -213,7 +204,7 @@ def _compiled(leaf, implementation, implementations, present, axes, groups, stat
     def anywhere(*arrays):
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=partitioned)
 
-    return jax.jit(_without_derivative(leaf, _batched(leaf, implementation, anywhere, present, static)))
+    return _without_derivative(leaf, _batched(leaf, implementation, anywhere, present, static))
 
 
 def _kernel(leaf, implementation, present, static):
@@ -223,7 +214,7 @@ def _kernel(leaf, implementation, present, static):
     def kernel(*arrays):
         # With 64 bits Python's numbers within a Pallas kernel would have them, which a TPU has not.
         with jax.enable_x64(False) if implementation == "pallas" else contextlib.nullcontext():
-            result = function(**dict(zip(present, arrays)), **absent, **dict(static))
+            result = function(**dict(zip(present, arrays)), **absent, **static)
         results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         return sharding.varying_as(arrays, results)
 
@@ -274,7 +265,7 @@ def _batched(leaf, implementation, function, present, static):
         )
         folded = [_fold(x, letters.find(leaf.fold), b, size, rows) for x, letters, b in zip(arrays, axes, batched)]
         operands = {name: None for name, _ in leaf.operands} | dict(zip(present, folded))
-        results = call(leaf, implementation, operands, **dict(static))
+        results = call(leaf, implementation, operands, **static)
         return tuple(
             _unfold(x, letters.index(leaf.fold), size, rows) for x, letters in zip(results, leaf.results)
         ), every_result

@@ -4,7 +4,6 @@ There are two ways. Along a mesh's auto axes the compiler splits, and asks how (
 in the arrays' types, a shard_map around the call does (`by_parts`).
 """
 
-import functools
 import math
 
 import jax
@@ -86,8 +85,11 @@ def by_parts(leaf, function, axes, arrays):
     """function(*arrays), on each device of its part where explicit axes of a mesh split any: there the compiler splits nothing."""
     if (mesh := _explicit_mesh(arrays)) is None:
         return function(*arrays)
-    operands = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
-    return _mapped(function, *(_split(leaf, axes, mesh, operands, terms) for terms in (axes, leaf.results)))(*arrays)
+    described = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
+    operands, results = (_split(leaf, axes, mesh, described, terms) for terms in (axes, leaf.results))
+    in_specs, out_specs = (tuple(x.spec for x in shardings) for shardings in (operands, results))
+    of_parts = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return of_parts(*map(jax.sharding.reshard, arrays, operands))
 
 
 def on_whole_arrays(function, arrays):
@@ -114,19 +116,6 @@ def _split(leaf, axes, mesh, operands, terms):
                 used.update(over)
     spec["n"] = spec.get("k")
     return tuple(NamedSharding(mesh, PartitionSpec(*(spec.get(letter) for letter in names))) for names in terms)
-
-
-@functools.cache
-def _mapped(function, operands, results):
-    """`function` of each device's part, for arrays of a mesh with explicit axes, split as these shardings say."""
-
-    def call(*arrays):
-        in_specs, out_specs = (tuple(x.spec for x in shardings) for shardings in (operands, results))
-        # Made anew for each trace: it keeps the axes of the first, and in a vmap over a split axis there are fewer.
-        of_parts = jax.shard_map(function, mesh=operands[0].mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return of_parts(*map(jax.sharding.reshard, arrays, operands))
-
-    return jax.jit(call)
 
 
 def _explicit_mesh(arrays):

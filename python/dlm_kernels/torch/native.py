@@ -331,20 +331,9 @@ def _tensor(leaf, device):
 
 
 def _bounds(mask, length):
-    """`masks.bounds` on tensors: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order."""
+    """`masks.bounds` on tensors."""
     ends = (x.clamp(0, length).int() for x in (mask.start, mask.stop, mask.start2, mask.stop2) if x is not None)
-    start, stop, *second = torch.broadcast_tensors(*ends)
-    stop = torch.maximum(start, stop)
-    if not second:
-        return torch.stack([start, stop], -1)
-    start2, stop2 = second[0], torch.maximum(*second)
-    swap = start2 < start
-    start, stop, start2, stop2 = (torch.where(swap, b, a) for a, b in (
-        (start, start2), (stop, stop2), (start2, start), (stop2, stop)
-    ))  # fmt: skip
-    # Now in order of their starts: what the first covers is the first's.
-    start2 = torch.maximum(start2, torch.minimum(stop, stop2))
-    return torch.stack([start, stop, start2, stop2], -1)
+    return torch.stack(masks.in_order(torch, *torch.broadcast_tensors(*ends)), -1)
 
 
 def _candidates(candidates, tokens):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
-from dlm_kernels.triton_kernels.head import grouped_block, head_tile
+from dlm_kernels.triton_kernels.head import grouped_block, head_tile, place
 from dlm_kernels.triton_kernels.launch import Out, concatenate, dtype_name, launch, strides
 from dlm_kernels.triton_kernels.numerics import tanh
 
@@ -31,10 +31,7 @@ def _loss_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
-    tokens = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    wanted = row < rows
-    wanted &= tl.load(active + row, mask=wanted, other=0) != 0
+    row, wanted, tokens = place(active, rows, BLOCK_R, BLOCK_V)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
             hidden, weight, row, wanted, tokens, vocabulary, width, hidden_r, hidden_d, weight_v, weight_d,
@@ -108,8 +105,8 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
 def _dlogits_kernel(
     hidden,  # [R, D]
     weight,  # [V, D]
-    targets,  # int32 [R]; one outside 0 <= target < V is in another part of the vocabulary
     active,  # bool [R]
+    targets,  # int32 [R]; one outside 0 <= target < V is in another part of the vocabulary
     lse, dloss,  # float32 [R]
     dlogits,  # [R, V] in hidden's dtype; inactive rows get zeros
     rows, vocabulary, width,  # R, V, D
@@ -120,10 +117,7 @@ def _dlogits_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
-    tokens = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    wanted = row < rows
-    wanted &= tl.load(active + row, mask=wanted, other=0) != 0
+    row, wanted, tokens = place(active, rows, BLOCK_R, BLOCK_V)
     gradient = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
@@ -207,38 +201,37 @@ def _product(left, left_strides, right, seen, addend, m, n, k, dtype):
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
     """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
-    rows, dtype = hidden.shape[0], dtype_name(hidden)
-    tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64, False)
 
-    def logit_gradients(first, part):
-        return launch(
-            _dlogits_kernel,
-            head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(part.shape[0], tiles["BLOCK_V"])),
-            inputs={
-                "hidden": hidden, "weight": part, "targets": targets - first, "active": active, "lse": lse, "dloss": dloss,
-            },
-            outputs={"dlogits": Out((rows, part.shape[0]), dtype)},
-            scalars=head.sizes(hidden, part),
-            constants={**tiles, "SOFT_CAP": logits_soft_cap},
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )[0]  # fmt: skip
+    def of_part(first, part):
+        return {"targets": targets - first, "lse": lse, "dloss": dloss}, {}
 
-    return head_gradients(hidden, weight, active, logit_gradients)
+    return head_gradients(_dlogits_kernel, hidden, weight, active, of_part, SOFT_CAP=logits_soft_cap)
 
 
-def head_gradients(hidden, weight, active, logit_gradients):
+def head_gradients(kernel, hidden, weight, active, of_part, target_width=0, **constants):
     """dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight.
 
-    logit_gradients(first, part) -> [R, CHUNK] in hidden's dtype, where part [CHUNK, D] is the weight from token `first` on; zeros
-    where active is False. That the kernels know the part alone lets JAX, to which scalars are constants, compile one for all.
+    kernel writes the logits' gradient, dlogits [R, CHUNK], of a part of the weight, [CHUNK, D] from token `first` on; zeros where
+    active is False. of_part(first, part): the inputs and the scalars that it has beside these. target_width: see `head.grid`. That
+    the kernels know the part alone lets JAX, to which scalars are constants, compile one for all.
     """
     (rows, width), vocabulary, dtype = hidden.shape, weight.shape[0], dtype_name(hidden)
+    tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64, False)
     dhidden, dweight = None, []
     for first in range(0, vocabulary, CHUNK):
         part = weight[first : first + CHUNK]
         chunk = part.shape[0]
-        dlogits = logit_gradients(first, part)
+        inputs, scalars = of_part(first, part)
+        (dlogits,) = launch(
+            kernel,
+            head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(chunk, tiles["BLOCK_V"]), target_width),
+            inputs={"hidden": hidden, "weight": part, "active": active, **inputs},
+            outputs={"dlogits": Out((rows, chunk), dtype)},
+            scalars={**head.sizes(hidden, part), **scalars},
+            constants={**tiles, **constants},
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
         last = first + chunk == vocabulary
         dhidden = _product(dlogits, (chunk, 1), part, None, dhidden, rows, width, chunk, dtype if last else "float32")
         # An inactive row's hidden state may be NaN, which a gradient of zero does not silence.

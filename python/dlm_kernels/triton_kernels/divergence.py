@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
 from dlm_kernels.triton_kernels.cross_entropy import head_gradients
-from dlm_kernels.triton_kernels.head import grouped_block, head_tile
+from dlm_kernels.triton_kernels.head import head_tile, place
 from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
 
 
@@ -30,10 +30,7 @@ def _divergence_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
-    tokens = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    wanted = row < rows
-    wanted &= tl.load(active + row, mask=wanted, other=0) != 0
+    row, wanted, tokens = place(active, rows, BLOCK_R, BLOCK_V)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
             hidden, weight, row, wanted, tokens, vocabulary, width, hidden_r, hidden_d, weight_v, weight_d,
@@ -87,10 +84,10 @@ def _divergence_merge_kernel(
         tl.store(loss + row, 0.0)
 
 
-def _sizes(hidden, weight, target_hidden, target_weight):
+def _target_sizes(target_hidden, target_weight):
     return {
-        **head.sizes(hidden, weight), "target_width": target_hidden.shape[1],
-        **strides(target_hidden, "target_hidden_r target_hidden_e"), **strides(target_weight, "target_weight_v target_weight_e"),
+        "target_width": target_hidden.shape[1], **strides(target_hidden, "target_hidden_r target_hidden_e"),
+        **strides(target_weight, "target_weight_v target_weight_e"),
     }  # fmt: skip
 
 
@@ -111,7 +108,7 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
             "active": active,
         },
         outputs=dict.fromkeys(sums, Out((rows, spans), "float32")),
-        scalars=_sizes(hidden, weight, target_hidden, target_weight),
+        scalars={**head.sizes(hidden, weight), **_target_sizes(target_hidden, target_weight)},
         constants=tiles,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -130,9 +127,9 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
 def _divergence_dlogits_kernel(
     hidden,  # [R, D]
     weight,  # [V, D]
+    active,  # bool [R]
     target_hidden,  # [R, E]
     target_weight,  # [V, E]
-    active,  # bool [R]
     lse, target_lse, dloss,  # float32 [R]
     dlogits,  # [R, V] in hidden's dtype; inactive rows get zeros
     rows, vocabulary, width, target_width,  # R, V, D, E
@@ -143,10 +140,7 @@ def _divergence_dlogits_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
-    tokens = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    wanted = row < rows
-    wanted &= tl.load(active + row, mask=wanted, other=0) != 0
+    row, wanted, tokens = place(active, rows, BLOCK_R, BLOCK_V)
     gradient = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
@@ -168,23 +162,11 @@ def _divergence_dlogits_kernel(
 
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
     """lse, target_lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
-    rows, dtype = hidden.shape[0], dtype_name(hidden)
-    tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64, False)
 
-    def logit_gradients(first, part):
+    def of_part(first, part):
         target_part = target_weight[first : first + part.shape[0]]
-        return launch(
-            _divergence_dlogits_kernel,
-            head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(part.shape[0], tiles["BLOCK_V"]), target_hidden.shape[1]),
-            inputs={
-                "hidden": hidden, "weight": part, "target_hidden": target_hidden, "target_weight": target_part,
-                "active": active, "lse": lse, "target_lse": target_lse, "dloss": dloss,
-            },
-            outputs={"dlogits": Out((rows, part.shape[0]), dtype)},
-            scalars=_sizes(hidden, part, target_hidden, target_part),
-            constants=tiles,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )[0]  # fmt: skip
+        inputs = {"target_hidden": target_hidden, "target_weight": target_part}
+        inputs |= {"lse": lse, "target_lse": target_lse, "dloss": dloss}
+        return inputs, _target_sizes(target_hidden, target_part)
 
-    return head_gradients(hidden, weight, active, logit_gradients)
+    return head_gradients(_divergence_dlogits_kernel, hidden, weight, active, of_part, target_hidden.shape[1])

@@ -16,6 +16,20 @@ def grouped_block():
 
 
 @triton.jit
+def place(
+    active,  # bool [R]
+    rows,  # R
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """This program's rows, int32 [BLOCK_R]; which of them are there and active; and its tokens, int32 [BLOCK_V]."""
+    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
+    wanted = row < rows
+    wanted &= tl.load(active + row, mask=wanted, other=0) != 0
+    return row, wanted, tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+
+
+@triton.jit
 def head_tile(
     hidden,  # [R, D]
     weight,  # [V, D]

@@ -1,0 +1,235 @@
+"""What each command of `dlm-kernels` does with its options, which cli.py reads."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import rich.console
+
+import dlm_kernels
+from dlm_kernels.denoiser import (
+    chat,
+    checkpoint,
+    classifier,
+    compare,
+    correct,
+    data,
+    distill,
+    evaluate,
+    generate,
+    html,
+    implementations,
+    limits,
+    mechanisms,
+    plot,
+    progress,
+    train,
+    view,
+)
+from dlm_kernels.denoiser.config import DenoiserConfig
+
+# Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
+GENERATE_OPTIONS = (
+    "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "remask", "remask_rule", "confidence",
+    "temperature", "seed", "guidance", "negative_prompt", "style", "adaptive", "guidance_final", "guidance_interval",
+    "guidance_refresh", "eos_bias", "exact", "attend", "cache", "refresh", "drafts", "noise_budget", "implementation",
+)  # fmt: skip
+
+
+def _check_file(option, path):
+    """Before the work whose result is to be in it."""
+    if path is not None and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+        raise ValueError(f"{option}: expected a file in a folder that is there, got {path}")
+
+
+def _load(name):
+    """A published checkpoint as it is stored, which in float32 would take twice the memory; one of ours in float32."""
+    directory = checkpoint.find(name)
+    return checkpoint.load(directory, dtype=None if checkpoint.published(directory) else jnp.float32)
+
+
+def run_generate(options):
+    if (options.prompt is None) == (options.infill is None):
+        raise ValueError("expected a prompt or --infill, one of them")
+    if options.infill is not None and not generate.HOLE.search(options.infill):
+        raise ValueError(f"--infill: expected a hole such as <mask:20> in it, got {options.infill!r}")
+    _check_file("--html", options.html)
+    model = _load(options.model)
+    if options.drafts is not None and options.html:
+        raise ValueError("--drafts, --html: expected one of them; the page shows every step")
+    named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
+    if options.drafts is None and options.noise_budget is None:
+        published = checkpoint.published(checkpoint.find(options.model))
+        named.setdefault("temperature", 0.0 if published else 1.0)
+    named["length"] = options.block if options.length is None else options.length
+    named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
+    named["required"] = options.require
+    if options.classifier:
+        scale = 10.0 if options.classifier_scale is None else options.classifier_scale
+        named |= dict(classifier=classifier.load(options.classifier, model[0]), classifier_scale=scale)
+    elif options.classifier_scale is not None:
+        raise ValueError("--classifier-scale: expected a --classifier with it, got none")
+    if options.drafter:
+        drafter = _load(options.drafter)
+        if drafter[0] != model[0]:
+            raise ValueError(f"--drafter: expected a student of the model's shape {model[0]}, got {drafter[0]}")
+        named["drafter"] = drafter[1]
+    console = rich.console.Console()
+    prompt = options.prompt if options.infill is None else options.infill
+    if options.chat:
+        prompt = chat.turn(model[2], prompt)
+    watched = console.is_terminal and not (options.json or options.html or options.drafts is not None)
+    shown = view.View(model[0], model[2], console) if watched else None
+    frames = []
+    on_pass = frames.append if options.html else shown and shown.on_pass
+
+    def work():
+        return generate.generate(model, [prompt], on_pass=on_pass, **named)
+
+    result = shown.watch(work) if shown else work()
+    if options.html:
+        html.write(options.html, model, prompt, result, frames, named)
+    used = implementations.taken(*model[:2], options.block)
+    if options.implementation:
+        used = dict.fromkeys(used, options.implementation)
+    numbers = {
+        "tokens": result.tokens,
+        "passes": result.passes,
+        "tokens_per_pass": round(result.tokens_per_pass, 3),
+        "seconds": round(result.seconds, 4),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "compile_seconds": round(result.compile_seconds, 2),
+        "implementation": used,
+    }
+    text = result.answers[0] if options.chat else result.texts[0]
+    if options.json:
+        print(json.dumps(numbers | {"text": text}, indent=2))
+        return
+    print(text)
+    print(
+        f"{result.tokens} tokens in {result.passes} passes ({result.tokens_per_pass:.1f} per pass), "
+        f"{result.seconds:.2f} s, {result.tokens_per_second:.0f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def run_classify(options):
+    _check_file("out", options.out)
+    texts = ([_text(name) for name in names] for names in (options.wanted, options.unwanted))
+    found, right = classifier.fit(_load(options.model), *texts, length=options.length, implementation=options.implementation)
+    classifier.save(options.out, found)
+    print(f"{right:.1%} of the rows that it was fitted to right")
+
+
+def _text(name):
+    try:
+        return pathlib.Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected UTF-8, got {error}") from None
+
+
+def run_correct(options):
+    told = dict(threshold=options.threshold, passes=options.passes, implementation=options.implementation)
+    fixed, changes, passes = correct.correct_text(_load(options.model), options.text, **told)
+    print(fixed)
+    print(f"{len(changes)} tokens replaced in {passes} passes" + "".join(f"; {a!r} by {b!r}" for a, b in changes), file=sys.stderr)
+
+
+def run_info(options):
+    config, params, _ = _load(options.model)
+    device = jax.devices()[0]
+    print(f"dlm_kernels {dlm_kernels.__version__}, jax {jax.__version__}")
+    print(f"device: {device.device_kind} ({device.platform}), {len(jax.devices())} of them")
+    if importlib.util.find_spec("dlm_kernels._cpu"):
+        from dlm_kernels import _cpu
+
+        print(f"instruction set of the CPU kernels: {_cpu.isa()}")
+    print(f"model: {sum(x.size for x in params.values()) / 1e6:.1f} million parameters, {config.layers} layers")
+    for name, implementation in implementations.taken(config, params, every=True).items():
+        print(f"{name}: {options.implementation or implementation}")
+
+
+def run_train(options):
+    settings = train.TrainConfig(
+        rows=options.rows,
+        length=options.length,
+        learning_rate=options.learning_rate,
+        block_share=options.block_share,
+        uniform_share=options.uniform_share,
+        error_share=options.error_share,
+        steps=options.steps,
+        minutes=options.minutes,
+        seed=options.seed,
+        implementation=options.implementation,
+    )
+    with progress.Bar(options.out) as shown:
+        initial = options.initial and checkpoint.find(options.initial)
+        config = None if options.layers is None else DenoiserConfig(layers=options.layers)
+        train.run(config, settings, options.out, initial=initial, report=shown)
+
+
+def run_distill(options):
+    teacher = checkpoint.find(options.model)
+    initial = options.initial and checkpoint.find(options.initial)
+    steps = {name: getattr(options, name) for name in ("teacher_steps", "student_steps", "temperature", "guidance", "on_policy")}
+    settings = train.TrainConfig(
+        rows=options.rows,
+        length=options.length,
+        learning_rate=options.learning_rate,
+        steps=options.steps,
+        minutes=options.minutes,
+        seed=options.seed,
+        implementation=options.implementation,
+    )
+    with progress.Bar(options.out) as shown:
+        student = distill.run(settings, teacher, options.out, initial=initial, report=shown, **steps)
+    loaded = checkpoint.load(teacher, dtype=jnp.float32)
+    first = checkpoint.load(initial or teacher, dtype=jnp.float32)[1]
+    texts = [text for _, text, held_out in data.files() if held_out]
+    told = dict(length=options.length, implementation=options.implementation)
+    before, after = distill.distance(loaded, (first, student), texts, **steps, **told)
+    print(f"nats a token from the teacher, on held-out text: {before:.3f} before, {after:.3f} now")
+
+
+def run_evaluate(options):
+    limits.counts(steps=options.steps, prompts=options.prompts, **({} if options.files is None else {"files": options.files}))
+    _check_file("--plot", options.plot)
+    if options.plot and not options.by_steps:
+        raise ValueError("--plot: expected --by-steps with it, whose rows it draws")
+    texts = [text for _, text, held_out in data.files() if held_out][: options.files]
+    if not (options.by_steps or options.decoding or options.control):
+        numbers = evaluate.report(_load(options.model), texts, steps=options.steps, implementation=options.implementation)
+        print(json.dumps(numbers, indent=2))
+        return
+    teacher = _load(options.model)
+    models = {"teacher": teacher} | students(teacher, ["renoise"] if options.control else options.students)
+    measure, head, line = compare.decoding, compare.DECODING_HEAD, compare.line
+    if options.by_steps:
+        measure, head = compare.by_steps, compare.STEPS_HEAD
+    elif options.control:
+        measure, head, line = mechanisms.control, mechanisms.HEAD, mechanisms.line
+    # Minutes pass before the last row; without --markdown the rows are progress, and the result JSON.
+    to = sys.stdout if options.markdown else sys.stderr
+    print(head, file=to, flush=True)
+    rows = measure(
+        models, texts, prompts=options.prompts, implementation=options.implementation,
+        report=lambda row: print(line(row), file=to, flush=True),
+    )  # fmt: skip
+    if options.plot:
+        checkpoint.write_atomic(options.plot, plot.steps_svg(rows).encode())
+    if not options.markdown:
+        print(json.dumps(rows, indent=2))
+
+
+def students(teacher, names):
+    """{name: model} of those to compare with it; None: those of the shipped model's that are students of this one too."""
+    if names and "teacher" in names:
+        raise ValueError("--students: expected another name than teacher, which is the model's")
+    known = compare.STUDENTS if names is None else names
+    models = {name: checkpoint.load(checkpoint.find(name), dtype=jnp.float32) for name in known}
+    fit = {n for n, model in models.items() if model[0] == teacher[0] and compare.same_tokenizer(model, teacher)}
+    return {name: model for name, model in models.items() if names is not None or name in fit}
