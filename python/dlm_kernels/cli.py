@@ -63,7 +63,7 @@ def _parser():
     add("--length", type=int, help="tokens to add at most (default: one block)")
     add("--exact", action="store_true", default=None, help="exactly --length tokens")
     add("--block", type=int, default=64, help="tokens decoded together (default: %(default)s)")
-    add("--steps", type=int, help="passes per block at most (default: a quarter of the block)")
+    add("--steps", type=int, help="passes per block at most (default: a quarter of its tokens)")
     add("--threshold", type=float, help="commit all tokens more certain than this")
     add("--factor", type=float, help="commit by Fast-dLLM's factor rule")
     add("--entropy-budget", type=float, help="commit the most certain while their entropies sum to this")
@@ -96,7 +96,7 @@ def _parser():
     add("--html", metavar="FILE", help="write a page that replays the passes beside one token at a time")
     add("--json", action="store_true", help="print numbers and text as JSON")
 
-    correct = command("correct", "replace the tokens of a text that the model rejects")
+    correct = command("correct", "replace the tokens of a text that the model, trained with --error-share, rejects")
     _model(correct)
     about = "\\n and \\t in it are a newline and a tab; what is in <keep>...</keep> stays"
     correct.add_argument("text", type=_unescaped, help=about)
@@ -147,8 +147,8 @@ def _parser():
     evaluate.add_argument("--plot", metavar="FILE", help="draw --by-steps into an SVG file")
     known = "of the model's tokenizer (default: student-8 and student-2, those that are of the model's shape too)"
     evaluate.add_argument("--students", nargs="*", metavar="DIR", help=known)
-    evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s)")
-    evaluate.add_argument("--files", type=int, default=None, help="use this many held-out files only")
+    evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s; 64 take minutes)")
+    evaluate.add_argument("--files", type=int, default=None, help="held-out files to use (default: all)")
     return parser
 
 

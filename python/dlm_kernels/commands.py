@@ -1,5 +1,6 @@
 """What each command of `dlm-kernels` does with its options, which cli.py reads."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -57,6 +58,8 @@ def run_generate(options):
         raise ValueError("expected a prompt or --infill, one of them")
     if options.infill is not None and not generate.HOLE.search(options.infill):
         raise ValueError(f"--infill: expected a hole such as <mask:20> in it, got {options.infill!r}")
+    if options.infill is not None and (options.length is not None or options.exact):
+        raise ValueError("--length, --exact: expected none with --infill, whose holes say their length")
     _check_file("--html", options.html)
     model = _load(options.model)
     if options.drafts is not None and options.html:
@@ -76,7 +79,9 @@ def run_generate(options):
     if options.drafter:
         drafter = _load(options.drafter)
         if drafter[0] != model[0]:
-            raise ValueError(f"--drafter: expected a student of the model's shape {model[0]}, got {drafter[0]}")
+            theirs, ours = (dataclasses.asdict(config) for config in (drafter[0], model[0]))
+            apart = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
+            raise ValueError(f"--drafter: expected a student of the model's shape, got {'; '.join(apart)}")
         named["drafter"] = drafter[1]
     console = rich.console.Console()
     prompt = options.prompt if options.infill is None else options.infill

@@ -51,6 +51,11 @@ def test_infill_keeps_the_text_around(command, saved):
     assert numbers["text"].startswith("def add(a, b):\n    ") and numbers["text"].endswith("\n    return c")
 
 
+def test_a_length_below_the_block_takes_a_quarter_of_it(command):
+    numbers = json.loads(command("generate", "def add(", "--length", "8", "--exact", "--json")[1])
+    assert (numbers["tokens"], numbers["passes"]) == (8, 2)
+
+
 def test_drafts_give_the_same_text_in_no_more_passes(command, saved):
     options = ("generate", "def add(", "--block", "6", "--steps", "6", "--json", "--temperature", "0")
     plain, drafted = (json.loads(command(*options, *more)[1]) for more in ((), ("--drafts", "3")))
@@ -128,6 +133,8 @@ def test_errors_are_one_line(command):
     assert (status, out) == (2, "") and err == "dlm-kernels: expected a prompt or --infill, one of them\n"
     for arguments, message in {
         ("--infill", "def"): "--infill: expected a hole such as <mask:20> in it, got 'def'",
+        ("--infill", "<mask:4>", "--length", "9"): "--length, --exact: expected none with --infill, whose holes say their length",
+        ("def", "--drafts", "1", "--drafter", "student-2"): "--drafter: expected a student of the model's shape, got ",
         ("def", "--length", "-1"): "length: expected an int of at least 1, got -1",
         ("def", "--temperature", "-1"): "temperature: expected at least 0, got -1.0",
         ("def", "--classifier", "missing"): "missing",

@@ -68,8 +68,9 @@ GENERATE = {
     "--negative-prompt y": "adaptive, negative_prompt: expected a guidance other than 1 with them, got 1",
     "--adaptive 0.5": "adaptive, negative_prompt: expected a guidance other than 1 with them, got 1",
     "--cache --refresh 0": "refresh: expected at least 1, got 0",
-    "--refresh 4": "refresh: expected a cache that attends to all, whose keys grow old, got none",
-    "--cache --attend blocks --refresh 4": "refresh: expected a cache that attends to all, whose keys grow old, got none",
+    "--refresh 4": "refresh: expected a cache of keys that grow old, cache=True with attend='all', got cache=False, attend='all'",
+    "--cache --attend blocks --refresh 4": "refresh: expected a cache of keys that grow old, cache=True with attend='all', "
+    "got cache=True, attend='blocks'",
     "--drafts 0": "drafts: expected an int of at least 1, got 0",
     "--noise-budget -1": "noise_budget: expected at least 0, got -1.0",
     "--noise-budget 1 --temperature 0": "temperature: expected above 0 with a noise_budget, got 0",

@@ -169,10 +169,10 @@ def generate(
         if temperature == 0:
             raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
         steps = 48 if steps is None else steps
-    if steps is None and all(options.get(rule) is None for rule in ALL):
-        steps = max(block // 4, 1)
     # A draw is of a place in the block's window: one as narrow as the canvas happens to be would draw otherwise in a wider one.
     block = block if marked else min(block, length)
+    if steps is None and all(options.get(rule) is None for rule in ALL):
+        steps = max(block // 4, 1)
     away = None if negative_prompt is None else encode(config, tokenizer, "negative_prompt", negative_prompt)
     board = canvas(config, tokenizer, prompts, length, style or "", least=block, before=len(away or []))
     guided = guidance != 1 or options.get("guidance_final") is not None or not np.isnan(board.guidance).all()

@@ -149,7 +149,8 @@ def decode(
     if attend not in ("all", "blocks"):
         raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
     if refresh is not None and (not cache or attend == "blocks"):
-        raise ValueError("refresh: expected a cache that attends to all, whose keys grow old, got none")
+        got = f"cache={cache}, attend={attend!r}"
+        raise ValueError(f"refresh: expected a cache of keys that grow old, cache=True with attend='all', got {got}")
     if unconditional is not None and guidance_remask is not None:
         raise ValueError("unconditional, guidance_remask: expected one unconditional stream, got two")
     if guidance_interval is not None and not (isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2):
