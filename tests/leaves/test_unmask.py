@@ -83,6 +83,11 @@ def test_counters_past_32_bits(leaf):
     check(leaf, normal(4, 2, 126464, spread=1.0), PLAIN, **operands)
 
 
+def test_counters_past_32_bits_where_the_greatest_logit_often_wins(leaf):
+    rows = jnp.arange(2**31 - 16, 2**31, dtype=jnp.int32)
+    check(leaf, normal(4, 16, 3, spread=1.0), PLAIN, temperature=jnp.ones(16), key_data=sampling(16)["key_data"], counter_row=rows)
+
+
 def test_counters_whose_low_word_wraps_around(leaf):
     rows = jnp.full(8, 2**32 // 100000, jnp.int32)  # at column 67296
     operands = dict(temperature=jnp.ones(8), key_data=sampling(8)["key_data"], counter_row=rows)
@@ -153,6 +158,10 @@ def test_the_greatest_noise_wins(leaf):
 def test_a_ban_at_the_edge_of_a_chunk(leaf, banned):
     logits = normal(3, 1, 2100).at[0, banned].set(20)
     check(leaf, logits, PLAIN, banned=jnp.array([banned], jnp.int32))
+
+
+def test_one_logit_far_above_those_before_it(leaf):
+    check(leaf, jnp.zeros((1, 1003)).at[0, 300].set(200), PLAIN)
 
 
 def test_banning_every_token_leaves_no_distribution(leaf):
