@@ -50,7 +50,6 @@ class RowTile {
     int64_t at = 0;
     for (int64_t w = 0; w < width_; w += 2) {
       const int64_t start = clip(bounds_[i][w]), stop = clip(bounds_[i][w + 1]);
-      if (start == stop) continue;
       std::fill(row + at, row + start, -kInfinity);
       at = stop;
     }

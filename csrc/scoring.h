@@ -273,12 +273,10 @@ class RowScorer {
   // x and noise of columns column + offset.
   void take_scores(Statistics& row, F x, F noise, U offset, int64_t column) const {
     const F score = x / sample_divisor_ + noise;
-    if (!any(score >= row.sampled_score)) return;
+    if (!any(score > row.sampled_score)) return;
     for (int i = 0; i < kLanes; ++i) {
-      const int32_t at = (int32_t)(column + offset[i]);
-      // Columns come out of order.
-      if (!(score[i] > row.sampled_score || (score[i] == row.sampled_score && at < row.sampled))) continue;
-      row.sampled = at;
+      if (!(score[i] > row.sampled_score)) continue;  // columns come in order: of a tie the first stays
+      row.sampled = (int32_t)(column + offset[i]);
       row.sampled_score = score[i];
       row.sampled_logit = x[i];
     }

@@ -180,7 +180,7 @@ def sliding_window(query_length, left, right, *, key_length=None, offset=0):
     query_length, key_length = _sizes(query_length, key_length)
     position = jnp.arange(query_length, dtype=jnp.int32)[None, :] + _per_row("offset", offset)
     # Not the least of two stops: a `right` that means every key may be the greatest int.
-    return KeyIntervals(jnp.maximum(position - left, 0), position + 1 + jnp.minimum(right, key_length - 1 - position))
+    return KeyIntervals(position - left, position + 1 + jnp.minimum(right, key_length - 1 - position))
 
 
 def _sizes(query_length, key_length):

@@ -96,6 +96,17 @@ def test_a_query_whose_logits_are_infinite_sees_keys(leaf):
     assert np.isnan(out[:, 1]).all()
 
 
+def test_nan_in_a_key_that_is_seen_is_not_lost(leaf):
+    """Neither in the maximum nor in the weights, nor in the gradient; of the other head nothing is."""
+    query, key, value, _, dout, options = operands((1, 3, 70, 2, 2, 64, 0, None), "float32")
+    key = key.at[0, 41, 1, 5].set(jnp.nan)
+    out, lse = leaf("attention", "attention_forward")(query, key, value, None, None, **options)
+    saved = out, lse, dout, np.zeros_like(lse)
+    gradients = leaf("attention", "attention_backward")(query, key, value, None, None, *saved, **options)
+    for array in (out, np.moveaxis(lse, 1, 2), *gradients):
+        assert np.isfinite(array[:, :, 0]).all() and np.isnan(array[:, :, 1]).all()
+
+
 @pytest.mark.parametrize("queries", [3, 133])
 def test_no_query_sees_a_key(leaf, queries):
     query, key, value, _, _, options = operands((2, queries, 70, 2, 2, 64, 0, None), "float32")
@@ -153,11 +164,12 @@ def test_each_row_sees_one_key(leaf, queries):
 
 
 # What one row sees whole another may see in part, and a third not at all.
-@pytest.mark.parametrize("queries", [3, 133])
-def test_one_row_sees_all_keys(leaf, queries):
+@pytest.mark.parametrize("queries, order", [(3, 1), (133, -1)])
+def test_one_row_sees_all_keys(leaf, queries, order):
     query, key, value, _, dout, options = operands((1, queries, 256, 1, 1, 64, 0, None), "float32")
     bounds = np.full((1, queries, 2), (5, 77), np.int32)
     bounds[:, 0], bounds[:, -1] = (0, 256), 0
+    bounds = bounds[:, ::order]
     out, lse = leaf("attention", "attention_forward")(query, key, value, bounds, None, **options)
     expected_out, expected_lse = reference.attention_forward(query, key, value, bounds, None, **options)
     close(out, expected_out, "float32")

@@ -58,6 +58,16 @@ def test_of_itself_it_is_nothing(leaf):
         np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_where_every_logit_is_far_below_zero(leaf, dtype):
+    """Behind the last token stands no logit of zero, which would outweigh them all beyond any float."""
+    hidden, weight = jnp.full((2, 8), -5, dtype), jnp.full((3, 8), 5, dtype)
+    arrays = hidden, weight, hidden, weight, jnp.ones(2, bool)
+    _, *sums = leaf("divergence", "masked_divergence_forward")(*arrays)
+    for gradient in leaf("divergence", "masked_divergence_backward")(*arrays, *sums, jnp.ones(2)):
+        np.testing.assert_array_equal(np.asarray(gradient, np.float64), 0)
+
+
 def test_what_the_target_excludes_counts_for_nothing(leaf):
     """A target of a single token, a logit of 1000 above the others: its log-probability of the model, negated."""
     model = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)

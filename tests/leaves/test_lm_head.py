@@ -83,6 +83,23 @@ def test_a_packed_weight_changes_nothing(leaf, shape, dtype):
             np.testing.assert_allclose(result, wanted, rtol=3e-5, atol=1e-5)
 
 
+def test_ties_take_the_lowest_token(leaf):
+    """Of all tiles of columns, greedy and drawn."""
+    static = dict(confidence="margin", tempered_confidence=False, logits_soft_cap=None, logits_dtype=None)
+    arrays = jnp.zeros((2, 8)), jnp.zeros((300, 8)), jnp.array([0.0, 1]), None, None, jnp.zeros((2, 300)), None, None
+    token, sure, *_ = leaf("lm_head", "lm_head_scores")(*arrays, **static)
+    assert not token.any() and not sure.any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_of_nan_stay_so_when_rounded(leaf, dtype):
+    """Also NaN of all bits set, which a plain rounding turns into zero."""
+    hidden = np.full((1, 8), 0x7FFFFFFF, np.uint32).view(np.float32)
+    static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None, logits_dtype=jnp.dtype(dtype))
+    _, *scores = leaf("lm_head", "lm_head_scores")(hidden, np.ones((33, 8), np.float32), *[None] * 6, **static)
+    assert np.isnan(scores).all()
+
+
 @pytest.mark.parametrize("cap", [None, 100.0])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_logits_rounded_to_a_dtype(leaf, dtype, cap):
@@ -117,3 +134,16 @@ def test_loss_and_gradient(leaf, check_gradients, shape, dtype, cap):
     wanted = loss_reference.masked_cross_entropy_backward(*as_numpy((*arrays, lse, dloss)), logits_soft_cap=cap)
     got = leaf("cross_entropy", "masked_cross_entropy_backward")(*arrays, lse, dloss, logits_soft_cap=cap)
     check_gradients(got, wanted, dloss, (weight, hidden))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_where_every_logit_is_far_below_zero(leaf, dtype):
+    """Behind the last token stands no logit of zero, which would outweigh them all beyond any float."""
+    hidden, weight = jnp.full((2, 8), -5, dtype), jnp.full((3, 8), 5, dtype)
+    arrays = hidden, weight, jnp.zeros(2, jnp.int32), jnp.ones(2, bool)
+    _, lse = leaf("cross_entropy", "masked_cross_entropy_forward")(*arrays, logits_soft_cap=None)
+    more = (*arrays, lse, jnp.ones(2))
+    got = leaf("cross_entropy", "masked_cross_entropy_backward")(*more, logits_soft_cap=None)
+    wanted = loss_reference.masked_cross_entropy_backward(*as_numpy(more), logits_soft_cap=None)
+    for result, want in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(result, np.float64), want, rtol=2**-7, atol=0.05)

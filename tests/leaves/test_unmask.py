@@ -83,6 +83,11 @@ def test_counters_past_32_bits(leaf):
     check(leaf, normal(4, 2, 126464, spread=1.0), PLAIN, **operands)
 
 
+def test_counters_past_32_bits_where_the_greatest_logit_often_wins(leaf):
+    rows = jnp.arange(2**31 - 16, 2**31, dtype=jnp.int32)
+    check(leaf, normal(4, 16, 3, spread=1.0), PLAIN, temperature=jnp.ones(16), key_data=sampling(16)["key_data"], counter_row=rows)
+
+
 def test_counters_whose_low_word_wraps_around(leaf):
     rows = jnp.full(8, 2**32 // 100000, jnp.int32)  # at column 67296
     operands = dict(temperature=jnp.ones(8), key_data=sampling(8)["key_data"], counter_row=rows)
@@ -132,8 +137,31 @@ def test_ties_take_the_lowest_token(leaf):
     logits = np.zeros((3, 5000), np.float32)
     logits[1, [70, 71, 4999]] = 2
     logits[2, [4097, 4999]] = 1
-    token = check(leaf, jnp.asarray(logits), PLAIN)[0]
-    np.testing.assert_array_equal(token, [0, 70, 4097])
+    for drawn in ({}, dict(temperature=jnp.ones(3), noise=jnp.zeros(logits.shape))):
+        token = check(leaf, jnp.asarray(logits), PLAIN | dict(confidence="margin"), **drawn)[0]
+        np.testing.assert_array_equal(token, [0, 70, 4097])
+
+
+def test_the_greatest_noise_wins(leaf):
+    """A logit far below another that wins, by 0.05, with the greatest draw there is: 15.94, at this key and counter."""
+    key_data, row, column = np.array([[0, 7]], np.uint32), np.array([129646], np.int32), 49
+    noise = threefry.gumbel(key_data, row, 64)[0]
+    assert noise[column] > 15.9
+    logits = np.full((1, 64), -40, np.float32)
+    logits[0, 5] = 0
+    logits[0, column] = noise[5] - noise[column] + 0.05
+    token = check(leaf, jnp.asarray(logits), PLAIN, temperature=jnp.ones(1), key_data=key_data, counter_row=row)[0]
+    assert token == column
+
+
+@pytest.mark.parametrize("banned", [2047, 2048])
+def test_a_ban_at_the_edge_of_a_chunk(leaf, banned):
+    logits = normal(3, 1, 2100).at[0, banned].set(20)
+    check(leaf, logits, PLAIN, banned=jnp.array([banned], jnp.int32))
+
+
+def test_one_logit_far_above_those_before_it(leaf):
+    check(leaf, jnp.zeros((1, 1003)).at[0, 300].set(200), PLAIN)
 
 
 def test_banning_every_token_leaves_no_distribution(leaf):
@@ -184,7 +212,7 @@ def test_unmask_topk(leaf, rules, length, edits):
         entropy_budget=jnp.array([0, 0.125, 1.75, 1, 1000]),
     )
     chosen = [values[rule] if rule in rules else None for rule in RULES]
-    editable, edit_threshold = (~eligible, jnp.full(b, 0.55)) if edits else (None, None)
+    editable, edit_threshold = (~eligible, jnp.array([0.5, 0.55, 0.25, 0.5, 0.75])) if edits else (None, None)
     arrays = tokens, proposal, sure, entropy if "entropy_budget" in rules else None, eligible, editable, *chosen, edit_threshold
     got = leaf("unmask", "unmask_topk")(*arrays)
     expected = reference.unmask_topk(*(None if x is None else np.asarray(x) for x in arrays))
@@ -218,3 +246,19 @@ def test_guidance(leaf, v, dtype):
     ]:
         assert got[0].dtype == streams.dtype
         np.testing.assert_allclose(np.asarray(got[0], np.float64), expected, rtol=relative, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_numbers_of_16_bits_come_in_and_out_as_ieee_has_it(leaf, dtype):
+    """All there are, and the special ones once more behind the last whole vector; at weights that make ties and overflows."""
+    special = {
+        "bfloat16": [0x7FC0, 0xFFFF, 0x7F80, 0xFF80, 0x7F7F, 0x8000],
+        "float16": [0x7E00, 0xFFFF, 0x7C00, 0xFC00, 0x7BFF, 0x8000, 1, 0x3FF, 0x83FF],
+    }[dtype]
+    numbers = np.concatenate([np.arange(2**16), special]).astype(np.uint16).view(jnp.dtype(dtype))
+    weights = np.array([[1, 1.5, 0.5]], np.float32)
+    got = leaf("guidance", "combine_guidance")(np.tile(numbers, (1, 3, 1)), weights)[0]
+    with np.errstate(all="ignore"):
+        expected = (numbers.astype(np.float32) * weights.T).astype(numbers.dtype)
+    # What float32 has no normal number for may be zero: of bfloat16 alone.
+    np.testing.assert_allclose(got.astype(np.float64), expected.astype(np.float64), rtol=0, atol=2**-125)

@@ -31,6 +31,12 @@ def test_attention(implementation, b, t, s):
 
 
 @implementations
+def test_attention_of_no_heads(implementation):
+    query, key = jnp.ones((2, 3, 0, 8)), jnp.ones((2, 5, 2, 8))
+    assert dlm.attention(query, key, key, implementation=implementation).shape == query.shape
+
+
+@implementations
 @pytest.mark.parametrize("b, length", EMPTY)
 def test_scores_and_unmasking(implementation, b, length):
     logits, tokens, hidden = jnp.ones((b, length, 7)), jnp.zeros((b, length), jnp.int32), jnp.ones((b, length, 8))

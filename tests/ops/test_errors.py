@@ -60,6 +60,10 @@ CASES = {
         lambda: dlm.attention(q, kv, kv, mask=jnp.ones((3, 4), bool)),
         r"mask: expected a shape that broadcasts to \[2, 4, 3, 5\]",
     ),
+    "mask of rank 5": (
+        lambda: dlm.attention(q, kv, kv, mask=jnp.ones((1, 2, 4, 3, 5), bool)),
+        r"mask: expected a shape that broadcasts to \[2, 4, 3, 5\]",
+    ),
     "intervals of another batch": (
         lambda: dlm.attention(q, kv, kv, mask=dlm.masks.padding(jnp.array([1, 2, 3]), 3, 5)),
         r"mask.start: expected shape \[2 or 1, 3\]",
@@ -93,6 +97,7 @@ CASES = {
         lambda: dlm.combine_guidance(logits[None], jnp.ones((2,))),
         r"weights: expected shape \[C\]",
     ),
+    "weights of no stream": (lambda: dlm.combine_guidance(logits[None], 1.0), r"weights: expected shape \[C\].*got \[\]"),
     "weights of truth values": (
         lambda: dlm.combine_guidance(logits[None], jnp.array([True])),
         r"weights: expected a number or an array of numbers, got dtype bool",
@@ -183,6 +188,7 @@ CASES = {
         r"hidden: expected a width of at least 1",
     ),
     "a head of nothing packed": (lambda: dlm.pack_lm_head(weight[:0]), r"weight: expected shape \[V, D\] with .* got \[0, 8\]"),
+    "a head of nothing": (lambda: dlm.lm_head_scores(hidden, weight[:0]), r"weight: .* with V of at least 1, got \[0, 8\]"),
     "head of another width": (lambda: dlm.lm_head_scores(hidden, weight[:, :5]), r"weight: expected shape \[V, 8\]"),
     "head of another dtype": (
         lambda: dlm.lm_head_scores(hidden, weight.astype(jnp.float16)),
@@ -214,6 +220,10 @@ CASES = {
             hidden, weight, unconditional_hidden=hidden, guidance_scale=2.0, logits_soft_cap=30.0
         ),
         r"logits_soft_cap: guidance in hidden space",
+    ),
+    "a guidance scale for nothing": (
+        lambda: dlm.lm_head_scores(hidden, weight, guidance_scale=2.0),
+        r"unconditional_hidden, guidance_scale: expected both or neither",
     ),
     "a soft cap below zero, of nothing": (
         lambda: dlm.lm_head_scores(hidden[:, :0], weight, logits_soft_cap=-1),
@@ -256,6 +266,10 @@ CASES = {
         lambda: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 3)), reduction="mean"),
         r"reduction: expected one of 'sum', 'none'",
     ),
+    "two reductions": (
+        lambda: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 3)), reduction=np.array(["sum", "none"])),
+        r"reduction: expected one of 'sum', 'none'",
+    ),
     "a target of another batch": (
         lambda: dlm.masked_divergence(hidden, weight, hidden[:1], weight, jnp.ones((2, 3))),
         r"target_hidden: expected shape \[2, 3, 8\]",
@@ -289,6 +303,10 @@ CASES = {
     "temperature of NumPy's zero": (
         lambda: dlm.soft_embedding(hidden, weight, temperature=np.float32(0)),
         r"temperature: expected a number above 0, got 0.0",
+    ),
+    "temperature of no number": (
+        lambda: dlm.soft_embedding(hidden, weight, temperature=np.nan),
+        r"temperature: expected a number above 0, got nan",
     ),
     "temperature of a truth value": (
         lambda: dlm.soft_embedding(hidden, weight, temperature=jnp.array(True)),
@@ -354,3 +372,7 @@ def test_integers_past_32_bits_are_not_wrapped(library):
 def test_a_temperature_of_zero_needs_no_noise():
     for zero in (0, 0.0, np.float32(0)):
         np.testing.assert_array_equal(dlm.score_tokens(logits, temperature=zero).token, logits.argmax(-1))
+
+
+def test_the_greatest_head_size_is_taken():
+    assert jax.eval_shape(dlm.attention, *(jnp.zeros((1, 1, 1, 512)),) * 3).shape == (1, 1, 1, 512)

@@ -56,3 +56,21 @@ def test_a_banned_token_stays_banned_and_has_no_gradient(implementation):
     gradients = jax.grad(total, (0, 1, 2))(conditional[1:], unconditional[1:], SCALE[1:])
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert not np.asarray(gradients[0])[..., [4, 9]].any() and not np.asarray(gradients[1])[..., [4, 9]].any()
+
+
+def test_a_ban_in_a_stream_of_no_weight_hides_no_gradient():
+    logits = np.array(LOGITS)
+    logits[1, ..., 4] = -np.inf
+    weights = np.array([2, 0], np.float32)
+    gradient = jax.grad(lambda logits: jnp.sum(PULL * dlm.combine_guidance(logits, weights)))(logits)
+    close(gradient, np.stack([2 * PULL, 0 * PULL]))
+
+
+def test_a_scale_per_row_and_per_position():
+    """Of logits without a length, and of hidden states before the head."""
+    conditional, unconditional = LOGITS[:, :, 0]
+    got = dlm.mix_guidance(conditional, unconditional, SCALE[:, 2])
+    np.testing.assert_array_equal(got, dlm.mix_guidance(*LOGITS[:, :, :1], SCALE[:, 2])[:, 0])
+    weight = RNG.standard_normal((50, 37)).astype("float32")
+    scores = dlm.lm_head_scores(LOGITS[0], weight, unconditional_hidden=LOGITS[1], guidance_scale=SCALE)
+    jax.tree.map(np.testing.assert_array_equal, scores, dlm.lm_head_scores(dlm.mix_guidance(*LOGITS, SCALE), weight))

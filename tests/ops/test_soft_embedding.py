@@ -57,6 +57,10 @@ def test_widths_that_attention_does_not_take_go_by_chunks(d, e, random):
         dlm_kernels.soft_embedding(hidden, weight, embedding=embedding, implementation="cpu")
 
 
+def test_the_greatest_width_goes_by_attention():
+    assert dlm_kernels.explain(dlm_kernels.soft_embedding, jnp.ones((1, 1, 256)), jnp.ones((3, 256)))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_as_precise_as_the_plain_product(implementation, random):
     hidden, weight, embedding = inputs(random, 500, 64, 64, jnp.bfloat16)

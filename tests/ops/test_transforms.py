@@ -287,11 +287,17 @@ def test_gradient_under_jit_and_vmap():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), [g[i] for g in gradient], list(alone))
 
 
+def test_a_loss_of_weights_below_zero():
+    hidden, weight, targets, weights = normal(1, 2, 5, 16), normal(2, 50, 16), jnp.zeros((2, 5), int), normal(5, 2, 5)
+    loss = dlm_kernels.masked_cross_entropy(hidden, weight, targets, weights, reduction="none")
+    same(loss, weights * dlm_kernels.masked_cross_entropy(hidden, weight, targets, jnp.ones((2, 5)), reduction="none"))
+
+
 @pytest.mark.parametrize("wrt", range(5))
 def test_gradient_of_divergence(wrt):
     """Against automatic differentiation of the naive code: of the model and the weights; the target is a constant."""
     hidden, weight, target, target_weight = normal(1, 2, 5, 16), normal(2, 50, 16), normal(3, 2, 5, 24), normal(4, 50, 24)
-    weights = jnp.abs(normal(5, 2, 5)).at[0, 3].set(0)
+    weights = normal(5, 2, 5).at[0, 3].set(0)
 
     def naive(hidden, weight, target, target_weight, weights):
         p, q = (jax.nn.log_softmax(jnp.einsum("bld,vd->blv", h, w)) for h, w in ((target, target_weight), (hidden, weight)))
