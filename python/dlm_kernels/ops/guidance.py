@@ -20,7 +20,7 @@ def mix_guidance(conditional, unconditional, scale, *, implementation=None):
     Arguments:
       conditional, unconditional: [B, L, V] (or [B, V], or hidden states: any last axis), one shape, one dtype.
       scale: a scalar, [B] or [B, L]; traced or not. 1 is the conditional model, 0 the unconditional one, exactly.
-        LLaDA's cfg_scale w is scale w + 1, and so is the w of diffusers' guidance_scale - 1.
+        scale = LLaDA's cfg_scale + 1 = diffusers' guidance_scale.
       implementation: "cpu", "triton", "pallas", "xla" or None.
 
     Returns the mixture in conditional's dtype. -inf (a banned token) in either stream stays -inf, never NaN; a stream whose
