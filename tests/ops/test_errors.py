@@ -21,10 +21,6 @@ CASES = {
         lambda: dlm.score_tokens(logits, banned_tokens=[3, 4.0]),
         r"banned_tokens: expected an array, got list",
     ),
-    "banned tokens of two lists": (
-        lambda: dlm.score_tokens(logits, banned_tokens=np.array([[3], [4]])),
-        r"banned_tokens: expected shape \[M\], got \[2, 1\]",
-    ),
     "query is a list": (lambda: dlm.attention([1.0], kv, kv), r"query: expected an array, got list"),
     "query of integers": (lambda: dlm.attention(q.astype(int), kv, kv), r"query: expected dtype float32, .* got int"),
     "query of objects": (lambda: dlm.attention(np.array([None]), kv, kv), r"query: expected an array of numbers, got"),
