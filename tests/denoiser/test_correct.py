@@ -88,6 +88,27 @@ def test_the_command_repairs_a_text(trained, texts, tmp_path, capsys):
     assert cli.main(["correct", "", "--model", str(tmp_path)]) == 2
 
 
+def test_what_is_kept_is_read_as_if_it_were_not(trained, texts, monkeypatch):
+    """Whose marks cut tokens in two, which stay whole and are frozen; so is every token of a character of several bytes."""
+    config, params, _ = trained
+    tokenizer = data.train_tokenizer([text for _, text, held_out in texts if not held_out], 300)
+    given = {}
+
+    def unchanged(config, params, tokens, *, editable):
+        given.update(tokens=tokens[0], editable=editable[0])
+        return correct.Corrected(jnp.asarray(tokens), editable & False, 0)
+
+    monkeypatch.setattr(correct, "correct", unchanged)
+    plain = "def push(self, x): é"
+    marked = plain.replace("push(self", "pu<keep>sh(se</keep>lf").replace("é", "<keep>é</keep>")
+    assert correct.correct_text((config, params, tokenizer), marked) == (plain, [], 0)
+    encoded = tokenizer.encode(plain)
+    np.testing.assert_array_equal(given["tokens"], encoded.ids)
+    frozen = [begin < 11 and 6 < end or plain[begin:end] == "é" for begin, end in encoded.offsets]
+    np.testing.assert_array_equal(~given["editable"], frozen)
+    assert any(begin < 6 < end or begin < 11 < end for begin, end in encoded.offsets)
+
+
 def test_bad_arguments(trained):
     config, params, rows = trained
     with pytest.raises(ValueError, match=r"tokens: expected shape \[B, L\]"):

@@ -17,6 +17,10 @@ hidden, weight = jnp.zeros((2, 3, 8)), jnp.zeros((7, 8))
 whole = jnp.ones((2, 3), bool)
 
 CASES = {
+    "banned tokens of no integers": (
+        lambda: dlm.score_tokens(logits, banned_tokens=[3, 4.0]),
+        r"banned_tokens: expected an array, got list",
+    ),
     "query is a list": (lambda: dlm.attention([1.0], kv, kv), r"query: expected an array, got list"),
     "query of integers": (lambda: dlm.attention(q.astype(int), kv, kv), r"query: expected dtype float32, .* got int"),
     "query of objects": (lambda: dlm.attention(np.array([None]), kv, kv), r"query: expected an array of numbers, got"),
@@ -367,6 +371,17 @@ def test_integers_past_32_bits_are_not_wrapped(library):
         assert (dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=many).count == 3).all()
         assert (dlm.unmask_topk(tokens, scores, mask_id=library.int64(2**32), num_unmask=many).count == 0).all()
         assert jnp.isnan(dlm.masked_cross_entropy(hidden, weight, nobody, jnp.ones((2, 3), jnp.float32)))
+
+
+@pytest.mark.parametrize("banned", [[], [3, -1], (np.int64(3), 4, 2**32 + 5, -(2**70))])
+def test_banned_tokens_may_be_a_list(banned):
+    """Of ids of which one past 32 bits, wrapped, would be another token."""
+    draw = jax.random.normal(jax.random.key(0), (2, 3, 7))
+    expected = draw.at[..., [int(x) for x in banned if 0 <= x < 7]].set(-jnp.inf) if banned else draw
+    head = jnp.eye(7)
+    for got in (dlm.score_tokens(draw, banned_tokens=banned), dlm.lm_head_scores(draw, head, banned_tokens=banned)):
+        np.testing.assert_array_equal(got.token, expected.argmax(-1))
+        np.testing.assert_allclose(got.logsumexp, jax.nn.logsumexp(expected, -1), rtol=1e-6)
 
 
 def test_a_temperature_of_zero_needs_no_noise():

@@ -180,6 +180,7 @@ def test_arrays_of_numpy_and_jax_beside_tensors_are_taken(native):
     )  # fmt: skip
     expected = dlm_kernels.unmask_step(jnp.asarray(logits), jnp.asarray(tokens), **options, implementation="xla")
     same(native.unmask_step(torch.tensor(logits), tokens, **options), expected)
+    same(native.unmask_step(torch.tensor(logits), tokens, **options | dict(banned_tokens=[3, 2**32 + 5])), expected)
     assert expected.unmasked.any()
     greedy = options | dict(temperature=np.float32(0))
     expected = dlm_kernels.unmask_step(jnp.asarray(logits), jnp.asarray(tokens), **greedy, implementation="xla")

@@ -76,6 +76,17 @@ def test_a_step_with_a_key():
         np.testing.assert_array_equal(mine.numpy(), other)
 
 
+def test_banned_tokens_may_be_a_list():
+    logits = torch.randn(2, 7, 31, generator=torch.Generator().manual_seed(1))
+    expected = adapter.score_tokens(logits, banned_tokens=torch.tensor([3, 4])).logsumexp
+    assert (expected < adapter.score_tokens(logits).logsumexp).all()
+    torch.testing.assert_close(adapter.score_tokens(logits, banned_tokens=[3, 4]).logsumexp, expected)
+    tokens = torch.full((2, 7), 30)
+    for banned in ([int(logits[0, 0].argmax())], (int(logits[0, 0].argmax()),)):
+        made = adapter.unmask_step(logits, tokens, mask_id=30, num_unmask=7, banned_tokens=banned).tokens
+        assert made[0, 0] == logits[0, 0].topk(2).indices[1]
+
+
 def test_generation_as_the_readme_has_it():
     """Its own lines, on a model of torch, are LLaDA's sampler token for token, in LLaDA's dtype."""
     readme = pathlib.Path(__file__).parents[2].joinpath("README.md").read_text()

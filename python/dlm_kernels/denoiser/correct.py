@@ -48,22 +48,26 @@ def correct(config, params, tokens, *, threshold=0.9, passes=8, editable=None, s
 def correct_text(loaded, text, **options):
     """(the corrected text, [(what stood there, what replaces it), ...], passes) of one text.
 
-    loaded: (config, params, tokenizer) as `checkpoint.load` gives. What is between `<keep>` and `</keep>` is frozen; options go to
-    `correct`. Raises ValueError for a text without a token, or with the mask or the pad in it.
+    loaded: (config, params, tokenizer) as `checkpoint.load` gives. Tokens with a character between `<keep>` and `</keep>`
+    are frozen; options go to `correct`. Raises ValueError for a text without a token, or with the mask or the pad in it.
     """
     config, params, tokenizer = loaded
-    ids, editable = [], []
-    for i, piece in enumerate(KEEP.split(text)):
-        encoded = encode(config, tokenizer, "text", piece)
-        ids += encoded
-        editable += [i % 2 == 0] * len(encoded)
-    if not ids:
+    text, kept = _unmarked(text)
+    ids = np.array(encode(config, tokenizer, "text", text), np.int32)
+    if not ids.size:
         raise ValueError("text: expected at least one token, got none")
-    ids = np.array(ids, np.int32)
-    made = correct(config, params, ids[None], editable=np.array([editable]), **options)
+    spans = tokenizer.encode(text, add_special_tokens=False).offsets
+    editable = np.array([not any(kept[begin:end]) for begin, end in spans])
+    made = correct(config, params, ids[None], editable=editable[None], **options)
     new = np.asarray(made.tokens[0])
     changes = [(tokenizer.decode([a]), tokenizer.decode([b])) for a, b in zip(ids.tolist(), new.tolist()) if a != b]
     return tokenizer.decode(new.tolist()), changes, int(made.passes)
+
+
+def _unmarked(text):
+    """(text without the marks, whether each of its characters is kept): encoded piece by piece it would have other tokens."""
+    pieces = KEEP.split(text)
+    return "".join(pieces), [i % 2 == 1 for i, piece in enumerate(pieces) for _ in piece]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -57,6 +57,13 @@ def ints(name, value, axes):
     return ranked(name, value, axes)
 
 
+def ids(name, value):
+    """Token ids [M]: an array, or a list or tuple of integers."""
+    if isinstance(value, (list, tuple)) and all(type(x) is int or isinstance(x, np.integer) for x in value):
+        value = np.array([max(-1, min(x, 2**31 - 1)) for x in value], np.int32)  # as in _of_32_bits; below 0 nothing is a token
+    return ints(name, value, "M")
+
+
 def bools(name, value, axes):
     value = array(name, value)
     if value.dtype != jnp.bool_:

@@ -20,12 +20,12 @@ def mix_guidance(conditional, unconditional, scale, *, implementation=None):
     Arguments:
       conditional, unconditional: [B, L, V] (or [B, V], or hidden states: any last axis), one shape, one dtype.
       scale: a scalar, [B] or [B, L]; traced or not. 1 is the conditional model, 0 the unconditional one, exactly.
-        LLaDA's cfg_scale w is scale w + 1, and so is the w of diffusers' guidance_scale - 1.
+        scale = LLaDA's cfg_scale + 1 = diffusers' guidance_scale.
       implementation: "cpu", "triton", "pallas", "xla" or None.
 
     Returns the mixture in conditional's dtype. -inf (a banned token) in either stream stays -inf, never NaN; a stream whose
-    weight is exactly zero is ignored. Differentiable in all three. Raises ValueError for shapes or dtypes that do not fit.
-    Source: Ho and Salimans 2022, as LLaDA applies it to logits.
+    weight is exactly zero is ignored. Differentiable in all three, but not on torch tensors.
+    Raises ValueError for shapes or dtypes that do not fit. Source: Ho and Salimans 2022, as LLaDA applies it to logits.
     """
     dispatch.check(implementation)
     conditional = checks.array("conditional", conditional)
@@ -54,8 +54,8 @@ def combine_guidance(logits, weights, *, implementation=None):
       implementation: "cpu", "triton", "pallas", "xla" or None.
 
     Returns [B, L, V] or [B, V] in the dtype of logits. A stream of weight zero is ignored; -inf in any other stays -inf.
-    `mix_guidance(c, u, s)` is weights [s, 1 - s]. Differentiable in both. Raises ValueError for shapes that do not fit.
-    Source: Liu et al. 2022, composable diffusion.
+    `mix_guidance(c, u, s)` is weights [s, 1 - s]. Differentiable in both, but not on torch tensors.
+    Raises ValueError for shapes that do not fit. Source: Liu et al. 2022, composable diffusion.
     """
     dispatch.check(implementation)
     logits = checks.array("logits", logits)

@@ -93,13 +93,14 @@ def score_tokens(
     Arguments:
       logits: [B, L, V]; float32, bfloat16 or float16. unconditional: the same, mixed in with guidance_scale (scalar, [B] or [B, L];
         see `mix_guidance`); both or neither.
-      confidence: LLaDA's low_confidence and Dream's maskgit_plus are "probability", Dream's topk_margin is "margin".
+      confidence: LLaDA's "low_confidence" and Dream's "maskgit_plus" are "probability", LLaDA's "random" is "random", Dream's
+        "topk_margin" and "entropy" are "margin" and "neg_entropy". Its alg "origin", alg_temp, top_p and top_k are not here.
       temperature: scalar, [B] or [B, L], traced or not; 0 is greedy. Above 0 it needs `key` or `noise`.
       tempered_confidence: take p from logits / temperature, as Dream and DiffusionGemma do; LLaDA does not.
       key: a JAX threefry key, or one per batch row [B], and then a row's samples do not depend on its batch.
       noise: float [B, L, V], a Gumbel draw to use instead of the key's (parity with other systems).
       active: bool [B, L]; rows where it is False are not read.
-      banned_tokens: int [M], ids never to be chosen; ids outside the vocabulary are ignored.
+      banned_tokens: int [M] or a list of ints, ids never to be chosen; ids outside the vocabulary are ignored.
       implementation: "cpu", "triton", "pallas", "xla" or None.
 
     Returns TokenScores of [B, L] arrays. entropy and logsumexp are those of p's logits. Ties go to the lowest id. NaN or +inf in a
@@ -144,7 +145,7 @@ def sampling_operands(b, length, temperature, key, noise, active, banned_tokens,
         active = checks.bools("active", active, "BL")
         operands["active"] = checks.shaped("active", active, (b, length), "batch, length")
     if banned_tokens is not None:
-        operands["banned"] = checks.ints("banned_tokens", banned_tokens, "M")
+        operands["banned"] = checks.ids("banned_tokens", banned_tokens)
     if confidence == "random" and key is None:
         raise ValueError("key: expected a key for confidence='random', got None")
     if noise is not None:
@@ -244,7 +245,8 @@ def unmask_topk(
 
     Returns UnmaskResult(tokens, unmasked, count). Ties go to the lower position; NaN confidence ranks last, with -inf. A row with
     nothing eligible is returned as it is. Raises ValueError for arguments that do not fit.
-    Source: LLaDA get_num_transfer_tokens, Fast-dLLM (threshold, factor), DiffusionGemma (entropy budget), LLaDA2.1 (edits).
+    Source: LLaDA get_num_transfer_tokens, Fast-dLLM (threshold, factor; where its own takes confidence at the threshold too, and
+    by the factor one more where only the last rank fails), DiffusionGemma (entropy budget), LLaDA2.1 (edits).
     """
     dispatch.check(implementation)
     tokens = checks.ints("tokens", tokens, "BL")
