@@ -84,6 +84,7 @@ def _scores_kernel(
             tl.store(choice_token + at, start + winner, mask=wanted)
             tl.store(picked + at, tl.max(of_winner, 1), mask=wanted)
         tops = tl.max(value, 1)
+        # Before the sums: after them it takes more registers than let two programs share a multiprocessor.
         first = tl.argmax(value, 1)
         totals, moments = scores.summarize(value, tops, 1)
         tl.store(top + at, tops, mask=wanted)

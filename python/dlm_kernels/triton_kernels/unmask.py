@@ -42,7 +42,11 @@ def _span_logits(
         for i in range(banned_count):
             ban = tl.load(banned + i)
             if (ban >= start) & (ban < start + SPAN):
-                value = tl.where(lane == ban - start, float("-inf"), value)
+                # By group and place in it, of which a thread has few; to keep its tokens takes as many registers as the values.
+                group = tl.arange(0, SPAN // _GROUP) == (ban - start) // _GROUP
+                place = tl.arange(0, _GROUP) == (ban - start) % _GROUP
+                grouped = tl.reshape(value, [SPAN // _GROUP, _GROUP])
+                value = tl.reshape(tl.where(group[:, None] & place[None, :], float("-inf"), grouped), [SPAN])
     return value
 
 
@@ -83,7 +87,7 @@ def _score_kernel(
         groups = tl.max(tl.reshape(value, [SPAN // _GROUP, _GROUP]), 1)
         tops = tl.max(groups, 0)
         totals, moments = scores.summarize(value, tops, 0)
-        # To look for the token among all that is in registers would take a third of the kernel's instructions, which bound it.
+        # Instructions bound this kernel, and to look for the token among all values in registers takes a sixth more.
         group = tl.arange(0, SPAN // _GROUP)
         near = start + _GROUP * tl.min(tl.where(groups == tops, group, SPAN // _GROUP - 1), 0)
         few = _span_logits(
