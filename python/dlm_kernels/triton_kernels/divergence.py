@@ -47,11 +47,11 @@ def _divergence_kernel(
         value = tl.where((tokens < vocabulary)[None, :], value, float("-inf"))
         target = tl.where((tokens < vocabulary)[None, :], target, float("-inf"))
         tops, target_tops = tl.max(value, 1), tl.max(target, 1)
-        totals, _ = scores.summarize(value, tops, 1)
         target_totals, _ = scores.summarize(target, target_tops, 1)
         p = exp(target - tl.where(target_tops == float("-inf"), 0.0, target_tops)[:, None])
         # What the target excludes counts for nothing, where the difference is infinite too.
         gaps = tl.sum(tl.where(p == 0.0, 0.0, p * (target - value)), 1)
+        totals, _ = scores.summarize(value, tops, 1)
         at = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(top + at, tops, mask=wanted)
         tl.store(total + at, totals, mask=wanted)
