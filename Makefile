@@ -45,12 +45,12 @@ test-sanitize: $(SANITIZED)/.installed
 	for isa in $$isas; do DLM_KERNELS_ISA=$$isa $(SANITIZED_PYTHON) -m pytest -n 2 tests/leaves -k cpu; done
 
 # Need an NVIDIA GPU, and JAX with its CUDA plugin, Triton and pytest in .venv where there is one, else in $(PYTHON); fetch nothing.
-# ONLY=oracle: the step alone whose name has this word.
+# ONLY=oracle: the step alone whose name has this word. ONLY=benchmarks BENCH="--minutes 7": no tests, and these options for bench.
 test-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/on_gpu.py --only "$(ONLY)"
 
 bench-gpu:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/on_gpu.py --bench --only "$(ONLY)"
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/on_gpu.py --bench="$(BENCH)" --only "$(ONLY)"
 
 # Opens the page of `generate --html` in a headless browser: needs Chromium on the path.
 test-browser: $(VENV)/.installed

@@ -1,6 +1,6 @@
 """All that needs an NVIDIA GPU, in the order in which it should work: the tests, and with --bench the benchmarks after them.
 
-    python tests/on_gpu.py [--bench] [--only WORD]
+    python tests/on_gpu.py [--bench[="OPTIONS OF bench"]] [--only WORD]
 
 Fetches nothing: it wants jax with its CUDA plugin, triton, jax-triton and pytest, for its part torch, and builds the package with
 the pybind11 and setuptools that are there where that is not done. With pytest-xdist the tests run in several processes: compiling
@@ -10,6 +10,7 @@ is what takes their time. --only: steps whose name contains WORD. Prints last wh
 import argparse
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ TESTS = {
     "kernels against the oracle": ([*PYTEST, "tests/leaves", "-k", "triton"], ON_GPU),
     "kernels from torch": ([*PYTEST, "tests/torch"], TORCH),
 }
-BENCH = {"benchmarks": (["bench"], ON_GPU)}
+BENCH = "benchmarks"
 BUILD = ["pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
 LOOK = "import jax, triton; print(jax.__version__, triton.__version__, *jax.devices('gpu'))"
 
@@ -47,13 +48,13 @@ def main(bench, only):
     print(look.stdout.strip(), flush=True)
     if run(["-c", "import dlm_kernels._cpu"], {"JAX_PLATFORMS": "cpu"}).returncode and run(["-m", *BUILD], {}).returncode:
         return "the package could not be built: pip install pybind11 'setuptools>=77', and a C++ compiler"
-    steps = TESTS | (BENCH if bench else {})
+    steps = TESTS | ({} if bench is None else {BENCH: (["bench", *shlex.split(bench)], ON_GPU)})
     if run(["-c", "import torch; assert torch.cuda.is_available()"], {}, capture_output=True).returncode:
         del steps["kernels from torch"]
         print("no torch with CUDA: its tests are left out")
     steps = {name: step for name, step in steps.items() if only in name}
     if not steps:
-        return f"--only: expected a word of {', '.join(map(repr, TESTS | BENCH))}, got {only!r}"
+        return f"--only: expected a word of {', '.join(map(repr, [*TESTS, BENCH]))}, got {only!r}"
     failed = []
     for name, (module, environment) in steps.items():
         print(f"== {name}: {' '.join(module)}", flush=True)
@@ -65,6 +66,6 @@ def main(bench, only):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--bench", metavar="OPTIONS", nargs="?", const="", help="measure too, by python -m bench OPTIONS")
     parser.add_argument("--only", metavar="WORD", default="")
     sys.exit(main(**vars(parser.parse_args())))

@@ -154,12 +154,15 @@ def compiled(call, dtypes, known_sizes):
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        # To disassemble takes longer than the rest.
+        wanted = ["-res-usage"] + ["-sass"] * (call.kernel is unmask._score_kernel)
+        usage = subprocess.run([tool, *wanted, cubin.name], capture_output=True, text=True, check=True).stdout
     ptx = kernel.asm["ptx"]
     return {
         "kernel": call.kernel.__name__,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "instructions": len(re.findall(r"^ +/\*[0-9a-f]+\*/ +(?!NOP)\S", usage, re.MULTILINE)),
         "shared": kernel.metadata.shared,
         # jax-triton passes no scratch memory and launches the warps it is told.
         "scratch": getattr(kernel.metadata, "global_scratch_size", 0),

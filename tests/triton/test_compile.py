@@ -31,8 +31,14 @@ def test_compiles(arch):
         assert row["shared"] <= SHARED[arch], row
         assert row["warps"] and not row["scratch"], row
         assert not row["stack"], row
+    # What the scores of logits are bound by: 85% of an H200's bandwidth leaves 14 instructions for a bfloat16, and a thread has 64.
+    (score,) = [row for row in rows if row["case"] == "score bfloat16" and row["kernel"] == "_score_kernel"]
+    assert 0 < score["instructions"] <= 14 * 64, score
     if arch == 90:
         heads = "_scores_kernel", "_loss_kernel", "_dlogits_kernel", "_divergence_kernel", "_divergence_dlogits_kernel"
         for kernel in ("_forward_kernel", *heads, "_product_kernel"):
             halves = [row for row in rows if row["kernel"] == kernel and "float32" not in row["case"]]
             assert halves and all(row["tensor_core"] == "wgmma" for row in halves), halves
+        # Two programs of the plain scores share a multiprocessor.
+        (scores,) = [row for row in rows if row["case"] == "head bfloat16 R=128" and row["kernel"] == "_scores_kernel"]
+        assert scores["registers"] <= 128, scores

@@ -109,14 +109,18 @@ def test_a_spoilt_row_says_so_and_spoils_no_other():
 
 
 def test_ties_go_to_the_lowest_id():
-    logits = np.zeros((R, 8400), np.float32)
+    logits = np.zeros((R, 8398), np.float32)
     logits[:, [8391, 8200, 50]] = 3
     token, margin, _, _ = scored(kernels, logits, confidence="margin")
     assert (token == 50).all() and (margin == 0).all()
     logits[:, [8391, 8200]] = 0
     logits[:, 60] = 3  # two of one span
+    logits[1, [50, 51, 60]] = 0, 3, 3
+    logits[2, [49, 51]] = 3  # several of one group that is read again
+    logits[3:, 8397] = 4  # the last of all, in a group that the vocabulary does not fill
     token, margin, _, _ = scored(kernels, logits, confidence="margin")
-    assert (token == 50).all() and (margin == 0).all()
+    np.testing.assert_array_equal(token, [50, 51, 49, 8397, 8397])
+    assert (margin[:3] == 0).all() and (margin[3:] > 0).all()
 
 
 def test_every_operand_is_read_by_its_own_strides():

@@ -10,7 +10,7 @@ import triton.language as tl
 from dlm_kernels.triton_kernels import head, scores
 from dlm_kernels.triton_kernels.head import grouped_block, head_tile, place
 from dlm_kernels.triton_kernels.launch import Out, concatenate, dtype_name, launch, strides
-from dlm_kernels.triton_kernels.numerics import tanh
+from dlm_kernels.triton_kernels.numerics import exp, tanh
 
 CHUNK = 16384  # tokens whose logits' gradient is in memory at once
 
@@ -38,9 +38,10 @@ def _loss_kernel(
             BLOCK_R, BLOCK_V, BLOCK_D, PRECISION,
         )  # fmt: skip
         if SOFT_CAP is not None:
-            value = SOFT_CAP * tanh(value / SOFT_CAP)
+            value = SOFT_CAP * tanh(value * (1.0 / SOFT_CAP))
         value = tl.where((tokens < vocabulary)[None, :], value, float("-inf"))
-        tops, totals, _ = scores.summarize(value, 1)
+        tops = tl.max(value, 1)
+        totals, _ = scores.summarize(value, tops, 1)
         at = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(top + at, tops, mask=wanted)
         tl.store(total + at, totals, mask=wanted)
@@ -126,11 +127,11 @@ def _dlogits_kernel(
         )  # fmt: skip
         gradient = tl.load(dloss + row, mask=wanted, other=0.0)[:, None]
         if SOFT_CAP is not None:
-            bent = tanh(value / SOFT_CAP)
+            bent = tanh(value * (1.0 / SOFT_CAP))
             value = SOFT_CAP * bent
             gradient = gradient * (1.0 - bent * bent)
         target = tl.load(targets + row, mask=wanted, other=-1)
-        p = tl.exp(value - tl.load(lse + row, mask=wanted, other=0.0)[:, None])
+        p = exp(value - tl.load(lse + row, mask=wanted, other=0.0)[:, None])
         gradient = gradient * (p - (tokens[None, :] == target[:, None]).to(tl.float32))
         # Zeros in the place of a row's hidden state are NaN times a weight that is infinite.
         gradient = tl.where(wanted[:, None], gradient, 0.0)

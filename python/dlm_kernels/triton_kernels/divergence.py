@@ -10,6 +10,7 @@ from dlm_kernels.triton_kernels import head, scores
 from dlm_kernels.triton_kernels.cross_entropy import head_gradients
 from dlm_kernels.triton_kernels.head import head_tile, place
 from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.numerics import exp
 
 
 @triton.jit
@@ -42,11 +43,12 @@ def _divergence_kernel(
         )  # fmt: skip
         value = tl.where((tokens < vocabulary)[None, :], value, float("-inf"))
         target = tl.where((tokens < vocabulary)[None, :], target, float("-inf"))
-        tops, totals, _ = scores.summarize(value, 1)
-        target_tops, target_totals, _ = scores.summarize(target, 1)
-        p = tl.exp(target - tl.where(target_tops == float("-inf"), 0.0, target_tops)[:, None])
+        tops, target_tops = tl.max(value, 1), tl.max(target, 1)
+        target_totals, _ = scores.summarize(target, target_tops, 1)
+        p = exp(target - tl.where(target_tops == float("-inf"), 0.0, target_tops)[:, None])
         # What the target excludes counts for nothing, where the difference is infinite too.
         gaps = tl.sum(tl.where(p == 0.0, 0.0, p * (target - value)), 1)
+        totals, _ = scores.summarize(value, tops, 1)
         at = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(top + at, tops, mask=wanted)
         tl.store(total + at, totals, mask=wanted)
@@ -151,8 +153,8 @@ def _divergence_dlogits_kernel(
             target_hidden, target_weight, row, wanted, tokens, vocabulary, target_width,
             target_hidden_r, target_hidden_e, target_weight_v, target_weight_e, BLOCK_R, BLOCK_V, BLOCK_D, PRECISION,
         )  # fmt: skip
-        q = tl.exp(value - tl.load(lse + row, mask=wanted, other=0.0)[:, None])
-        p = tl.exp(target - tl.load(target_lse + row, mask=wanted, other=0.0)[:, None])
+        q = exp(value - tl.load(lse + row, mask=wanted, other=0.0)[:, None])
+        p = exp(target - tl.load(target_lse + row, mask=wanted, other=0.0)[:, None])
         gradient = tl.load(dloss + row, mask=wanted, other=0.0)[:, None] * (q - p)
         # Zeros in the place of a row's hidden state are NaN times a weight that is infinite.
         gradient = tl.where(wanted[:, None], gradient, 0.0)

@@ -54,7 +54,7 @@ def _scores_kernel(
         if ROUND is not None:
             value = value.to(ROUND).to(tl.float32)
         if SOFT_CAP is not None:
-            value = SOFT_CAP * tanh(value / SOFT_CAP)
+            value = SOFT_CAP * tanh(value * (1.0 / SOFT_CAP))
         value = tl.where((tokens < vocabulary)[None, :], value, float("-inf"))
         if HAS_BANNED:
             for i in range(banned_count):
@@ -83,13 +83,16 @@ def _scores_kernel(
             tl.store(choice + at, tl.max(drawn, 1), mask=wanted)
             tl.store(choice_token + at, start + winner, mask=wanted)
             tl.store(picked + at, tl.max(of_winner, 1), mask=wanted)
-        tops, totals, moments = scores.summarize(value, 1)
+        tops = tl.max(value, 1)
+        # Before the sums: after them it takes more registers than let two programs share a multiprocessor.
+        first = tl.argmax(value, 1)
+        totals, moments = scores.summarize(value, tops, 1)
         tl.store(top + at, tops, mask=wanted)
         tl.store(total + at, totals, mask=wanted)
         tl.store(moment + at, moments, mask=wanted)
         if SECOND:
-            tl.store(second + at, scores.second_of(value, tops, 1), mask=wanted)
-        tl.store(token + at, start + tl.argmax(value, 1), mask=wanted)
+            tl.store(second + at, scores.second_of(value, first, 1), mask=wanted)
+        tl.store(token + at, start + first, mask=wanted)
 
 
 def supports_lm_head_scores(

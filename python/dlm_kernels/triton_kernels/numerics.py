@@ -22,9 +22,15 @@ def mixed(conditional, unconditional, scale):
 
 
 @triton.jit
+def exp(x):
+    """float32 [...]; 0 where that is below the least normal number, for whose sake tl.exp takes three instructions more."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def tanh(x):
     """float32 [...]. Through exp it would lose the small values to 1 - 1, so those take the series."""
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     far = tl.where(x < 0, -far, far)
     x2 = x * x

@@ -11,27 +11,26 @@ import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels.launch import Out, launch
+from dlm_kernels.triton_kernels.numerics import exp
 
 STATISTICS = {"top": "float32", "total": "float32", "moment": "float32", "second": "float32", "token": "int32"}
 CHOICES = {"choice": "float32", "choice_token": "int32", "picked": "float32"}
 
 
 @triton.jit
-def summarize(value, axis: tl.constexpr):
-    """top, total and moment of float32 values along an axis; -inf counts for nothing, NaN or +inf makes total NaN."""
-    top = tl.max(value, axis)
-    base = tl.expand_dims(tl.where(top == float("-inf"), 0.0, top), axis)
-    weight = tl.exp(value - base)
-    moment = tl.where(weight == 0.0, 0.0, (value - base) * weight)
-    return top, tl.sum(weight, axis), tl.sum(moment, axis)
+def summarize(value, top, axis: tl.constexpr):
+    """total and moment of float32 values along an axis; -inf counts for nothing, NaN or +inf makes total NaN."""
+    away = value - tl.expand_dims(tl.where(top == float("-inf"), 0.0, top), axis)
+    weight = exp(away)
+    # At -1000 the weight is 0, which times -inf would be NaN.
+    return tl.sum(weight, axis), tl.sum(tl.maximum(away, -1000.0) * weight, axis)
 
 
 @triton.jit
-def second_of(value, top, axis: tl.constexpr):
-    """The value after the greatest, which is the greatest itself where two tie."""
-    greatest = value == tl.expand_dims(top, axis)
-    rest = tl.max(tl.where(greatest, float("-inf"), value), axis)
-    return tl.where(tl.sum(greatest.to(tl.int32), axis) > 1, top, rest)
+def second_of(value, place, axis: tl.constexpr):
+    """The greatest value along the last axis but for the one at `place`."""
+    here = tl.arange(0, value.shape[axis]) == tl.expand_dims(place, axis)
+    return tl.max(tl.where(here, float("-inf"), value), axis)
 
 
 @triton.jit
@@ -49,7 +48,7 @@ def merged(
     totals = tl.load(total + row * spans + lane, mask=lane < spans, other=0.0)
     best = tl.max(tops, 0)
     base = tl.where(best == float("-inf"), 0.0, best)
-    share = tl.exp(tops - base)
+    share = exp(tops - base)
     return tops, totals, share, base, tl.sum(totals * share, 0)
 
 
@@ -96,11 +95,11 @@ def _merge_kernel(
             chosen = tl.load(choice_token + row * spans + draw)
         entropy = tl.log(whole) - mean
         if CONFIDENCE == "probability":
-            sure = tl.exp(value - base) / whole
+            sure = exp(value - base) / whole
         elif CONFIDENCE == "margin":
             seconds = tl.load(second + at, mask=inside, other=float("-inf"))
             after = tl.maximum(tl.max(seconds, 0), tl.max(tl.where(lane == winner, float("-inf"), tops), 0))
-            sure = (1.0 - tl.exp(after - base)) / whole
+            sure = (1.0 - exp(after - base)) / whole
         else:
             sure = -entropy
         defined = (best > float("-inf")) & (best < float("inf")) & (whole > 0.0)
