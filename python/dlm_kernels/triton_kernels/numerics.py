@@ -1,4 +1,4 @@
-"""What several kernels compute alike: the guidance mixture, the soft cap, JAX's Gumbel noise."""
+"""What several kernels compute alike: the guidance mixture, the exponential, the soft cap, JAX's Gumbel noise."""
 
 import triton
 import triton.language as tl
