@@ -80,8 +80,9 @@ def case(body, prompt, length, block, steps, *, batch=1, cached=False, **options
     def inputs(rng):
         return weights(body, rng), jnp.asarray(rng.integers(3, 4000, (batch, prompt)), jnp.int32)
 
-    def decoder(implementation, **how):
-        return Contender(_decode(body, prompt, length, implementation, **dict(block=block, steps=steps, cache=cached) | how))
+    def decoder(implementation, steps=steps, **how):
+        function = _decode(body, prompt, length, implementation, **dict(block=block, cache=cached) | how)
+        return Contender(function, lambda *inputs: (*inputs, jnp.int32(steps)))
 
     def whole(output, params, given):
         """0 where the prompt is as it was and a token stands in every place after it."""
@@ -120,14 +121,14 @@ def case(body, prompt, length, block, steps, *, batch=1, cached=False, **options
     )
 
 
-@functools.cache  # one token at a time is the same program in every case of a model
+@functools.cache  # one token at a time, and any number of steps, is the same program in every case of a model
 def _decode(body, prompt, length, implementation, **how):
     config = BODIES[body]
 
     @jax.jit
-    def decode(params, given):
+    def decode(params, given, steps):
         canvas = jnp.pad(given, ((0, 0), (0, length)), constant_values=config.mask_id)
-        return sampler.decode(config, params, canvas, first=prompt, implementation=implementation, **how).tokens
+        return sampler.decode(config, params, canvas, first=prompt, steps=steps, implementation=implementation, **how).tokens
 
     return decode
 

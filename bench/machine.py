@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -89,6 +90,8 @@ def installed(package):
 
 def commit():
     """The commit measured, with -dirty where the tree holds changes to code."""
+    if shutil.which("git") is None:
+        return "unknown"
     git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     name = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip() or "unknown"
     changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md"])

@@ -3,6 +3,8 @@
 import datetime
 import gc
 import json
+import signal
+import sys
 import time
 
 from bench import (
@@ -29,9 +31,24 @@ def run(grid, only, minutes, out):
     """Writes the results file, its table and its plots; the exit status is 1 where our own kernel gave no valid time, or anybody
     computed what the others did not: without an oracle it may be ours that is wrong, and a peer's wrong code is no peer.
     """
+    path = out or report.RESULTS / f"{machine.device_name()}{'-quick' * (grid == 'quick')}.json"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        failed = _run(grid, only, minutes, path)
+    except (KeyboardInterrupt, SystemExit):
+        if path.exists():  # so that the table and the plots hold what has been measured
+            report.write(path)
+        raise
+    print(f"{path}\n{report.write(path)}")
+    if failed:
+        print(f"\nFAILED, {len(failed)}:", *failed, sep="\n")
+    return int(bool(failed))
+
+
+def _run(grid, only, minutes, path):
+    """Writes the results file after every case; what failed."""
     end = time.monotonic() + 60 * (minutes or MINUTES[grid])
     grid = grid or ("main" if machine.platform_name() == "cpu" else "full")
-    path = out or report.RESULTS / f"{machine.device_name()}{'-quick' * (grid == 'quick')}.json"
     every = [case for module in OPERATIONS for case in module.cases()]
     whole = harness.chosen(every, grid)
     cases = [case for case in whole if (only or "").lower() in f"{case.operation} {case.name}".lower()]
@@ -74,10 +91,7 @@ def run(grid, only, minutes, out):
         print(f"{report.line(row, measured[-1]['rates'])} [{time.monotonic() - began:.1f} s]", flush=True)
         gc.collect()
         machine.give_back()
-    print(f"{path}\n{report.write(path)}")
-    if failed:
-        print(f"\nFAILED, {len(failed)}:", *failed, sep="\n")
-    return int(bool(failed))
+    return failed
 
 
 def _failures(row):

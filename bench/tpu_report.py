@@ -85,8 +85,8 @@ def readme(folder):
     return "\n".join(
         [
             "Static cycles on TPUs, counted in the compiler's schedules; nothing was timed. Attention, 32 heads of 128 unless "
-            "said: ours over splash attention's at the best block sizes tried. The head and the scores of logits: ours over "
-            "what their copies take at the full bandwidth, below 1 where the stream from HBM is the limit.\n",
+            "said: ours over splash attention's at the best block sizes tried. Head and scores: our cycles over "
+            "those of their HBM copies alone; below 1, HBM is the limit.\n",
             "| | " + " | ".join(chips) + " |",
             "|---" * (len(chips) + 1) + "|",
             *rows("attention", against_splash),

@@ -4,15 +4,21 @@ import dataclasses
 import functools
 import itertools
 import math
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
 
 import jax
+import numpy as np
 
 import dlm_kernels
 from bench import attention, harness, lm_head, machine, report
 from bench.harness import OURS, Contender, Patched
-from dlm_kernels.triton_kernels import tiles
+from dlm_kernels.triton_kernels import launch, tiles
 
 TABLE = machine.ROOT / "python/dlm_kernels/triton_kernels/tiles.py"
 
@@ -24,6 +30,17 @@ class Kernel:
     constants: dict[str, tuple[int, ...]]  # tried, in the place of the kernel's own
     warps: tuple[int, ...] = (4, 8)
     stages: tuple[int, ...] = (1, 2)
+
+    def candidates(self):
+        """(constants, warps, stages) of all that may fit."""
+        constants = [dict(zip(self.constants, values)) for values in itertools.product(*self.constants.values())]
+        return [each for each in itertools.product(constants, self.warps, self.stages) if _may_fit(*each)]
+
+
+def _may_fit(constants, warps, stages):
+    """False where attention's accumulators spill, and where its stages are more than Hopper's shared memory at heads of 128."""
+    m, n = constants.get("BLOCK_M", 0), constants.get("BLOCK_N", 0)
+    return m * n <= 2048 * warps and n * stages <= 384
 
 
 def _attention(dtype):
@@ -90,6 +107,39 @@ class Table(dict):
         return self.candidate or own
 
 
+def compile_all(cases):
+    """Every candidate of all (kernel, case), on all processors, into Triton's cache on disk, where the measurement finds it."""
+    numbers = {}  # of the cases of each kernel, for a case's functions cannot be sent to a process
+    work = []
+    for kernel, case in cases:
+        at = numbers.setdefault(id(kernel), [each.name for each in kernel.cases()]).index(case.name)
+        work += [(kernel, at, candidate) for candidate in kernel.candidates()]
+    # They need no GPU, whose memory is the measurement's.
+    environment = {"JAX_PLATFORMS": "cpu", "DLM_KERNELS_CUDA_ARCH": str(launch.arch())}
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+        try:
+            list(pool.map(_compile, *zip(*work)))
+        except BrokenProcessPool as failure:  # what is left the measurement compiles
+            print(f"compiling beforehand: {failure}", flush=True)
+
+
+def _compile(kernel, at, candidate):
+    """Lowers one candidate for a GPU, which compiles its kernels; what cannot be compiled is the measurement's to report."""
+    with (
+        mock.patch.object(machine, "platform_name", lambda: "cuda"),
+        mock.patch.object(tiles, "MEASURED", Table(tiles.MEASURED, kernel.name, candidate)),
+        harness.precision(),
+    ):
+        case = kernel.cases()[at]
+        shapes = jax.eval_shape(lambda: case.inputs(np.random.default_rng(0)))
+        jax.clear_caches()  # of what was traced with another candidate
+        try:
+            case.contenders[OURS].function.trace(*shapes).lower(lowering_platforms=("cuda",))
+        except Exception:
+            pass
+
+
 def fastest(kernel, case):
     """(key of the table, (constants, warps, stages)) of the fastest for `case`; None in the second's place: the kernel's own."""
     contender = case.contenders[OURS]
@@ -98,8 +148,7 @@ def fastest(kernel, case):
         return Contender(Patched(contender.function, tiles, "MEASURED", table), contender.prepare)
 
     own = Table(tiles.MEASURED, kernel.name, None)
-    constants = [dict(zip(kernel.constants, values)) for values in itertools.product(*kernel.constants.values())]
-    tried = list(itertools.product(constants, kernel.warps, kernel.stages))
+    tried = kernel.candidates()
     contenders = {"own": tried_with(own)}
     for i, candidate in enumerate(tried):
         contenders[i] = tried_with(Table(tiles.MEASURED, kernel.name, candidate))
@@ -119,6 +168,7 @@ def run(only=None):
     if not cases:
         names = ", ".join(dict.fromkeys(kernel.name for kernel in KERNELS))
         raise report.Unusable(f"--only: expected a part of one of {names} and a case's name, got {only!r}")
+    compile_all(cases)
     table = dict(tiles.MEASURED)
     for kernel, case in cases:
         key, found = fastest(kernel, case)

@@ -98,6 +98,39 @@ def test_tune_tries_tiles_and_writes_the_table(monkeypatch):
     )
 
 
+def test_tune_compiles_beforehand_what_it_measures(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    pytest.importorskip("jax_triton")
+    from bench import tune_triton
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kept = []
+    # A tile has to be a power of two: what cannot be compiled stops nobody, and what has been is not compiled again.
+    for rows in ((64,), (48, 64)):
+        constants = {"BLOCK_R": rows, "BLOCK_D": (32,)}
+        kernel = tune_triton.Kernel("lm_head", functools.partial(tune_triton._head, "bfloat16"), constants, (4,), (1,))
+        tune_triton.compile_all([(kernel, kernel.cases()[0])])
+        kept.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("*/jax_triton.json")})
+    assert kept[0] and kept[1] == kept[0]
+
+
+def test_tune_leaves_out_what_cannot_fit():
+    pytest.importorskip("triton")
+    from bench import tune_triton
+
+    numbers = {kernel.cases: (kernel.name, len(kernel.candidates())) for kernel in tune_triton.KERNELS}
+    assert list(numbers.values()) == [
+        *(("attention_forward", 41), ("attention_backward", 63), ("lm_head", 48)),
+        *(("attention_forward", 24), ("attention_backward", 16), ("lm_head", 8)),
+    ]
+
+
+def test_a_commit_is_unknown_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine.commit() == "unknown"
+
+
 # Each kind of arguments that a kernel's own choice tells apart, in both dtypes; nothing is computed.
 def test_tune_asks_for_every_kind(monkeypatch):
     pytest.importorskip("triton")
@@ -212,6 +245,8 @@ def test_a_decoder_with_a_cache_that_writes_nothing_is_wrong():
     from bench import end_to_end
 
     case = end_to_end.case("shipped", 8, 8, 4, 2, cached=True)
+    point = end_to_end.case("shipped", 8, 8, 4, 1, cached=True)  # the points of a curve compile one program
+    assert all(case.contenders[name].function is point.contenders[name].function for name in (OURS, "jnp"))
     given = jnp.full((1, 8), 9, jnp.int32)
     text, other, idle, lost = (
         np.pad(given + change, ((0, 0), (0, 8)), constant_values=token)

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -284,6 +286,21 @@ def test_a_run_fails_where_ours_is_wrong(measured, capsys, tmp_path, missing, st
     assert suite.run(None, "x", None, tmp_path / "results.json") == status
     said = capsys.readouterr().out
     assert ("FAILED, 1:" in said and said.splitlines()[-1] == f"attention: x1: dlm_kernels: {missing}") == bool(status)
+
+
+def test_a_run_that_is_stopped_writes_its_table(measured, monkeypatch, tmp_path):
+    before, measure = signal.getsignal(signal.SIGTERM), harness.measure
+
+    def stopped(case, *how):
+        return os.kill(os.getpid(), signal.SIGTERM) if case.name == "x1" else measure(case, *how)
+
+    monkeypatch.setattr(harness, "measure", stopped)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            suite.run(None, "x", None, tmp_path / "results.json")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "| x0 |" in (tmp_path / "results.md").read_text()
 
 
 # Which of the two is wrong, nobody knows.
