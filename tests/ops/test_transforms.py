@@ -167,6 +167,20 @@ def test_sharded_batch(name):
     assert "not pallas: within shard_map it takes check_vma=False" in str(dlm_kernels.explain(checked, *arrays))
 
 
+def test_sharded_batch_with_jax_set_to_gspmd():
+    """It asks after the results' sharding; where none tells, it ends the process."""
+    function, arrays = OPERATIONS["score_tokens"]
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
+    split = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in arrays]
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        results = jax.jit(function)(*split)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+    same(results, function(*arrays))
+    assert all(x.sharding.spec[0] == "data" for x in results)
+
+
 @pytest.mark.parametrize("loss", ["masked_cross_entropy", "masked_divergence"])
 def test_gradients_of_what_devices_share(loss):
     hidden, weight, targets = normal(1, 4, 6, 40), normal(2, 301, 40), (jax.random.randint(KEY, (4, 6), 0, 301),)
