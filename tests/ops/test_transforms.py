@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.extend.core import Primitive, primitives
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dlm_kernels
 from dlm_kernels import _cpu, masks
@@ -246,6 +246,15 @@ def test_arrays_split_along_any_axis(name, axis):
         for x in arrays
     ]
     same(jax.jit(function)(*split), function(*arrays))
+
+
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+def test_arrays_split_over_one_axis_of_the_mesh_each_along_another(axis):
+    function, (query, key, value) = OPERATIONS["attention"]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis,), devices=jax.devices("cpu")[:2])
+    batch, heads = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec(None, None, "data"))
+    split = jax.device_put((query, key, value), (batch, heads, heads))
+    same(jax.jit(function)(*split), function(query, key, value))
 
 
 @every_operation
