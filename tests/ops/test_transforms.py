@@ -257,6 +257,13 @@ def test_arrays_split_over_one_axis_of_the_mesh_each_along_another(axis):
     same(jax.jit(function)(*split), function(query, key, value))
 
 
+def test_an_array_of_no_mesh_beside_some_of_explicit_axes():
+    function, (query, key, value) = OPERATIONS["attention"]
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices("cpu")[:2])
+    split = jax.device_put((key, value), NamedSharding(mesh, PartitionSpec("data")))
+    same(function(query, *split), function(query, key, value))
+
+
 @every_operation
 def test_export(name):
     function, arrays = OPERATIONS[name]

@@ -8,7 +8,7 @@ import math
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def axis_names(axes, shapes):
@@ -87,9 +87,8 @@ def on_whole_arrays(function, arrays):
     """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
     if (mesh := _explicit_mesh(arrays)) is None:
         return function(*arrays)
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
     whole = PartitionSpec()
-    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, axis_names=explicit, check_vma=False)
+    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
     return function(*(jax.sharding.reshard(array, NamedSharding(mesh, whole)) for array in arrays))
 
 
