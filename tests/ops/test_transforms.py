@@ -257,6 +257,15 @@ def test_arrays_split_over_one_axis_of_the_mesh_each_along_another(axis):
     same(jax.jit(function)(*split), function(query, key, value))
 
 
+def test_arrays_split_over_different_axes_of_the_mesh_are_split_as_the_first():
+    function, (query, key, value) = OPERATIONS["attention"]
+    mesh = jax.make_mesh((2, 2), ("data", "other"), devices=jax.devices("cpu")[:4])
+    data, other = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", "other"))
+    out = function(*jax.device_put((query, key, value), (data, other, other)))
+    same(out, function(query, key, value))
+    assert out.sharding.spec[0] == "data"
+
+
 def test_an_array_of_no_mesh_beside_some_of_explicit_axes():
     function, (query, key, value) = OPERATIONS["attention"]
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices("cpu")[:2])
