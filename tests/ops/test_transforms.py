@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.extend.core import Primitive, primitives
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dlm_kernels
 from dlm_kernels import _cpu, masks
@@ -167,6 +167,20 @@ def test_sharded_batch(name):
     assert "not pallas: within shard_map it takes check_vma=False" in str(dlm_kernels.explain(checked, *arrays))
 
 
+def test_sharded_batch_with_jax_set_to_gspmd():
+    """It asks after the results' sharding; where none tells, it ends the process."""
+    function, arrays = OPERATIONS["score_tokens"]
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
+    split = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in arrays]
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        results = jax.jit(function)(*split)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+    same(results, function(*arrays))
+    assert all(x.sharding.spec[0] == "data" for x in results)
+
+
 @pytest.mark.parametrize("loss", ["masked_cross_entropy", "masked_divergence"])
 def test_gradients_of_what_devices_share(loss):
     hidden, weight, targets = normal(1, 4, 6, 40), normal(2, 301, 40), (jax.random.randint(KEY, (4, 6), 0, 301),)
@@ -232,6 +246,31 @@ def test_arrays_split_along_any_axis(name, axis):
         for x in arrays
     ]
     same(jax.jit(function)(*split), function(*arrays))
+
+
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+def test_arrays_split_over_one_axis_of_the_mesh_each_along_another(axis):
+    function, (query, key, value) = OPERATIONS["attention"]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis,), devices=jax.devices("cpu")[:2])
+    batch, heads = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec(None, None, "data"))
+    split = jax.device_put((query, key, value), (batch, heads, heads))
+    same(jax.jit(function)(*split), function(query, key, value))
+
+
+def test_arrays_split_over_different_axes_of_the_mesh_are_split_as_the_first():
+    function, (query, key, value) = OPERATIONS["attention"]
+    mesh = jax.make_mesh((2, 2), ("data", "other"), devices=jax.devices("cpu")[:4])
+    data, other = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", "other"))
+    out = function(*jax.device_put((query, key, value), (data, other, other)))
+    same(out, function(query, key, value))
+    assert out.sharding.spec[0] == "data"
+
+
+def test_an_array_of_no_mesh_beside_some_of_explicit_axes():
+    function, (query, key, value) = OPERATIONS["attention"]
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices("cpu")[:2])
+    split = jax.device_put((key, value), NamedSharding(mesh, PartitionSpec("data")))
+    same(function(query, *split), function(query, key, value))
 
 
 @every_operation

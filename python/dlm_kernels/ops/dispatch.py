@@ -178,10 +178,7 @@ def _refusal(leaf, implementation, operands, static):
 
 @functools.cache
 def _installed(name):
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its package is missing
-        return False
+    return importlib.util.find_spec(name) is not None
 
 
 def _module(implementation, module):

@@ -8,7 +8,7 @@ import math
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def axis_names(axes, shapes):
@@ -34,7 +34,6 @@ def groups(leaf, operands):
 def partitioned(leaf, run, axes, groups):
     """`run` as a function that the compiler may split over devices, along the axes that the leaf allows."""
     function = custom_partitioning(run)
-    rule, factors = _sharding_rule(leaf, axes, groups)
 
     def split(mesh, arg_shapes, terms):
         # Within a shard_map over some axes alone JAX gives shardings that tell nothing of axes.
@@ -56,8 +55,7 @@ def partitioned(leaf, run, axes, groups):
     function.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=rule,
-        need_replication_factors=tuple(f for f in factors if f not in leaf.sharded),
+        sharding_rule=_sharding_rule(leaf, axes, groups),
         **({"g": groups} if groups > 1 else {}),
     )
     return function
@@ -66,19 +64,12 @@ def partitioned(leaf, run, axes, groups):
 def _sharding_rule(leaf, axes, groups):
     """Shardy's einsum-like rule; query heads n are kv heads k times g, and each broadcast axis gets a factor of its own."""
     unique = iter(f"u{i}" for i in range(100))
-    factors = []
+    own = {"n": "(k g)" if groups > 1 else "k"}
 
     def term(names):
-        parts = []
-        for letter in names:
-            parts.append(
-                {"n": "(k g)" if groups > 1 else "k"}.get(letter) or (next(unique) if letter == "1" else letter)
-            )
-        factors.extend(p for part in parts for p in part.strip("()").split())
-        return " ".join(parts)
+        return " ".join(next(unique) if letter == "1" else own.get(letter, letter) for letter in names)
 
-    rule = ", ".join(term(names) for names in axes) + " -> " + ", ".join(term(names) for names in leaf.results)
-    return rule, tuple(dict.fromkeys(factors))
+    return ", ".join(map(term, axes)) + " -> " + ", ".join(map(term, leaf.results))
 
 
 def by_parts(leaf, function, axes, arrays):
@@ -96,9 +87,8 @@ def on_whole_arrays(function, arrays):
     """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
     if (mesh := _explicit_mesh(arrays)) is None:
         return function(*arrays)
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
     whole = PartitionSpec()
-    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, axis_names=explicit, check_vma=False)
+    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
     return function(*(jax.sharding.reshard(array, NamedSharding(mesh, whole)) for array in arrays))
 
 
