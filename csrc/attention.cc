@@ -286,7 +286,8 @@ struct Forward {
       const I unseen = (greatest == -kInfinity) & (total == 0.0f);
       const F inverse = unseen ? splat(0.0f) : 1.0f / total;
       float lse[kLanes];
-      store(lse, unseen ? splat(-kInfinity) : greatest * scale + log(total));
+      // 0 * NaN, for log() gives a number for NaN.
+      store(lse, unseen ? splat(-kInfinity) : greatest * scale + log(total) + 0.0f * total);
       T* targets[kLanes];
       for (int64_t i = 0; i < count; ++i) {
         args.lse[lse_offset(args, batch, head, m + half + i)] = lse[i];
