@@ -13,10 +13,10 @@ struct TargetSum : ExpSum {
 
 // Of the columns [0, n), behind which -inf stands up to a multiple of kLanes.
 inline TargetSum target_sum(const float* targets, const float* logits, int64_t n) {
-  const float greatest = greatest_of(targets, n);
+  const float greatest = greatest_of(targets, n), base = base_of(greatest);
   F total = F{}, gap = F{};
   for (int64_t j = 0; j < n; j += kLanes) {
-    const F target = load(targets + j), p = exp(target - greatest);
+    const F target = load(targets + j), p = exp(target - base);
     total += p;
     // What the target excludes counts for nothing, where the difference is infinite too.
     gap += select(p == 0.0f, F{}, p * (target - load(logits + j)));

@@ -28,23 +28,26 @@ inline float greatest_of(const float* row, int64_t n) {
   return max_lane(best);
 }
 
+// What exponents are taken relative to: where all are -inf, -inf - -inf would be NaN.
+inline float base_of(float greatest) { return greatest == -kInfinity ? 0.0f : greatest; }
+
 // Of the columns [0, n), behind which -inf stands up to a multiple of kLanes.
 inline ExpSum exp_sum(const float* row, int64_t n) {
-  const float greatest = greatest_of(row, n);
+  const float greatest = greatest_of(row, n), base = base_of(greatest);
   F total = F{};
   constexpr int kEach = 4;
   int64_t j = 0;
   for (; j + kEach * kLanes <= n; j += kEach * kLanes) {
     F p[kEach];
-    for (int i = 0; i < kEach; ++i) p[i] = load(row + j + i * kLanes) - greatest;
+    for (int i = 0; i < kEach; ++i) p[i] = load(row + j + i * kLanes) - base;
     exp_each<kEach>(p);
     for (int i = 0; i < kEach; ++i) total += p[i];
   }
-  for (; j < n; j += kLanes) total += exp(load(row + j) - greatest);
+  for (; j < n; j += kLanes) total += exp(load(row + j) - base);
   return {greatest, sum(total)};
 }
 
-// Of all parts of a row, in their order.
+// Of all parts of a row, in their order. NaN where all of them are -inf.
 template <typename Part>
 inline ExpSum merged(int64_t parts, Part&& part) {
   ExpSum all;

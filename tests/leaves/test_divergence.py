@@ -77,6 +77,22 @@ def test_it_counts_for_nothing_where_the_model_excludes_it_too(leaf):
     np.testing.assert_allclose(got, np.log(np.exp(model).sum()) - model[7], rtol=1e-5)
 
 
+@pytest.mark.parametrize("v", [130, 256, 300])
+def test_a_tile_of_columns_that_is_all_excluded(leaf, v):
+    """From column 128 on every logit is -inf: of the model's head and of the target's."""
+    model, target = np.random.default_rng(0).normal(size=(2, v, 2)).astype(np.float32)
+    hidden, active = np.ones((1, 2), np.float32), np.ones(1, bool)
+    few = [hidden, model[:128], hidden, target[:128], active]
+    model[128:, 0] = target[128:, 0] = -np.inf
+    many = [hidden, model, hidden, target, active]
+    forward, backward = (leaf("divergence", f"masked_divergence_{way}") for way in ("forward", "backward"))
+    expected, got = forward(*few), forward(*many)
+    for result, wanted in zip(got, expected, strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=1e-5)
+    dweights = [backward(*arrays, *found[1:], np.ones(1, np.float32))[1] for arrays, found in ((few, expected), (many, got))]
+    np.testing.assert_allclose(dweights[1], np.pad(dweights[0], ((0, v - 128), (0, 0))), rtol=1e-5, atol=1e-7)
+
+
 def test_a_row_of_nan_is_its_own_affair(leaf):
     for broken in (0, 2):
         arrays = [np.array(x) for x in operands(3, 16, 16, 50, "float32")]

@@ -117,3 +117,17 @@ def test_loss_and_gradient(leaf, check_gradients, shape, dtype, cap):
     wanted = loss_reference.masked_cross_entropy_backward(*as_numpy((*arrays, lse, dloss)), logits_soft_cap=cap)
     got = leaf("cross_entropy", "masked_cross_entropy_backward")(*arrays, lse, dloss, logits_soft_cap=cap)
     check_gradients(got, wanted, dloss, (weight, hidden))
+
+
+@pytest.mark.parametrize("v", [130, 256, 300])
+def test_the_loss_where_a_tile_of_columns_is_all_excluded(leaf, v):
+    weight = np.random.default_rng(0).normal(size=(v, 2)).astype(np.float32)
+    hidden, targets, active = np.ones((1, 2), np.float32), np.array([7], np.int32), np.ones(1, bool)
+    few = hidden, weight[:128].copy(), targets, active
+    weight[128:, 0] = -np.inf
+    many = hidden, weight, targets, active
+    forward, backward = (leaf("cross_entropy", f"masked_cross_entropy_{way}") for way in ("forward", "backward"))
+    (loss, lse), (wanted, wanted_lse) = (forward(*arrays, logits_soft_cap=None) for arrays in (many, few))
+    np.testing.assert_allclose([loss, lse], [wanted, wanted_lse], rtol=1e-6)
+    got, expected = (backward(*x, lse, np.ones(1, np.float32), logits_soft_cap=None)[1] for x in (many, few))
+    np.testing.assert_allclose(got, np.pad(expected, ((0, v - 128), (0, 0))), rtol=1e-5, atol=1e-7)
