@@ -39,17 +39,19 @@ def past_the_vocabulary(values, first, vocabulary, fill):
         over_groups(rows, clear)
 
 
-def to_gradient(values, first, vocabulary, of_rows):
-    """Sets `values` [ROWS, COLUMNS], of the tokens from `first` on, to of_rows(part)(columns, token), for parts of the rows and 128
-    columns at a time.
+def to_gradient(values, first, vocabulary, dloss, of_rows):
+    """Sets `values` [ROWS, COLUMNS], of the tokens from `first` on, to dloss [ROWS, 1] times of_rows(part)(columns, token), for parts
+    of the rows and 128 columns at a time.
     """
 
     def over_columns(part):
         gradient = of_rows(part)
+        scale = jnp.broadcast_to(dloss[part, :], (part.size, LANES))
         for chunk in range(values.shape[1] // LANES):
             lanes = pl.ds(chunk * LANES, LANES)
             token = first + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-            values[part, lanes] = gradient(lanes, token)
+            # Rows that are not active, whose hidden state is zeros here, are NaN times a weight that is infinite.
+            values[part, lanes] = jnp.where(scale == 0, 0.0, gradient(lanes, token) * scale)
 
     over_groups(values.shape[0], over_columns)
     past_the_vocabulary(values, first, vocabulary, 0.0)
@@ -171,19 +173,19 @@ def _slopes(values, first, vocabulary, targets, lse, dloss, *, soft_cap):
     """Turns the logits in `values` into the loss's gradient by them. targets, lse, dloss: [ROWS, 1]."""
 
     def of_rows(rows):
-        target, sums, scale = targets[rows, :], lse[rows, :], dloss[rows, :]
+        target, sums = targets[rows, :], lse[rows, :]
 
         def gradient(columns, token):
-            value, slope = values[rows, columns], scale
+            value, slope = values[rows, columns], 1.0
             if soft_cap is not None:
                 bent = jnp.tanh(value * (1 / soft_cap))
-                value, slope = soft_cap * bent, scale * (1 - bent * bent)
+                value, slope = soft_cap * bent, 1 - bent * bent
             probability = jnp.exp(value - sums)
             return (probability - jnp.where(token == target, 1.0, 0.0)) * slope
 
         return gradient
 
-    to_gradient(values, first, vocabulary, of_rows)
+    to_gradient(values, first, vocabulary, dloss, of_rows)
 
 
 def _product(gradient, factor, contracted):

@@ -95,14 +95,14 @@ def _slopes(values, first, vocabulary, lse, target_lse, dloss, target_hidden, ta
     head.products(target_hidden, target_weight, targets)
 
     def of_rows(rows):
-        sums, target_sums, scale = lse[rows, :], target_lse[rows, :], dloss[rows, :]
+        sums, target_sums = lse[rows, :], target_lse[rows, :]
 
         def gradient(columns, token):
-            return (jnp.exp(values[rows, columns] - sums) - jnp.exp(targets[rows, columns] - target_sums)) * scale
+            return jnp.exp(values[rows, columns] - sums) - jnp.exp(targets[rows, columns] - target_sums)
 
         return gradient
 
-    cross_entropy.to_gradient(values, first, vocabulary, of_rows)
+    cross_entropy.to_gradient(values, first, vocabulary, dloss, of_rows)
 
 
 def supports_masked_divergence_backward(hidden, weight, target_weight, **_):
