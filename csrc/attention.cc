@@ -226,7 +226,7 @@ struct Forward {
     for (int64_t j = 0; j < n; ++j, logits += kPanel) {
       for (int64_t i = 0; i < columns; i += kLanes) {
         const F x = load(logits + i) * args.scale;
-        store(logits + i, args.soft_cap == 0 ? x : args.soft_cap * tanh(x / args.soft_cap));
+        store(logits + i, args.soft_cap == 0 ? x : capped(x, args.soft_cap));
       }
     }
   }

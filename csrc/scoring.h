@@ -326,7 +326,7 @@ inline void finish_logits(const Scoring& scoring, const RowScorer& scorer, const
   if (scoring.soft_cap != 0 || divisor != 1) {
     for (int64_t j = 0; j < n; j += kLanes) {
       F x = load(logits + j);
-      if (scoring.soft_cap != 0) x = scoring.soft_cap * tanh(x / scoring.soft_cap);
+      if (scoring.soft_cap != 0) x = capped(x, scoring.soft_cap);
       store(logits + j, x / divisor);
     }
   }
