@@ -307,8 +307,10 @@ struct Forward {
   }
 
   void combine(int64_t index) {
-    const int64_t panel = index % panels, pair = index / panels;
-    const auto part = [&](int64_t split) { return sums_at(partial + ((pair * splits + split) * panels + panel) * sums_size()); };
+    const int64_t panel = index % panels, batch_head = index / panels;
+    const auto part = [&](int64_t split) {
+      return sums_at(partial + ((batch_head * splits + split) * panels + panel) * sums_size());
+    };
     const Sums sums = part(0);
     for (int64_t half = 0; half < kPanel; half += kLanes) {
       F greatest = load(sums.greatest + half);
@@ -327,7 +329,7 @@ struct Forward {
       store(sums.greatest + half, greatest);
       store(sums.total + half, total);
     }
-    finish(pair / args.k, pair % args.k, panel * kPanel, sums);
+    finish(batch_head / args.k, batch_head % args.k, panel * kPanel, sums);
   }
 };
 

@@ -50,12 +50,12 @@ struct CrossEntropy {
 
   void backward(const Parallel& parallel) {
     product.take(rows, parallel);
-    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* slopes) {
+    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* dlogits) {
       const int64_t n = std::min(kHeadColumns, args.v - column);
       for_rows(column, n, [&](int64_t i, const float* logits) {
         const int64_t row = rows[i], target = args.targets[row] - column;
         const float dloss = args.dloss[row], lse = args.lse[row];
-        auto* out = slopes + i * kHeadColumns;
+        auto* out = dlogits + i * kHeadColumns;
         for (int64_t j = 0; j < n; j += kLanes) {
           F x = load(logits + j), slope = splat(dloss);
           if (args.soft_cap != 0) {

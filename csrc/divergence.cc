@@ -79,11 +79,11 @@ struct Divergence {
   void backward(const Parallel& parallel) {
     model.take(rows, parallel);
     target.take(rows, parallel);
-    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* slopes) {
+    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* dlogits) {
       const int64_t n = std::min(kHeadColumns, args.v - column);
       for_rows(column, n, [&](int64_t i, const float* logits, const float* targets) {
         const float dloss = args.dloss[rows[i]], lse = args.lse[rows[i]], target_lse = args.target_lse[rows[i]];
-        auto* out = slopes + i * kHeadColumns;
+        auto* out = dlogits + i * kHeadColumns;
         for (int64_t j = 0; j < n; j += kLanes)
           store(out + j, dloss * (exp(load(logits + j) - lse) - exp(load(targets + j) - target_lse)));
         std::fill(out + n, out + round_up(n, kLanes), std::remove_reference_t<decltype(*out)>{});

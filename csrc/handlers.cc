@@ -106,9 +106,9 @@ Scoring scoring(const Operand& temperature, const Operand& key_data, const Opera
   args.counter_row = optional<int32_t>(counter_row), args.noise = optional<float>(noise);
   args.active = optional<bool>(active), args.banned = optional<int32_t>(banned);
   args.banned_count = banned.element_count();
-  args.confidence = confidence_kind(kind);
+  args.kind = confidence_kind(kind);
   args.tempered = tempered, args.soft_cap = soft_cap;
-  args.token = data<int32_t>(token), args.sureness = data<float>(confidence);
+  args.token = data<int32_t>(token), args.confidence = data<float>(confidence);
   args.entropy = data<float>(entropy), args.logsumexp = data<float>(logsumexp);
   return args;
 }

@@ -90,7 +90,7 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
     return loss, jnp.where(active, lse, -jnp.inf), jnp.where(active, target_lse, -jnp.inf)
 
 
-def _slopes(values, first, vocabulary, lse, target_lse, dloss, target_hidden, target_weight, targets):
+def _dlogits(values, first, vocabulary, lse, target_lse, dloss, target_hidden, target_weight, targets):
     """Turns the logits in `values` into the loss's gradient by them. lse, target_lse, dloss: [ROWS, 1]; targets: scratch."""
     head.products(target_hidden, target_weight, targets)
 
@@ -112,4 +112,4 @@ def supports_masked_divergence_backward(hidden, weight, target_weight, **_):
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
     """lse, target_lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
     target, of_rows = (target_hidden, target_weight), (lse, target_lse, dloss)
-    return cross_entropy.gradients("masked_divergence_backward", _slopes, hidden, weight, active, of_rows, target)
+    return cross_entropy.gradients("masked_divergence_backward", _dlogits, hidden, weight, active, of_rows, target)
