@@ -185,6 +185,15 @@ def test_integers_past_32_bits_are_not_wrapped(native):
         native.unmask_topk(tokens, scores, mask_id=3, num_unmask=2**40)
 
 
+@pytest.mark.parametrize("wrong", [1.0, True])
+def test_a_number_that_equals_a_good_one_is_refused_after_it_too(native, wrong):
+    tokens = torch.ones(1, 2, dtype=torch.int32)
+    step = functools.partial(native.unmask_topk, tokens, dlm_kernels.TokenScores(tokens, *[torch.zeros(1, 2)] * 3), num_unmask=1)
+    step(mask_id=1)
+    with pytest.raises(ValueError, match="mask_id: expected a single integer"):
+        step(mask_id=wrong)
+
+
 def test_arrays_of_numpy_and_jax_beside_tensors_are_taken(native):
     logits, tokens = draw(0, B, L, V), np.full((B, L), 39)
     options = dict(

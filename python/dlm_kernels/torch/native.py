@@ -34,7 +34,8 @@ def _operation(function):
         if implementation not in (None, "triton"):
             raise ValueError(f"implementation: expected 'triton' or None for tensors on a GPU, got {implementation!r}")
         leaves, tree = jax.tree.flatten((args, kwargs))
-        _checked(operation, tree, tuple(map(_abstract, leaves)))
+        abstract = tuple(map(_abstract, leaves))
+        _checked(operation, tree, abstract, tuple(map(type, abstract)))
         device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
         args, kwargs = jax.tree.unflatten(tree, [_tensor(leaf, device) for leaf in leaves])
         return function(*args, **kwargs)
@@ -300,8 +301,11 @@ def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked(operation, tree, leaves):
-    """Raises what the JAX operation raises for these shapes, dtypes and numbers. Remembers them, for it takes a trace."""
+def _checked(operation, tree, leaves, types):
+    """Raises what the JAX operation raises for these shapes, dtypes and numbers. Remembers them, for it takes a trace.
+
+    types: the leaves', for 1, 1.0 and True are equal, and not all of them may be what is asked for.
+    """
     shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
 
     def abstract(*traced):
