@@ -116,11 +116,11 @@ def supports_masked_cross_entropy_forward(hidden, weight, **_):
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
     """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R].
 
-    Returns loss and lse, float32 [R]; loss 0 and lse -inf where inactive. A tile of rows costs nothing where none is active.
+    Returns loss and lse, float32 [R]; 0 where inactive. A tile of rows costs nothing where none is active.
     """
     kernel = functools.partial(_forward_kernel, soft_cap=logits_soft_cap)
     top, total, chosen = statistics("masked_cross_entropy_forward", kernel, 3, hidden, weight, active, of_rows=[targets])
-    lse = jnp.where(active, logsumexp(top, total), -jnp.inf)
+    lse = jnp.where(active, logsumexp(top, total), 0.0)
     known = (targets >= 0) & (targets < weight.shape[0])
     return jnp.where(active, jnp.where(known, lse - jnp.sum(chosen, axis=1), jnp.nan), 0.0), lse
 

@@ -78,7 +78,7 @@ def supports_masked_divergence_forward(hidden, weight, target_weight, **_):
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
     """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E], all one dtype; active bool [R].
 
-    Returns loss, lse and target_lse, float32 [R]; 0, -inf and -inf where inactive. Rows cost nothing where a tile has none active.
+    Returns loss, lse and target_lse, float32 [R]; 0 where inactive. Rows cost nothing where a tile has none active.
     """
     name, target = "masked_divergence_forward", (target_hidden, target_weight)
     found = cross_entropy.statistics(name, _forward_kernel, 5, hidden, weight, active, beside=target)
@@ -86,8 +86,7 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
     lse, target_lse = cross_entropy.logsumexp(top, total), cross_entropy.logsumexp(target_top, target_total)
     scale = jnp.exp(target_top - jnp.max(target_top, axis=1, keepdims=True))
     mean_gap = jnp.sum(_counted(scale, gap), axis=1) / jnp.sum(target_total * scale, axis=1)
-    loss = jnp.where(active, mean_gap + lse - target_lse, 0.0)
-    return loss, jnp.where(active, lse, -jnp.inf), jnp.where(active, target_lse, -jnp.inf)
+    return tuple(jnp.where(active, x, 0.0) for x in (mean_gap + lse - target_lse, lse, target_lse))
 
 
 def _dlogits(values, first, vocabulary, lse, target_lse, dloss, target_hidden, target_weight, targets):
