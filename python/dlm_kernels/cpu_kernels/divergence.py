@@ -3,10 +3,6 @@
 from dlm_kernels import cpu_kernels
 
 
-def supports_masked_divergence_forward(hidden, **_):
-    return cpu_kernels.refuse(hidden)
-
-
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
     """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E]; active bool [R].
 
@@ -14,10 +10,6 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
     """
     outputs = tuple(cpu_kernels.vector(hidden.shape[0]) for _ in range(3))
     return cpu_kernels.run("masked_divergence_forward", outputs, hidden, weight, target_hidden, target_weight, active)
-
-
-def supports_masked_divergence_backward(hidden, **_):
-    return cpu_kernels.refuse(hidden)
 
 
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
