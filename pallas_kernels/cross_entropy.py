@@ -40,8 +40,8 @@ def past_the_vocabulary(values, first, vocabulary, fill):
 
 
 def to_gradient(values, first, vocabulary, dloss, of_rows):
-    """Sets `values` [ROWS, COLUMNS], of the tokens from `first` on, to dloss [ROWS, 1] times of_rows(part)(columns, token), for parts
-    of the rows and 128 columns at a time.
+    """Sets `values` [ROWS, COLUMNS], of the tokens from `first` on, to dloss [ROWS, 1] times of_rows(part)(columns, token), for
+    parts of the rows and 128 columns at a time.
     """
 
     def over_columns(part):
