@@ -226,7 +226,7 @@ struct Forward {
     for (int64_t j = 0; j < n; ++j, logits += kPanel) {
       for (int64_t i = 0; i < columns; i += kLanes) {
         const F x = load(logits + i) * args.scale;
-        store(logits + i, args.soft_cap == 0 ? x : args.soft_cap * tanh(x / args.soft_cap));
+        store(logits + i, args.soft_cap == 0 ? x : capped(x, args.soft_cap));
       }
     }
   }
@@ -286,8 +286,8 @@ struct Forward {
       const I unseen = (greatest == -kInfinity) & (total == 0.0f);
       const F inverse = unseen ? splat(0.0f) : 1.0f / total;
       float lse[kLanes];
-      // log would make a number of NaN.
-      store(lse, unseen ? splat(-kInfinity) : greatest * scale + select(total == total, log(total), total));
+      // 0 * NaN, for log() gives a number for NaN.
+      store(lse, unseen ? splat(-kInfinity) : greatest * scale + log(total) + 0.0f * total);
       T* targets[kLanes];
       for (int64_t i = 0; i < count; ++i) {
         args.lse[lse_offset(args, batch, head, m + half + i)] = lse[i];
@@ -307,8 +307,10 @@ struct Forward {
   }
 
   void combine(int64_t index) {
-    const int64_t panel = index % panels, pair = index / panels;
-    const auto part = [&](int64_t split) { return sums_at(partial + ((pair * splits + split) * panels + panel) * sums_size()); };
+    const int64_t panel = index % panels, batch_head = index / panels;
+    const auto part = [&](int64_t split) {
+      return sums_at(partial + ((batch_head * splits + split) * panels + panel) * sums_size());
+    };
     const Sums sums = part(0);
     for (int64_t half = 0; half < kPanel; half += kLanes) {
       F greatest = load(sums.greatest + half);
@@ -327,7 +329,7 @@ struct Forward {
       store(sums.greatest + half, greatest);
       store(sums.total + half, total);
     }
-    finish(pair / args.k, pair % args.k, panel * kPanel, sums);
+    finish(batch_head / args.k, batch_head % args.k, panel * kPanel, sums);
   }
 };
 

@@ -32,7 +32,7 @@ struct CrossEntropy {
       const int64_t column = tile * kHeadColumns, n = std::min(kHeadColumns, args.v - column);
       for_rows(column, n, [&](int64_t i, float* logits) {
         if (args.soft_cap != 0)
-          for (int64_t j = 0; j < n; j += kLanes) store(logits + j, args.soft_cap * tanh(load(logits + j) / args.soft_cap));
+          for (int64_t j = 0; j < n; j += kLanes) store(logits + j, capped(load(logits + j), args.soft_cap));
         std::fill(logits + n, logits + round_up(n, kLanes), -kInfinity);
         const int64_t target = args.targets[rows[i]] - column;
         if (target >= 0 && target < n) target_logit[i] = logits[target];
@@ -50,12 +50,12 @@ struct CrossEntropy {
 
   void backward(const Parallel& parallel) {
     product.take(rows, parallel);
-    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* slopes) {
+    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* dlogits) {
       const int64_t n = std::min(kHeadColumns, args.v - column);
       for_rows(column, n, [&](int64_t i, const float* logits) {
         const int64_t row = rows[i], target = args.targets[row] - column;
         const float dloss = args.dloss[row], lse = args.lse[row];
-        auto* out = slopes + i * kHeadColumns;
+        auto* out = dlogits + i * kHeadColumns;
         for (int64_t j = 0; j < n; j += kLanes) {
           F x = load(logits + j), slope = splat(dloss);
           if (args.soft_cap != 0) {

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "scratch.h"
 
 namespace dlm {
 
@@ -70,11 +69,6 @@ std::vector<std::string> available_isas() {
   for (const Candidate& candidate : candidates())
     if (candidate.available) names.push_back(candidate.kernels->isa);
   return names;
-}
-
-Scratch& thread_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
 }
 
 }  // namespace dlm

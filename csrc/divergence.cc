@@ -13,10 +13,10 @@ struct TargetSum : ExpSum {
 
 // Of the columns [0, n), behind which -inf stands up to a multiple of kLanes.
 inline TargetSum target_sum(const float* targets, const float* logits, int64_t n) {
-  const float greatest = greatest_of(targets, n);
+  const float greatest = greatest_of(targets, n), base = base_of(greatest);
   F total = F{}, gap = F{};
   for (int64_t j = 0; j < n; j += kLanes) {
-    const F target = load(targets + j), p = exp(target - greatest);
+    const F target = load(targets + j), p = exp(target - base);
     total += p;
     // What the target excludes counts for nothing, where the difference is infinite too.
     gap += select(p == 0.0f, F{}, p * (target - load(logits + j)));
@@ -79,11 +79,11 @@ struct Divergence {
   void backward(const Parallel& parallel) {
     model.take(rows, parallel);
     target.take(rows, parallel);
-    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* slopes) {
+    HeadGradients<T>(args, rows).run(parallel, [&](int64_t column, auto* dlogits) {
       const int64_t n = std::min(kHeadColumns, args.v - column);
       for_rows(column, n, [&](int64_t i, const float* logits, const float* targets) {
         const float dloss = args.dloss[rows[i]], lse = args.lse[rows[i]], target_lse = args.target_lse[rows[i]];
-        auto* out = slopes + i * kHeadColumns;
+        auto* out = dlogits + i * kHeadColumns;
         for (int64_t j = 0; j < n; j += kLanes)
           store(out + j, dloss * (exp(load(logits + j) - lse) - exp(load(targets + j) - target_lse)));
         std::fill(out + n, out + round_up(n, kLanes), std::remove_reference_t<decltype(*out)>{});

@@ -9,15 +9,15 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = 16384;  // columns of a row that one tile writes
+constexpr int64_t kColumns = 16384;  // columns of a row that one tile writes
 
 // Calls body(row, first, n) for every piece [first, first + n) of every row.
 template <typename Body>
 void for_pieces(int64_t rows, int64_t columns, const Parallel& parallel, Body&& body) {
-  const int64_t pieces = (columns + kPiece - 1) / kPiece;
+  const int64_t pieces = (columns + kColumns - 1) / kColumns;
   parallel(rows * pieces, [&](int64_t index) {
-    const int64_t first = index % pieces * kPiece;
-    body(index / pieces, first, std::min(kPiece, columns - first));
+    const int64_t first = index % pieces * kColumns;
+    body(index / pieces, first, std::min(kColumns, columns - first));
   });
 }
 

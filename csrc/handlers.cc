@@ -24,6 +24,20 @@ DType dtype(const Operand& operand) {
   }
 }
 
+DType dtype(std::string_view name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("logits_dtype: expected float32, bfloat16 or float16");
+}
+
+Scoring::Confidence confidence_kind(std::string_view name) {
+  if (name == "probability") return Scoring::Confidence::kProbability;
+  if (name == "margin") return Scoring::Confidence::kMargin;
+  if (name == "neg_entropy") return Scoring::Confidence::kNegEntropy;
+  throw std::invalid_argument("kind: expected probability, margin or neg_entropy");
+}
+
 template <typename T>
 const T* optional(const Operand& operand) {
   return operand.element_count() == 0 ? nullptr : static_cast<const T*>(operand.untyped_data());
@@ -92,12 +106,9 @@ Scoring scoring(const Operand& temperature, const Operand& key_data, const Opera
   args.counter_row = optional<int32_t>(counter_row), args.noise = optional<float>(noise);
   args.active = optional<bool>(active), args.banned = optional<int32_t>(banned);
   args.banned_count = banned.element_count();
-  using Confidence = Scoring::Confidence;
-  args.confidence = kind == "margin"        ? Confidence::kMargin
-                    : kind == "neg_entropy" ? Confidence::kNegEntropy
-                                            : Confidence::kProbability;
+  args.kind = confidence_kind(kind);
   args.tempered = tempered, args.soft_cap = soft_cap;
-  args.token = data<int32_t>(token), args.sureness = data<float>(confidence);
+  args.token = data<int32_t>(token), args.confidence = data<float>(confidence);
   args.entropy = data<float>(entropy), args.logsumexp = data<float>(logsumexp);
   return args;
 }
@@ -163,9 +174,7 @@ ffi::Error lm_head_scores(ffi::ThreadPool pool, Operand hidden, Operand weight, 
     args.r = hidden.dimensions()[0], args.d = hidden.dimensions()[1], args.v = vocabulary;
     args.hidden = hidden.untyped_data(), args.weight = weight.untyped_data(), args.packed = weight.dimensions().size() == 4;
     args.round_logits = logits_dtype != "";
-    args.logits_dtype = logits_dtype == "bfloat16"  ? DType::kBFloat16
-                        : logits_dtype == "float16" ? DType::kFloat16
-                                                    : DType::kFloat32;
+    if (args.round_logits) args.logits_dtype = dtype(logits_dtype);
     args.scoring = scoring(temperature, key_data, counter_row, noise, active, banned, token, confidence, entropy, logsumexp,
                            kind, tempered, soft_cap);
     kernels().lm_head_scores(args, XlaParallel(pool));

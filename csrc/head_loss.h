@@ -28,23 +28,26 @@ inline float greatest_of(const float* row, int64_t n) {
   return max_lane(best);
 }
 
+// What exponents are taken relative to: where all are -inf, -inf - -inf would be NaN.
+inline float base_of(float greatest) { return greatest == -kInfinity ? 0.0f : greatest; }
+
 // Of the columns [0, n), behind which -inf stands up to a multiple of kLanes.
 inline ExpSum exp_sum(const float* row, int64_t n) {
-  const float greatest = greatest_of(row, n);
+  const float greatest = greatest_of(row, n), base = base_of(greatest);
   F total = F{};
   constexpr int kEach = 4;
   int64_t j = 0;
   for (; j + kEach * kLanes <= n; j += kEach * kLanes) {
     F p[kEach];
-    for (int i = 0; i < kEach; ++i) p[i] = load(row + j + i * kLanes) - greatest;
+    for (int i = 0; i < kEach; ++i) p[i] = load(row + j + i * kLanes) - base;
     exp_each<kEach>(p);
     for (int i = 0; i < kEach; ++i) total += p[i];
   }
-  for (; j < n; j += kLanes) total += exp(load(row + j) - greatest);
+  for (; j < n; j += kLanes) total += exp(load(row + j) - base);
   return {greatest, sum(total)};
 }
 
-// Of all parts of a row, in their order.
+// Of all parts of a row, in their order. NaN where all of them are -inf.
 template <typename Part>
 inline ExpSum merged(int64_t parts, Part&& part) {
   ExpSum all;
@@ -74,8 +77,8 @@ struct HeadGradients {
         weight(static_cast<const T*>(args.weight)), dhidden(static_cast<T*>(args.dhidden)),
         dweight(static_cast<T*>(args.dweight)) {}
 
-  // logit_gradients(column, slopes) sets slopes[i][j], for all rows, to the gradient of the logit of column + j, and to zero behind
-  // the vocabulary's last column up to a multiple of kLanes. slopes: [rows, kHeadColumns].
+  // logit_gradients(column, dlogits) sets dlogits[i][j], for all rows, to the gradient of the logit of column + j, and to zero
+  // behind the vocabulary's last column up to a multiple of kLanes. dlogits: [rows, kHeadColumns].
   template <typename LogitGradients>
   void run(const Parallel& parallel, LogitGradients&& logit_gradients) const {
     const int64_t count = rows.size(), panels = (d + kPanel - 1) / kPanel, depth = elements<E>(count);
@@ -84,9 +87,9 @@ struct HeadGradients {
     // Tiles at once: a few for each thread. Where a chunk ends changes no sum's order.
     const int64_t most = std::max<int64_t>(8, 2 * parallel.threads());
     memory.reset(sizeof(Gradient) * most * count * kHeadColumns + (sizeof(E) * depth + 4 * count) * panels * kPanel + 256);
-    Gradient* dlogits = memory.take<Gradient>(most * count * kHeadColumns);  // [tiles of the chunk][rows][kHeadColumns]
-    E* hidden_panels = memory.take<E>(panels * depth * kPanel);                // [D / kPanel][elements of rows][kPanel]
-    float* sums = memory.take<float>(panels * count * kPanel);                 // [D / kPanel][rows][kPanel]
+    Gradient* chunk_dlogits = memory.take<Gradient>(most * count * kHeadColumns);  // [tiles of the chunk][rows][kHeadColumns]
+    E* hidden_panels = memory.take<E>(panels * depth * kPanel);                      // [D / kPanel][elements of rows][kPanel]
+    float* sums = memory.take<float>(panels * count * kPanel);                       // [D / kPanel][rows][kPanel]
     std::fill(sums, sums + panels * count * kPanel, 0.0f);
     parallel(panels, [&](int64_t panel) {
       const int64_t from = panel * kPanel;
@@ -104,9 +107,9 @@ struct HeadGradients {
     for (int64_t chunk = 0; chunk < tiles; chunk += most) {
       const int64_t some = std::min(most, tiles - chunk);
       parallel(some, [&](int64_t tile) {
-        Gradient* slopes = dlogits + tile * count * kHeadColumns;
-        logit_gradients((chunk + tile) * kHeadColumns, slopes);
-        weight_gradients((chunk + tile) * kHeadColumns, slopes, hidden_panels, depth);
+        Gradient* dlogits = chunk_dlogits + tile * count * kHeadColumns;
+        logit_gradients((chunk + tile) * kHeadColumns, dlogits);
+        weight_gradients((chunk + tile) * kHeadColumns, dlogits, hidden_panels, depth);
       });
       parallel(panels, [&](int64_t panel) {
         Scratch& scratch = thread_scratch();
@@ -116,8 +119,8 @@ struct HeadGradients {
         for (int64_t tile = 0; tile < some; ++tile) {
           const int64_t column = (chunk + tile) * kHeadColumns, columns = std::min(kHeadColumns, v - column);
           pack(weight + column * d + from, d, columns, n, nullptr, right);
-          multiply(reinterpret_cast<const E*>(dlogits + tile * count * kHeadColumns), kHeadColumns / kValues<E>, 1, count, right,
-                   elements<E>(columns), kPanel, sums + panel * count * kPanel, kPanel, true);
+          multiply(reinterpret_cast<const E*>(chunk_dlogits + tile * count * kHeadColumns), kHeadColumns / kValues<E>, 1, count,
+                   right, elements<E>(columns), kPanel, sums + panel * count * kPanel, kPanel, true);
         }
       });
     }
@@ -131,14 +134,14 @@ struct HeadGradients {
     });
   }
 
-  // The gradient of a tile's rows of the weight, from slopes [rows, kHeadColumns]; depth: elements of rows.
-  void weight_gradients(int64_t column, const Gradient* slopes, const E* hidden_panels, int64_t depth) const {
+  // The gradient of a tile's rows of the weight, from dlogits [rows, kHeadColumns]; depth: elements of rows.
+  void weight_gradients(int64_t column, const Gradient* dlogits, const E* hidden_panels, int64_t depth) const {
     const int64_t n = std::min(kHeadColumns, v - column);
     Scratch& scratch = thread_scratch();
     scratch.reset((sizeof(E) * depth + 4 * kRun) * kHeadColumns + 128);
     float* sums = scratch.take<float>(kHeadColumns * kRun);
     E* left = scratch.take<E>(depth * kHeadColumns);  // [elements of rows][kHeadColumns]
-    copy_columns(slopes, kHeadColumns, rows.size(), round_up(n, kLanes), nullptr, left, kHeadColumns);
+    copy_columns(dlogits, kHeadColumns, rows.size(), round_up(n, kLanes), nullptr, left, kHeadColumns);
     T* out = dweight + column * d;
     for (int64_t from = 0; from < d; from += kRun) {
       const int64_t width = std::min(kRun, d - from);

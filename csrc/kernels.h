@@ -42,11 +42,11 @@ struct Scoring {
   const bool* active;                  // [R] or null; a row that is not active is not read
   const int32_t* banned;               // [M] token ids; those outside [0, V) are ignored
   int64_t banned_count;
-  enum class Confidence { kProbability, kMargin, kNegEntropy } confidence;
+  enum class Confidence { kProbability, kMargin, kNegEntropy } kind;
   bool tempered;                       // take the distribution from logits / temperature
   float soft_cap;                      // 0: none
   int32_t* token;                      // [R], as all below
-  float *sureness, *entropy, *logsumexp;
+  float *confidence, *entropy, *logsumexp;
 };
 
 struct ScoreArgs {

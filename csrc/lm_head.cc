@@ -53,7 +53,7 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
           finish_logits(args.scoring, scorer, banned, row_logits, n, column);
           Statistics& statistics = partial[row * parts + part];
           scorer.take(statistics, Plain<float>{row_logits}, n, column);
-          if (scorer.may_win(statistics.greatest)) scorer.sample(statistics, Plain<float>{row_logits}, n, column);
+          if (scorer.may_win(statistics.top)) scorer.sample(statistics, Plain<float>{row_logits}, n, column);
         }
       }
     }

@@ -55,7 +55,7 @@ class RowScorer {
  public:
   // floor is shared by all who score parts of this row: a score that some column is known to reach.
   RowScorer(const Scoring& scoring, int64_t row, int64_t vocabulary, std::atomic<float>& floor)
-      : margin_(scoring.confidence == Scoring::Confidence::kMargin), samples_(samples(scoring, row)), floor_(floor) {
+      : margin_(scoring.kind == Scoring::Confidence::kMargin), samples_(samples(scoring, row)), floor_(floor) {
     if (!samples_) return;
     (scoring.tempered ? logit_divisor_ : sample_divisor_) = scoring.temperature[row];
     if (scoring.noise != nullptr) {
@@ -72,7 +72,7 @@ class RowScorer {
   // Adds columns [column, column + n) of the row, n <= kChunk.
   template <typename Logits>
   void take(Statistics& row, const Logits& logits, int64_t n, int64_t column) const {
-    const float before = row.greatest;
+    const float before = row.top;
     float base = before == -kInfinity ? some_of(logits, n) : before, greatest = before;
     Sums sums = add(logits, n, base);
     int64_t at = 0;
@@ -85,7 +85,7 @@ class RowScorer {
     if (greatest > base + kNear) sums = add(logits, n, base = greatest);
     row.rebase(base);
     row.total += sum(sums.total);
-    row.weighted += sum(sums.weighted);
+    row.moment += sum(sums.moment);
     row.rebase(greatest);
     if (key_ != nullptr && greatest > before) reach(greatest, column + at);
   }
@@ -127,7 +127,7 @@ class RowScorer {
   }
 
   struct Sums {
-    F total = {}, weighted = {}, best = splat(-kInfinity);
+    F total = {}, moment = {}, best = splat(-kInfinity);
   };
 
   // The first column of the value, which is among them.
@@ -167,7 +167,7 @@ class RowScorer {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       sums[i % 2].total += p[i];
-      sums[i % 2].weighted += distance[i] * p[i];
+      sums[i % 2].moment += distance[i] * p[i];
       sums[i % 2].best = max(sums[i % 2].best, x[i]);
     }
   }
@@ -188,7 +188,7 @@ class RowScorer {
       const F x = vector(logits, j, n);
       add_vectors<1>(&x, base, sums);
     }
-    return {sums[0].total + sums[1].total, sums[0].weighted + sums[1].weighted, max(sums[0].best, sums[1].best)};
+    return {sums[0].total + sums[1].total, sums[0].moment + sums[1].moment, max(sums[0].best, sums[1].best)};
   }
 
   float floor() const { return floor_.load(std::memory_order_relaxed); }
@@ -226,7 +226,7 @@ class RowScorer {
     const float known = floor(), bar = least_to_win(known);
     // A word for each that may win: its offset in the last bits, its logit cut short in the others. Few words come here over and
     // over, and a store across the border of two pages takes ten times as long.
-    alignas(4096) uint32_t kept[kSampleChunk + kTogether * kLanes];
+    alignas(4096) uint32_t kept[kSampleChunk + kVectors * kLanes];
     int64_t count = 0;
     const auto keep = [&](int64_t j, F x) {
       count += store_at_least(bar, x, (as_bits(x) & ~kOffset) | offsets(j), kept + count);
@@ -235,23 +235,23 @@ class RowScorer {
     for (; j + kLanes <= stop; j += kLanes) keep(j, logits.at(j));
     if (j < stop) keep(j, logits.first(j, stop - j));
     // Behind the last, low ones that are not infinite and have offset 0.
-    for (int i = 0; i < kTogether; ++i) store(kept + count + i * kLanes, as_bits(splat(-0x1p64f)));
+    for (int i = 0; i < kVectors; ++i) store(kept + count + i * kLanes, as_bits(splat(-0x1p64f)));
     const float multiplier = 1.0f / sample_divisor_;
-    const float cut_short = kCutShort * multiplier * std::max(std::fabs(bar), std::fabs(row.greatest));
+    const float cut_short = kCutShort * multiplier * std::max(std::fabs(bar), std::fabs(row.top));
     const uint32_t high = (uint32_t)((counter + (uint64_t)first) >> 32);
-    for (int64_t at = 0; at < count; at += kTogether * kLanes) {
-      U offset[kTogether], low[kTogether], bits[kTogether];
+    for (int64_t at = 0; at < count; at += kVectors * kLanes) {
+      U offset[kVectors], low[kVectors], bits[kVectors];
 #pragma GCC unroll 8
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         offset[i] = load(kept + at + i * kLanes) & kOffset;
         low[i] = offset[i] + (uint32_t)counter;
       }
-      threefry_bits<kTogether>(key_, high, low, bits);
+      threefry_bits<kVectors>(key_, high, low, bits);
       const float to_beat = std::max(known, row.sampled_score);
       // 1e-6 outweighs the rounding of x / divisor.
       const float room = kMostBound + cut_short + 1e-6f * std::fabs(to_beat) - to_beat;
 #pragma GCC unroll 8
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         // Cut short, an infinite logit is a NaN, and may win too.
         const F most = as_float(load(kept + at + i * kLanes)) * multiplier + room, less = shortfall(bits[i]);
         if (any_not_less(most, less)) take_exactly(row, logits, stop, ~(most < less), offset[i], bits[i], column);
@@ -283,7 +283,7 @@ class RowScorer {
   }
 
   // Vectors of noise in turn, as many as registers hold: one alone waits for itself at every step.
-  static constexpr int kTogether = kLanes == 16 ? 8 : 4;
+  static constexpr int kVectors = kLanes == 16 ? 8 : 4;
   static constexpr uint32_t kOffset = kSampleChunk - 1;        // the bits of a word that hold an offset
   static constexpr float kCutShort = kSampleChunk * 0x1p-23f;  // what a logit may lose to it, relatively
 
@@ -324,7 +324,7 @@ inline void finish_logits(const Scoring& scoring, const RowScorer& scorer, const
   if (scoring.soft_cap != 0 || divisor != 1) {
     for (int64_t j = 0; j < n; j += kLanes) {
       F x = load(logits + j);
-      if (scoring.soft_cap != 0) x = scoring.soft_cap * tanh(x / scoring.soft_cap);
+      if (scoring.soft_cap != 0) x = capped(x, scoring.soft_cap);
       store(logits + j, x / divisor);
     }
   }
@@ -335,27 +335,27 @@ inline void finish_logits(const Scoring& scoring, const RowScorer& scorer, const
 // Writes row's results from the statistics of all its columns.
 inline void write_scores(const Scoring& scoring, int64_t row, const Statistics& all) {
   const bool hot = samples(scoring, row);
-  const double log_total = std::log(all.total), logsumexp = all.greatest + log_total;
-  const double entropy = log_total - all.weighted / all.total;
+  const double log_total = std::log(all.total), logsumexp = all.top + log_total;
+  const double entropy = log_total - all.moment / all.total;
   scoring.token[row] = hot ? all.sampled : all.token;
   scoring.logsumexp[row] = (float)logsumexp;
   scoring.entropy[row] = (float)entropy;
-  switch (scoring.confidence) {
+  switch (scoring.kind) {
     case Scoring::Confidence::kProbability:
-      scoring.sureness[row] = (float)std::exp((hot ? all.sampled_logit : all.greatest) - logsumexp);
+      scoring.confidence[row] = (float)std::exp((hot ? all.sampled_logit : all.top) - logsumexp);
       break;
     case Scoring::Confidence::kMargin:
-      scoring.sureness[row] = (float)(std::exp(all.greatest - logsumexp) - std::exp(all.second - logsumexp));
+      scoring.confidence[row] = (float)(std::exp(all.top - logsumexp) - std::exp(all.second - logsumexp));
       break;
     case Scoring::Confidence::kNegEntropy:
-      scoring.sureness[row] = (float)-entropy;
+      scoring.confidence[row] = (float)-entropy;
       break;
   }
 }
 
 inline void write_inactive(const Scoring& scoring, int64_t row) {
   scoring.token[row] = -1;
-  scoring.sureness[row] = scoring.logsumexp[row] = -kInfinity;
+  scoring.confidence[row] = scoring.logsumexp[row] = -kInfinity;
   scoring.entropy[row] = kInfinity;
 }
 

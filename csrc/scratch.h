@@ -70,6 +70,9 @@ class Scratch {
 
 #endif
 
-Scratch& thread_scratch();
+inline Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
 
 }  // namespace dlm

@@ -353,5 +353,8 @@ inline F tanh(F x) {
   return select(magnitude(x) < 0.625f, small, large);
 }
 
+// A logit under a soft cap, which is not 0.
+inline F capped(F x, float soft_cap) { return soft_cap * tanh(x / soft_cap); }
+
 }  // namespace
 }  // namespace dlm::DLM_ISA

@@ -10,36 +10,36 @@ namespace dlm::DLM_ISA {
 namespace {
 
 struct Statistics {
-  float greatest = -kInfinity;  // logit
-  float second = -kInfinity;    // the greatest but one; equal to greatest on a tie. Only kept for margins
-  int32_t token = 0;            // lowest column of the greatest
+  float top = -kInfinity;       // the greatest logit
+  float second = -kInfinity;    // the greatest but one; equal to top on a tie. Only kept for margins
+  int32_t token = 0;            // lowest column of top
   int32_t sampled = 0;          // lowest column of the greatest sampled_score
   float sampled_score = -kInfinity;
   float sampled_logit = -kInfinity;
-  double total = 0;             // sum of exp(logit - greatest)
-  double weighted = 0;          // sum of (logit - greatest) * exp(logit - greatest)
+  double total = 0;             // sum of exp(logit - top)
+  double moment = 0;            // sum of (logit - top) * exp(logit - top)
 
-  // Moves the sums to a new greatest logit.
+  // Moves the sums to a new top.
   void rebase(float to) {
-    if (to == greatest) return;
-    const double shift = (double)greatest - to, factor = std::exp(shift);
+    if (to == top) return;
+    const double shift = (double)top - to, factor = std::exp(shift);
     // From -inf the sums are 0, and 0 * -inf would be NaN.
-    weighted = greatest == -kInfinity ? 0 : (weighted + shift * total) * factor;
+    moment = top == -kInfinity ? 0 : (moment + shift * total) * factor;
     total *= factor;
-    greatest = to;
+    top = to;
   }
 
   // Adds what is known of later columns.
   void merge(Statistics later) {
-    second = later.greatest > greatest ? std::max(greatest, later.second) : std::max(second, later.greatest);
-    if (later.greatest > greatest) {
+    second = later.top > top ? std::max(top, later.second) : std::max(second, later.top);
+    if (later.top > top) {
       token = later.token;
-      rebase(later.greatest);
+      rebase(later.top);
     } else {
-      later.rebase(greatest);
+      later.rebase(top);
     }
     total += later.total;
-    weighted += later.weighted;
+    moment += later.moment;
     if (later.sampled_score > sampled_score) {
       sampled = later.sampled;
       sampled_score = later.sampled_score;

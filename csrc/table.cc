@@ -23,18 +23,18 @@ void masked_divergence_backward(const DivergenceArgs&, const Parallel&);
 
 extern const Kernels DLM_JOIN(kernels_, DLM_ISA);
 const Kernels DLM_JOIN(kernels_, DLM_ISA) = {
-    DLM_TEXT(DLM_ISA),
-    DLM_ISA::attention_forward,
-    DLM_ISA::attention_backward,
-    DLM_ISA::score_tokens,
-    DLM_ISA::unmask_topk,
-    DLM_ISA::mix_guidance,
-    DLM_ISA::combine_guidance,
-    DLM_ISA::lm_head_scores,
-    DLM_ISA::masked_cross_entropy_forward,
-    DLM_ISA::masked_cross_entropy_backward,
-    DLM_ISA::masked_divergence_forward,
-    DLM_ISA::masked_divergence_backward,
+    .isa = DLM_TEXT(DLM_ISA),
+    .attention_forward = DLM_ISA::attention_forward,
+    .attention_backward = DLM_ISA::attention_backward,
+    .score_tokens = DLM_ISA::score_tokens,
+    .unmask_topk = DLM_ISA::unmask_topk,
+    .mix_guidance = DLM_ISA::mix_guidance,
+    .combine_guidance = DLM_ISA::combine_guidance,
+    .lm_head_scores = DLM_ISA::lm_head_scores,
+    .masked_cross_entropy_forward = DLM_ISA::masked_cross_entropy_forward,
+    .masked_cross_entropy_backward = DLM_ISA::masked_cross_entropy_backward,
+    .masked_divergence_forward = DLM_ISA::masked_divergence_forward,
+    .masked_divergence_backward = DLM_ISA::masked_divergence_backward,
 };
 
 }  // namespace dlm

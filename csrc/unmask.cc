@@ -22,8 +22,8 @@ struct Stream : Plain<T> {
   // Processors fetch ahead on their own, but not past the end of a page; where the next ones lie takes as long to find as the
   // fetching does, so they are asked for two pages ahead.
   void read(int64_t j, int64_t n) const {
-    constexpr int64_t kAhead = 8192, kLine = 64;
-    const char* first = (const char*)(this->logits + j) + kAhead;
+    constexpr int64_t kAheadBytes = 8192, kLine = 64;
+    const char* first = (const char*)(this->logits + j) + kAheadBytes;
     for (int64_t byte = 0; byte < n * (int64_t)sizeof(T); byte += kLine) __builtin_prefetch(first + byte, 0, 2);
   }
 };
@@ -99,7 +99,7 @@ void score_rows(const ScoreArgs& args, const Parallel& parallel) {
       // Only then, for knowing the greatest logits spares the noise of most others; the row still lies in second-level cache.
       for (int64_t piece = first; piece < stop; ++piece) {
         Statistics& statistics = partial[row * pieces + piece];
-        if (!scorer.may_win(statistics.greatest)) continue;
+        if (!scorer.may_win(statistics.top)) continue;
         for_chunks(piece, kSampleChunk,
                    [&](const auto& chunk, int64_t n, int64_t column) { scorer.sample(statistics, chunk, n, column); });
       }

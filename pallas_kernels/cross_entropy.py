@@ -39,17 +39,19 @@ def past_the_vocabulary(values, first, vocabulary, fill):
         over_groups(rows, clear)
 
 
-def to_gradient(values, first, vocabulary, of_rows):
-    """Sets `values` [ROWS, COLUMNS], of the tokens from `first` on, to of_rows(part)(columns, token), for parts of the rows and 128
-    columns at a time.
+def to_gradient(values, first, vocabulary, dloss, of_rows):
+    """Sets `values` [ROWS, COLUMNS], of the tokens from `first` on, to dloss [ROWS, 1] times of_rows(part)(columns, token), for
+    parts of the rows and 128 columns at a time.
     """
 
     def over_columns(part):
         gradient = of_rows(part)
+        scale = jnp.broadcast_to(dloss[part, :], (part.size, LANES))
         for chunk in range(values.shape[1] // LANES):
             lanes = pl.ds(chunk * LANES, LANES)
             token = first + chunk * LANES + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-            values[part, lanes] = gradient(lanes, token)
+            # Rows that are not active, whose hidden state is zeros here, are NaN times a weight that is infinite.
+            values[part, lanes] = jnp.where(scale == 0, 0.0, gradient(lanes, token) * scale)
 
     over_groups(values.shape[0], over_columns)
     past_the_vocabulary(values, first, vocabulary, 0.0)
@@ -114,11 +116,11 @@ def supports_masked_cross_entropy_forward(hidden, weight, **_):
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
     """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R].
 
-    Returns loss and lse, float32 [R]; loss 0 and lse -inf where inactive. A tile of rows costs nothing where none is active.
+    Returns loss and lse, float32 [R]; 0 where inactive. A tile of rows costs nothing where none is active.
     """
     kernel = functools.partial(_forward_kernel, soft_cap=logits_soft_cap)
     top, total, chosen = statistics("masked_cross_entropy_forward", kernel, 3, hidden, weight, active, of_rows=[targets])
-    lse = jnp.where(active, logsumexp(top, total), -jnp.inf)
+    lse = jnp.where(active, logsumexp(top, total), 0.0)
     known = (targets >= 0) & (targets < weight.shape[0])
     return jnp.where(active, jnp.where(known, lse - jnp.sum(chosen, axis=1), jnp.nan), 0.0), lse
 
@@ -167,23 +169,23 @@ def logsumexp(top, total):
     return base + jnp.log(jnp.sum(total * jnp.exp(top - base[:, None]), axis=1))
 
 
-def _slopes(values, first, vocabulary, targets, lse, dloss, *, soft_cap):
+def _dlogits(values, first, vocabulary, targets, lse, dloss, *, soft_cap):
     """Turns the logits in `values` into the loss's gradient by them. targets, lse, dloss: [ROWS, 1]."""
 
     def of_rows(rows):
-        target, sums, scale = targets[rows, :], lse[rows, :], dloss[rows, :]
+        target, sums = targets[rows, :], lse[rows, :]
 
         def gradient(columns, token):
-            value, slope = values[rows, columns], scale
+            value, slope = values[rows, columns], 1.0
             if soft_cap is not None:
                 bent = jnp.tanh(value * (1 / soft_cap))
-                value, slope = soft_cap * bent, scale * (1 - bent * bent)
+                value, slope = soft_cap * bent, 1 - bent * bent
             probability = jnp.exp(value - sums)
             return (probability - jnp.where(token == target, 1.0, 0.0)) * slope
 
         return gradient
 
-    to_gradient(values, first, vocabulary, of_rows)
+    to_gradient(values, first, vocabulary, dloss, of_rows)
 
 
 def _product(gradient, factor, contracted):
@@ -199,9 +201,9 @@ def _dhidden_kernel(
     live,  # int32 [row tiles] in SMEM, 0 where no row is active
     hidden,  # [ROWS, D], finite
     weight,  # [COLUMNS, D]
-    *refs,  # `count` inputs of `slopes`; dhidden [ROWS, D], out; float32 scratch: [ROWS, D], [ROWS, COLUMNS] for each head
+    *refs,  # `count` inputs of `dlogits`; dhidden [ROWS, D], out; float32 scratch: [ROWS, D], [ROWS, COLUMNS] for each head
     count,
-    slopes,
+    dlogits,
     vocabulary,
 ):
     inputs, (dhidden, total, values, *others) = refs[:count], refs[count:]
@@ -215,7 +217,7 @@ def _dhidden_kernel(
     @pl.when(live[pl.program_id(0)] != 0)
     def _():
         head.products(hidden, weight, values)
-        slopes(values, first, vocabulary, *inputs, *others)
+        dlogits(values, first, vocabulary, *inputs, *others)
         factor = weight[...]
         if vocabulary % weight.shape[0]:
             # Zero times what lies past the vocabulary may be NaN.
@@ -236,9 +238,9 @@ def _dweight_kernel(
     live,  # int32 [row tiles] in SMEM, 0 where no row is active
     hidden,  # [ROWS, D], finite
     weight,  # [COLUMNS, D]
-    *refs,  # `count` inputs of `slopes`; dweight [COLUMNS, D], out; float32 scratch: [COLUMNS, D], [ROWS, COLUMNS] for each head
+    *refs,  # `count` inputs of `dlogits`; dweight [COLUMNS, D], out; float32 scratch: [COLUMNS, D], [ROWS, COLUMNS] for each head
     count,
-    slopes,
+    dlogits,
     vocabulary,
 ):
     inputs, (dweight, total, values, *others) = refs[:count], refs[count:]
@@ -252,7 +254,7 @@ def _dweight_kernel(
     @pl.when(live[step] != 0)
     def _():
         head.products(hidden, weight, values)
-        slopes(values, first, vocabulary, *inputs, *others)
+        dlogits(values, first, vocabulary, *inputs, *others)
 
         def product(part):
             total[...] += _product(values[part, :], hidden[part, :], (0, 0))
@@ -284,13 +286,13 @@ def refuse(weight, beside=()):
     return head.refuse(weight, *kept[0]) or head.refuse(weight, *kept[1])
 
 
-def gradients(name, slopes, hidden, weight, active, of_rows, beside=()):
+def gradients(name, dlogits, hidden, weight, active, of_rows, beside=()):
     """dhidden [R,D] and dweight [V,D] of a loss, in the dtypes of hidden and weight.
 
-    slopes(values, first, vocabulary, *of_rows, *beside), within a kernel, turns the logits `values` of a tile, its first token
+    dlogits(values, first, vocabulary, *of_rows, *beside), within a kernel, turns the logits `values` of a tile, its first token
     `first`, into the loss's gradient by them, as `to_gradient` does.
     of_rows: arrays [R], of which it has [ROWS, 1]. beside: hidden states [R,E] and weight [V,E] of another head, or nothing; with
-    them slopes also has scratch for that head's logits of the tile.
+    them dlogits also has scratch for that head's logits of the tile.
 
     Each of the two is summed in VMEM and written once, by a pass of its own: over the weight for each tile of rows, over the rows
     for each tile of the weight.
@@ -313,7 +315,7 @@ def gradients(name, slopes, hidden, weight, active, of_rows, beside=()):
         token_specs = [pl.BlockSpec((columns, x.shape[1]), at_token) for x in by_token]
         result, size, at = (columns, v, at_token) if by_weight else (rows, row_tiles * rows, at_row)
         return pl.pallas_call(
-            functools.partial(kernel, count=len(by_row) + len(by_token) - 2, slopes=slopes, vocabulary=v),
+            functools.partial(kernel, count=len(by_row) + len(by_token) - 2, dlogits=dlogits, vocabulary=v),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=(tiles, row_tiles) if by_weight else (row_tiles, tiles),
@@ -331,5 +333,5 @@ def gradients(name, slopes, hidden, weight, active, of_rows, beside=()):
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
     """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
-    slopes = functools.partial(_slopes, soft_cap=logits_soft_cap)
-    return gradients("masked_cross_entropy_backward", slopes, hidden, weight, active, (targets, lse, dloss))
+    dlogits = functools.partial(_dlogits, soft_cap=logits_soft_cap)
+    return gradients("masked_cross_entropy_backward", dlogits, hidden, weight, active, (targets, lse, dloss))

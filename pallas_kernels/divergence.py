@@ -78,7 +78,7 @@ def supports_masked_divergence_forward(hidden, weight, target_weight, **_):
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
     """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E], all one dtype; active bool [R].
 
-    Returns loss, lse and target_lse, float32 [R]; 0, -inf and -inf where inactive. Rows cost nothing where a tile has none active.
+    Returns loss, lse and target_lse, float32 [R]; 0 where inactive. Rows cost nothing where a tile has none active.
     """
     name, target = "masked_divergence_forward", (target_hidden, target_weight)
     found = cross_entropy.statistics(name, _forward_kernel, 5, hidden, weight, active, beside=target)
@@ -86,23 +86,22 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
     lse, target_lse = cross_entropy.logsumexp(top, total), cross_entropy.logsumexp(target_top, target_total)
     scale = jnp.exp(target_top - jnp.max(target_top, axis=1, keepdims=True))
     mean_gap = jnp.sum(_counted(scale, gap), axis=1) / jnp.sum(target_total * scale, axis=1)
-    loss = jnp.where(active, mean_gap + lse - target_lse, 0.0)
-    return loss, jnp.where(active, lse, -jnp.inf), jnp.where(active, target_lse, -jnp.inf)
+    return tuple(jnp.where(active, x, 0.0) for x in (mean_gap + lse - target_lse, lse, target_lse))
 
 
-def _slopes(values, first, vocabulary, lse, target_lse, dloss, target_hidden, target_weight, targets):
+def _dlogits(values, first, vocabulary, lse, target_lse, dloss, target_hidden, target_weight, targets):
     """Turns the logits in `values` into the loss's gradient by them. lse, target_lse, dloss: [ROWS, 1]; targets: scratch."""
     head.products(target_hidden, target_weight, targets)
 
     def of_rows(rows):
-        sums, target_sums, scale = lse[rows, :], target_lse[rows, :], dloss[rows, :]
+        sums, target_sums = lse[rows, :], target_lse[rows, :]
 
         def gradient(columns, token):
-            return (jnp.exp(values[rows, columns] - sums) - jnp.exp(targets[rows, columns] - target_sums)) * scale
+            return jnp.exp(values[rows, columns] - sums) - jnp.exp(targets[rows, columns] - target_sums)
 
         return gradient
 
-    cross_entropy.to_gradient(values, first, vocabulary, of_rows)
+    cross_entropy.to_gradient(values, first, vocabulary, dloss, of_rows)
 
 
 def supports_masked_divergence_backward(hidden, weight, target_weight, **_):
@@ -112,4 +111,4 @@ def supports_masked_divergence_backward(hidden, weight, target_weight, **_):
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
     """lse, target_lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
     target, of_rows = (target_hidden, target_weight), (lse, target_lse, dloss)
-    return cross_entropy.gradients("masked_divergence_backward", _slopes, hidden, weight, active, of_rows, target)
+    return cross_entropy.gradients("masked_divergence_backward", _dlogits, hidden, weight, active, of_rows, target)

@@ -107,6 +107,18 @@ def test_nan_in_a_key_that_is_seen_is_not_lost(leaf):
         assert np.isfinite(array[:, :, 0]).all() and np.isnan(array[:, :, 1]).all()
 
 
+def test_nan_in_a_query_is_in_its_lse_and_gradient(leaf):
+    """Where out is NaN and lse is not, merging parts by their lse would take it for a number."""
+    query, key, value, _, dout, options = operands((1, 3, 70, 2, 2, 64, 0, None), "float32")
+    query = query.at[0, 1].set(jnp.nan)
+    out, lse = leaf("attention", "attention_forward")(query, key, value, None, None, **options)
+    dquery, *_ = leaf("attention", "attention_backward")(
+        query, key, value, None, None, out, lse, dout, np.zeros_like(lse), **options
+    )
+    for result in (out, lse.transpose(0, 2, 1), dquery):
+        assert np.isnan(result[:, 1]).all() and np.isfinite(result[:, [0, 2]]).all()
+
+
 @pytest.mark.parametrize("queries", [3, 133])
 def test_no_query_sees_a_key(leaf, queries):
     query, key, value, _, _, options = operands((2, queries, 70, 2, 2, 64, 0, None), "float32")

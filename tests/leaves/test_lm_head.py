@@ -129,7 +129,8 @@ def test_loss_and_gradient(leaf, check_gradients, shape, dtype, cap):
     expected, expected_lse = loss_reference.masked_cross_entropy_forward(*as_numpy(arrays), logits_soft_cap=cap)
     error = 1e-6 + 2 * rounding(hidden, weight)
     np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=error)
-    np.testing.assert_allclose(lse[np.asarray(active)], expected_lse[np.asarray(active)], rtol=1e-6, atol=error)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=error)
+    np.testing.assert_array_equal(lse[~np.asarray(active)], 0)
     dloss = jax.random.normal(jax.random.key(4), (shape[0],))
     wanted = loss_reference.masked_cross_entropy_backward(*as_numpy((*arrays, lse, dloss)), logits_soft_cap=cap)
     got = leaf("cross_entropy", "masked_cross_entropy_backward")(*arrays, lse, dloss, logits_soft_cap=cap)
@@ -147,3 +148,17 @@ def test_gradients_where_every_logit_is_far_below_zero(leaf, dtype):
     wanted = loss_reference.masked_cross_entropy_backward(*as_numpy(more), logits_soft_cap=None)
     for result, want in zip(got, wanted, strict=True):
         np.testing.assert_allclose(np.asarray(result, np.float64), want, rtol=2**-7, atol=0.05)
+
+
+@pytest.mark.parametrize("v", [130, 256, 300])
+def test_the_loss_where_a_tile_of_columns_is_all_excluded(leaf, v):
+    weight = np.random.default_rng(0).normal(size=(v, 2)).astype(np.float32)
+    hidden, targets, active = np.ones((1, 2), np.float32), np.array([7], np.int32), np.ones(1, bool)
+    few = hidden, weight[:128].copy(), targets, active
+    weight[128:, 0] = -np.inf
+    many = hidden, weight, targets, active
+    forward, backward = (leaf("cross_entropy", f"masked_cross_entropy_{way}") for way in ("forward", "backward"))
+    (loss, lse), (wanted, wanted_lse) = (forward(*arrays, logits_soft_cap=None) for arrays in (many, few))
+    np.testing.assert_allclose([loss, lse], [wanted, wanted_lse], rtol=1e-6)
+    got, expected = (backward(*x, lse, np.ones(1, np.float32), logits_soft_cap=None)[1] for x in (many, few))
+    np.testing.assert_allclose(got, np.pad(expected, ((0, v - 128), (0, 0))), rtol=1e-5, atol=1e-7)

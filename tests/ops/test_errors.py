@@ -371,6 +371,8 @@ def test_integers_past_32_bits_are_not_wrapped(library):
         assert (dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=many).count == 3).all()
         assert (dlm.unmask_topk(tokens, scores, mask_id=library.int64(2**32), num_unmask=many).count == 0).all()
         assert jnp.isnan(dlm.masked_cross_entropy(hidden, weight, nobody, jnp.ones((2, 3), jnp.float32)))
+        with pytest.raises(ValueError, match=f"num_unmask: expected an integer .*, got {2**40}"):
+            dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=2**40)
 
 
 @pytest.mark.parametrize("banned", [[], [3, -1], (np.int64(3), 4, 2**32 + 5, -(2**70))])

@@ -172,6 +172,28 @@ def test_bad_arguments_are_told_as_jax_tells_them(native):
         native.lm_head_scores(query[0], packed)
 
 
+def test_integers_past_32_bits_are_not_wrapped(native):
+    tokens = torch.tensor([[2**32 + 3, 3]])
+    scores = dlm_kernels.TokenScores(torch.tensor([[5, 5]]), *[torch.zeros(1, 2)] * 3)
+    many = torch.tensor(2**40)
+    assert native.unmask_topk(tokens, scores, mask_id=3, num_unmask=many).unmasked.tolist() == [[False, True]]
+    block = dict(candidates=(0, many))
+    assert native.unmask_step(torch.zeros(1, 2, 9), tokens, mask_id=3, num_unmask=2, **block).unmasked.tolist() == [[False, True]]
+    for nobody in (torch.tensor(2**32 + 3), np.int64(2**32 + 3)):
+        assert native.unmask_topk(torch.tensor([[3, 3]]), scores, mask_id=nobody, num_unmask=2).count == 0
+    with pytest.raises(ValueError, match=f"num_unmask: .* got {2**40}"):
+        native.unmask_topk(tokens, scores, mask_id=3, num_unmask=2**40)
+
+
+@pytest.mark.parametrize("wrong", [1.0, True])
+def test_a_number_that_equals_a_good_one_is_refused_after_it_too(native, wrong):
+    tokens = torch.ones(1, 2, dtype=torch.int32)
+    step = functools.partial(native.unmask_topk, tokens, dlm_kernels.TokenScores(tokens, *[torch.zeros(1, 2)] * 3), num_unmask=1)
+    step(mask_id=1)
+    with pytest.raises(ValueError, match="mask_id: expected a single integer"):
+        step(mask_id=wrong)
+
+
 def test_arrays_of_numpy_and_jax_beside_tensors_are_taken(native):
     logits, tokens = draw(0, B, L, V), np.full((B, L), 39)
     options = dict(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FLOATS = ("float32", "bfloat16", "float16")
 TARGETS = "dlm_kernels_"  # before a handler's name; bench/tune.py has others beside these
 
 
@@ -64,13 +63,3 @@ def vector(n, dtype="float32"):
 def number(value):
     """A float attribute; kernels take 0 for a soft cap that is absent."""
     return np.float32(0 if value is None else value)
-
-
-def refuse(*arrays) -> str | None:
-    """Why kernels that take these float arrays cannot run, or None."""
-    if reason := unavailable():
-        return reason
-    for array in arrays:
-        if array.dtype not in FLOATS:
-            return f"expected float32, bfloat16 or float16, got {array.dtype}"
-    return None

@@ -6,9 +6,7 @@ from dlm_kernels import cpu_kernels
 
 
 def supports_attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):
-    if dense is not None:
-        return "it takes masks as key intervals (masks.KeyIntervals), not as a boolean array"
-    return cpu_kernels.refuse(query)
+    return None if dense is None else "it takes masks as key intervals (masks.KeyIntervals), not as a boolean array"
 
 
 def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):

@@ -3,19 +3,11 @@
 from dlm_kernels import cpu_kernels
 
 
-def supports_masked_cross_entropy_forward(hidden, **_):
-    return cpu_kernels.refuse(hidden)
-
-
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
-    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; loss 0 where inactive."""
+    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; 0 where inactive."""
     outputs = cpu_kernels.vector(hidden.shape[0]), cpu_kernels.vector(hidden.shape[0])
     soft_cap = cpu_kernels.number(logits_soft_cap)
     return cpu_kernels.run("masked_cross_entropy_forward", outputs, hidden, weight, targets, active, soft_cap=soft_cap)
-
-
-def supports_masked_cross_entropy_backward(hidden, **_):
-    return cpu_kernels.refuse(hidden)
 
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):

@@ -3,21 +3,13 @@
 from dlm_kernels import cpu_kernels
 
 
-def supports_masked_divergence_forward(hidden, **_):
-    return cpu_kernels.refuse(hidden)
-
-
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
     """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E]; active bool [R].
 
-    Returns loss, lse and target_lse, float32 [R]; loss 0 where inactive.
+    Returns loss, lse and target_lse, float32 [R]; 0 where inactive.
     """
     outputs = tuple(cpu_kernels.vector(hidden.shape[0]) for _ in range(3))
     return cpu_kernels.run("masked_divergence_forward", outputs, hidden, weight, target_hidden, target_weight, active)
-
-
-def supports_masked_divergence_backward(hidden, **_):
-    return cpu_kernels.refuse(hidden)
 
 
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):

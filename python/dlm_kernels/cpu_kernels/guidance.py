@@ -5,17 +5,9 @@ import jax
 from dlm_kernels import cpu_kernels
 
 
-def supports_mix_guidance(conditional, unconditional, scale):
-    return cpu_kernels.refuse(conditional)
-
-
 def mix_guidance(conditional, unconditional, scale):
     """conditional, unconditional [R,V], one dtype; scale float32 [R]. Returns [R,V]."""
     return cpu_kernels.run("mix_guidance", cpu_kernels.like(conditional), conditional, unconditional, scale)
-
-
-def supports_combine_guidance(logits, weights):
-    return cpu_kernels.refuse(logits)
 
 
 def combine_guidance(logits, weights):

@@ -22,10 +22,6 @@ def pack(weight):
     return weight.reshape(-1, PANEL, weight.shape[1] // together, together).transpose(0, 2, 1, 3)
 
 
-def supports_lm_head_scores(hidden, **_):
-    return cpu_kernels.refuse(hidden)
-
-
 def lm_head_scores(
     hidden,
     weight,

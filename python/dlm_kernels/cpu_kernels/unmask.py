@@ -8,10 +8,6 @@ def scores(rows):
     return cpu_kernels.vector(rows, "int32"), *(cpu_kernels.vector(rows) for _ in range(3))
 
 
-def supports_score_tokens(logits, **_):
-    return cpu_kernels.refuse(logits)
-
-
 def score_tokens(
     logits,
     unconditional,
@@ -41,10 +37,6 @@ def score_tokens(
         tempered=tempered_confidence,
         soft_cap=cpu_kernels.number(logits_soft_cap),
     )
-
-
-def supports_unmask_topk(tokens, **_):
-    return cpu_kernels.refuse()
 
 
 def unmask_topk(

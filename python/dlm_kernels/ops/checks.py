@@ -115,10 +115,13 @@ def numbers(name, value):
 
 def integers(name, value, expected="an integer or an array of integers"):
     """Traced or not, as int32."""
+    # Without 64 bits JAX raises for such a number of Python's, with them it would take it.
+    if isinstance(value, int) and not -(2**31) <= value < 2**31:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
     value = _as_array(name, _of_32_bits(value), expected)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"{name}: expected {expected}, got dtype {value.dtype}")
-    return value.astype(jnp.int32)
+    return _of_32_bits(value)
 
 
 def integer(name, value):

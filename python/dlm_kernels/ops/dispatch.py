@@ -31,7 +31,7 @@ import jax.experimental.pallas.tpu
 import numpy as np
 from jax.custom_batching import custom_vmap
 
-from dlm_kernels import triton_kernels
+from dlm_kernels import cpu_kernels, triton_kernels
 from dlm_kernels.ops import lowering, sharding
 
 PACKAGES = {
@@ -163,7 +163,8 @@ def _refusal(leaf, implementation, operands, static):
     """The reason this implementation cannot run the call, or None."""
     if implementation == "xla":
         return None
-    if implementation == "triton" and (reason := triton_kernels.unavailable()):
+    built = {"cpu": cpu_kernels, "triton": triton_kernels}.get(implementation)
+    if built and (reason := built.unavailable()):
         return reason
     if implementation == "pallas" and any(sharding.varying(x) for x in operands.values() if x is not None):
         return "within shard_map it takes check_vma=False"

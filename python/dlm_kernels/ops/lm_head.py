@@ -12,16 +12,7 @@ from dlm_kernels.ops import checks, dispatch, guidance, unmask
 SCORES = dispatch.Leaf(
     "lm_head",
     "lm_head_scores",
-    (
-        ("hidden", "rd"),
-        ("weight", "vd"),
-        ("temperature", "r"),
-        ("key_data", "rw"),
-        ("counter_row", "r"),
-        ("noise", "rv"),
-        ("active", "r"),
-        ("banned", "m"),
-    ),
+    (("hidden", "rd"), ("weight", "vd"), *unmask.SAMPLING),
     ("r", "r", "r", "r"),
     fold="r",
     sharded="r",

@@ -8,6 +8,15 @@ import jax.numpy as jnp
 
 from dlm_kernels.ops import checks, dispatch
 
+# What every kernel that scores takes beside its logits; `sampling_operands` makes it.
+SAMPLING = (
+    ("temperature", "r"),
+    ("key_data", "rw"),
+    ("counter_row", "r"),
+    ("noise", "rv"),
+    ("active", "r"),
+    ("banned", "m"),
+)
 SCORE = dispatch.Leaf(
     "unmask",
     "score_tokens",
@@ -15,12 +24,7 @@ SCORE = dispatch.Leaf(
         ("logits", "rv"),
         ("unconditional", "rv"),
         ("guidance_scale", "r"),
-        ("temperature", "r"),
-        ("key_data", "rw"),
-        ("counter_row", "r"),
-        ("noise", "rv"),
-        ("active", "r"),
-        ("banned", "m"),
+        *SAMPLING,
     ),
     ("r", "r", "r", "r"),
     fold="r",
@@ -140,7 +144,7 @@ def score_tokens(
 def sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v):
     """Checks what `score_tokens` and `lm_head_scores` share, and gives what of it the kernels take."""
     checks.one_of("confidence", confidence, CONFIDENCES)
-    operands = dict.fromkeys(("temperature", "key_data", "counter_row", "noise", "active", "banned"))
+    operands = dict.fromkeys(dict(SAMPLING))
     if active is not None:
         active = checks.bools("active", active, "BL")
         operands["active"] = checks.shaped("active", active, (b, length), "batch, length")

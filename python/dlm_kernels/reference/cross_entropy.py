@@ -4,10 +4,10 @@ import numpy as np
 
 
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
-    """hidden [R,D]; weight [V,D]; targets int [R]; active bool [R]. Returns loss [R], 0 where inactive and NaN for a target outside
-    [0, V), and lse [R], -inf where inactive; float64.
+    """hidden [R,D]; weight [V,D]; targets int [R]; active bool [R]. Returns loss [R], NaN for a target outside [0, V), and lse
+    [R]; float64, 0 where inactive.
     """
-    loss, lse = np.zeros(len(hidden)), np.full(len(hidden), -np.inf)
+    loss, lse = np.zeros((2, len(hidden)))
     for row in np.flatnonzero(active):
         logits, _ = _capped_logits(hidden[row], weight, logits_soft_cap)
         lse[row] = logits.max() + np.log(np.exp(logits - logits.max()).sum())

@@ -6,10 +6,9 @@ import numpy as np
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
     """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E]; active bool [R].
 
-    Returns loss [R], 0 where inactive, lse and target_lse [R], -inf where inactive; float64.
+    Returns loss, lse and target_lse [R]; float64, 0 where inactive.
     """
-    loss = np.zeros(len(hidden))
-    lse, target_lse = np.full((2, len(hidden)), -np.inf)
+    loss, lse, target_lse = np.zeros((3, len(hidden)))
     for row in np.flatnonzero(active):
         q, lse[row] = _log_softmax(hidden[row], weight)
         p, target_lse[row] = _log_softmax(target_hidden[row], target_weight)

@@ -7,6 +7,7 @@ Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). 
 through DLPack, without a copy where they are contiguous. On both attention, the losses and the soft embedding have gradients;
 the others refuse a tensor that requires one rather than detach it silently. Keys are JAX's (`jax.random.key(0)`).
 Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given, those of scores int64.
+Integers of tensors are 32 bits to the kernels: what these do not hold counts as the nearest that they do.
 The first call with new shapes compiles: on a GPU kernels, in seconds, which Triton keeps in TRITON_CACHE_DIR; on the CPU programs
 of XLA, in tenths of a second, which stay in memory, megabytes each. Lengths that grow are better padded to multiples of 64 or more.
 Masks may be those of scaled_dot_product_attention, boolean or of 0 and -inf: most are `masks.KeyIntervals`, which the kernels take,
@@ -49,11 +50,13 @@ def _to_jax(leaf):
     if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
         raise ValueError(f"dlm_kernels.torch: expected tensors with memory of their own, got a {type(leaf).__name__}")
     if leaf.dtype == torch.int64:
-        narrow = leaf.to(torch.int32)
-        if not torch.equal(narrow, leaf):
-            raise ValueError(f"dlm_kernels.torch: expected integers of 32 bits, got one of {leaf.abs().max().item()}")
-        leaf = narrow
+        leaf = narrow(leaf)
     return jax.dlpack.from_dlpack(leaf.detach().contiguous())
+
+
+def narrow(tensor):
+    """int64 as int32: what 32 bits do not hold as the nearest that they do, as the operations take JAX's and NumPy's arrays."""
+    return tensor.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
 
 def _to_torch(leaf):

@@ -16,7 +16,7 @@ import dlm_kernels
 from dlm_kernels import masks
 from dlm_kernels.ops import soft_embedding as soft
 from dlm_kernels.ops import unmask as ops
-from dlm_kernels.torch import refuse_second_gradients
+from dlm_kernels.torch import narrow, refuse_second_gradients
 from dlm_kernels.triton_kernels import attention as attention_kernels
 from dlm_kernels.triton_kernels import cross_entropy as cross_entropy_kernels
 from dlm_kernels.triton_kernels import divergence as divergence_kernels
@@ -34,7 +34,8 @@ def _operation(function):
         if implementation not in (None, "triton"):
             raise ValueError(f"implementation: expected 'triton' or None for tensors on a GPU, got {implementation!r}")
         leaves, tree = jax.tree.flatten((args, kwargs))
-        _checked(operation, tree, tuple(map(_abstract, leaves)))
+        abstract = tuple(map(_abstract, leaves))
+        _checked(operation, tree, abstract, tuple(map(type, abstract)))
         device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
         args, kwargs = jax.tree.unflatten(tree, [_tensor(leaf, device) for leaf in leaves])
         return function(*args, **kwargs)
@@ -269,7 +270,7 @@ _RULES = ("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold
 def unmask_topk(tokens, scores, *, mask_id, candidates=None, **rules):
     _refuse("unmask_topk", tokens.device, unmask_kernels.supports_unmask_topk(tokens))
     tokens, device = _ints(tokens), tokens.device
-    allowed, masked = _candidates(candidates, tokens), tokens == mask_id
+    allowed, masked = _candidates(candidates, tokens), _masked(tokens, mask_id)
     if tokens.numel() == 0:
         return dlm_kernels.UnmaskResult(tokens, masked, tokens.new_zeros((tokens.shape[0],)))
     values = {}
@@ -292,7 +293,7 @@ def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
     rules = {name: options.pop(name) for name in _RULES if name in options}
     active = _candidates(candidates, tokens)
     if rules.get("edit_threshold") is None:
-        active = active & (tokens == mask_id)
+        active = active & _masked(tokens, mask_id)
     scores = score_tokens(logits, active=active, **options)
     return unmask_topk(tokens, scores, mask_id=mask_id, candidates=candidates, **rules)
 
@@ -301,8 +302,11 @@ def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked(operation, tree, leaves):
-    """Raises what the JAX operation raises for these shapes, dtypes and numbers. Remembers them, for it takes a trace."""
+def _checked(operation, tree, leaves, types):
+    """Raises what the JAX operation raises for these shapes, dtypes and numbers. Remembers them, for it takes a trace.
+
+    types: the leaves', for 1, 1.0 and True are equal, and not all of them may be what is asked for.
+    """
     shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
 
     def abstract(*traced):
@@ -349,13 +353,18 @@ def _candidates(candidates, tokens):
 
 def _rows(value, shape, device, dtype=torch.float32):
     """A scalar, [B] or [B, L] as one value per row, [B] or [B * L]."""
-    value = torch.as_tensor(value, device=device).to(dtype)
+    value = torch.as_tensor(value, device=device)
+    value = _ints(value) if dtype == torch.int32 else value.to(dtype)
     value = value.reshape(value.shape + (1,) * (len(shape) - value.ndim if value.ndim else 0))
     return value.expand(tuple(shape)).reshape(-1).contiguous()
 
 
 def _ints(tensor):
-    return tensor.to(torch.int32).contiguous()
+    return (tensor if tensor.dtype == torch.int32 else narrow(tensor.long())).contiguous()
+
+
+def _masked(tokens, mask_id):
+    return _ints(tokens) == _ints(torch.as_tensor(mask_id))
 
 
 def _number(value):

@@ -75,7 +75,7 @@ def _loss_merge_kernel(
 
 
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
-    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; loss 0 where inactive."""
+    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; 0 where inactive."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     spans = triton.cdiv(vocabulary, head.SPAN)
     tiles, num_warps, num_stages = head.tiles(dtype_name(hidden), rows <= 64, False)

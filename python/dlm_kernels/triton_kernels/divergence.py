@@ -96,7 +96,7 @@ def _target_sizes(target_hidden, target_weight):
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
     """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E]; active bool [R].
 
-    Returns loss, lse and target_lse, float32 [R]; loss 0 where inactive.
+    Returns loss, lse and target_lse, float32 [R]; 0 where inactive.
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     spans = triton.cdiv(vocabulary, head.SPAN)

@@ -7,12 +7,12 @@ from dlm_kernels.xla.lm_head import logits_of
 
 
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
-    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; loss 0 where inactive."""
+    """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; 0 where inactive."""
     logits, _ = _capped(logits_of(hidden, weight), logits_soft_cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
     known = (targets >= 0) & (targets < weight.shape[0])
     chosen = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[:, None], axis=-1)[:, 0]
-    return jnp.where(active, jnp.where(known, lse - chosen, jnp.nan), 0), lse
+    return jnp.where(active, jnp.where(known, lse - chosen, jnp.nan), 0), jnp.where(active, lse, 0)
 
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):

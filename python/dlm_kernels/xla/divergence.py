@@ -10,14 +10,14 @@ from dlm_kernels.xla.lm_head import logits_of
 def masked_divergence_forward(hidden, weight, target_hidden, target_weight, active):
     """hidden [R,D]; weight [V,D]; target_hidden [R,E]; target_weight [V,E]; active bool [R].
 
-    Returns loss, lse and target_lse, float32 [R]; loss 0 where inactive.
+    Returns loss, lse and target_lse, float32 [R]; 0 where inactive.
     """
     logits, target = logits_of(hidden, weight), logits_of(target_hidden, target_weight)
     lse, target_lse = jax.nn.logsumexp(logits, axis=-1), jax.nn.logsumexp(target, axis=-1)
     p = jnp.exp(target - target_lse[:, None])
     # What the target excludes counts for nothing, where the difference is infinite too.
     gap = jnp.sum(jnp.where(p == 0, 0, p * (target - logits)), axis=-1)
-    return jnp.where(active, gap + lse - target_lse, 0), lse, target_lse
+    return tuple(jnp.where(active, x, 0) for x in (gap + lse - target_lse, lse, target_lse))
 
 
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
