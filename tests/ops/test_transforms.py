@@ -213,6 +213,20 @@ def test_a_mesh_of_explicit_axes(name):
 
 
 @every_operation
+def test_a_length_split_by_explicit_axes(name):
+    """Of a batch that is whole: the parts of a length would be strips of the rows that a kernel sees."""
+    function, arrays = OPERATIONS[name]
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices("cpu")[:2])
+    split = [
+        jax.device_put(x, NamedSharding(mesh, PartitionSpec(*(None, "data") if x.ndim > 1 and x.shape[1] % 2 == 0 else ())))
+        for x in arrays
+    ]
+    with jax.set_mesh(mesh):
+        results = jax.jit(function)(*split)
+    same(results, function(*arrays))
+
+
+@every_operation
 @pytest.mark.parametrize("split", [(None, "data"), ("data", None), ("data", "other")])
 def test_vmap_over_arrays_of_explicit_axes(name, split):
     """In all but the first the mapped axis itself is split over devices."""

@@ -117,6 +117,7 @@ def _call(leaf, implementation, operands, static):
         at = letters.find(leaf.fold)
         if array is None or at < 0 or not extra:
             return array
+        array = sharding.mergeable(array, at, at + extra + 1)
         return array.reshape(*array.shape[:at], math.prod(several), *array.shape[at + extra + 1 :])
 
     def spread(letters, array):

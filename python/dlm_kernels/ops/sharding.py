@@ -92,6 +92,18 @@ def on_whole_arrays(function, arrays):
     return function(*(jax.sharding.reshard(array, NamedSharding(mesh, whole)) for array in arrays))
 
 
+def mergeable(array, begin, end):
+    """`array`, made whole along the axes [begin, end) where explicit axes of a mesh split another of them than the first: of these
+    axes merged its parts would be strips, which JAX refuses.
+    """
+    kind = jax.typeof(array).sharding
+    parts = list(kind.spec[:end]) + [None] * (end - len(kind.spec))
+    if array.shape[begin] == 1 or parts[begin] is not None or not any(parts[begin:]):
+        return array
+    whole = PartitionSpec(*parts[:begin], *[None] * (end - begin), *kind.spec[end:])
+    return jax.sharding.reshard(array, NamedSharding(kind.mesh, whole))
+
+
 def _split(leaf, axes, mesh, operands, terms):
     """Shardings of arrays with these axes, given each operand's (shape, spec): each letter that may be split is, in all of them, as
     the first operand has it that splits it. The rule does not keep the others whole: an array may come split along any axis.

@@ -6,7 +6,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.ops import checks, dispatch
+from dlm_kernels.ops import checks, dispatch, sharding
 from dlm_kernels.ops.attention import attention
 
 CHUNK = 4096  # vocabulary entries whose logits exist at a time, where attention does not serve
@@ -72,7 +72,8 @@ def _attention_cannot(hidden, e, temperature, soft_cap):
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _by_attention(hidden, weight, embedding, scale, soft_cap, implementation):
-    query, key, value = (rows[None, :, None] for rows in (hidden.reshape(-1, hidden.shape[-1]), weight, embedding))
+    rows = sharding.mergeable(hidden, 0, 2).reshape(-1, hidden.shape[-1])
+    query, key, value = (x[None, :, None] for x in (rows, weight, embedding))
     out = attention(query, key, value, scale=scale, logits_soft_cap=soft_cap, implementation=implementation)
     return out[0, :, 0].reshape(hidden.shape)
 
@@ -81,7 +82,7 @@ def _by_attention(hidden, weight, embedding, scale, soft_cap, implementation):
 def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
     """[B, L, E] of hidden [B, L, D], with a running maximum over chunks of the vocabulary."""
     *lead, d = hidden.shape
-    rows, (v, e) = hidden.reshape(-1, d), embedding.shape
+    rows, (v, e) = sharding.mergeable(hidden, 0, 2).reshape(-1, d), embedding.shape
     r = rows.shape[0]
 
     # The backward pass makes a chunk's logits anew; keeping them all would be the matrix that this avoids.
