@@ -28,8 +28,8 @@ def processors(case, count):
 
 
 def devices(case, axes, count):
-    """`case` over `count` devices: its i-th input divided along axes[i], or whole on each where that is None; its outputs along
-    axes[-1].
+    """`case` over `count` devices: its contenders' i-th argument divided along axes[i], or whole on each where that is None; their
+    outputs along axes[-1].
     """
 
     def mesh():
@@ -50,13 +50,14 @@ def devices(case, axes, count):
 
         return run
 
-    def prepare(*arrays):
-        return tuple(jax.device_put(array, NamedSharding(mesh(), along(axis))) for array, axis in zip(arrays, axes))
+    def placed(contender):
+        def prepare(*inputs):
+            arguments = zip(contender.prepare(*inputs), axes[:-1], strict=True)
+            return tuple(jax.device_put(array, NamedSharding(mesh(), along(axis))) for array, axis in arguments)
 
-    contenders = {
-        name: dataclasses.replace(case.contenders[name], function=sharded(case.contenders[name].function), prepare=prepare)
-        for name in (harness.OURS, harness.PLAIN)
-    }
+        return dataclasses.replace(contender, function=sharded(contender.function), prepare=prepare)
+
+    contenders = {name: placed(case.contenders[name]) for name in (harness.OURS, harness.PLAIN)}
     return dataclasses.replace(
         case,
         operation="scale",
@@ -82,7 +83,7 @@ def cases():
     if ON_CPU and apart.PROCESSORS:
         made += [processors(case, n) for case in (heads, step, head) for n in doublings(len(apart.PROCESSORS))]
     text = end_to_end.case("shipped", 64, 64, 32, 8, batch=8)
-    # Heads of attention; rows of hidden states; texts of a batch.
-    split = ((heads, (2, 2, 2, 2)), (head, (1, None, 1)), (text, (None, 0, 0)))
+    # Heads of attention; rows of hidden states; texts of a batch, whose number of steps is for all.
+    split = ((heads, (2, 2, 2, 2)), (head, (1, None, 1)), (text, (None, 0, None, 0)))
     many = max(2, os.cpu_count()) if ON_CPU else len(jax.devices())
     return made + [devices(case, axes, n) for case, axes in split for n in doublings(many)]

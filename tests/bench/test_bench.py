@@ -489,8 +489,9 @@ def test_torch_decoders_write_what_they_should():
 
 
 # The oracle checks what the devices have put together; their number is settled when the process starts.
-def test_a_case_is_measured_over_two_devices_in_a_process_of_its_own():
-    case = next(case for case in scale.cases() if "lm_head" in case.name and case.name.endswith("2 devices"))
+@pytest.mark.parametrize("operation", ["lm_head", "end_to_end"])
+def test_a_case_is_measured_over_two_devices_in_a_process_of_its_own(operation):
+    case = next(case for case in scale.cases() if operation in case.name and case.name.endswith("2 devices"))
     row = apart.measure(case, 0.01, quick=True)
     assert row["sweep"][1] == 2 and all(result["times"] for result in row["contenders"].values())
 
