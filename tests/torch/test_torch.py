@@ -202,14 +202,15 @@ def test_a_model_with_an_operation_is_saved_and_loaded():
     assert pickle.loads(pickle.dumps(adapter.unmask_step)) is adapter.unmask_step
 
 
-def test_integers_past_32_bits_are_not_wrapped():
+def test_integers_beyond_32_bits_are_refused():
     scores = adapter.score_tokens(torch.randn(1, 2, 9))
     assert scores.token.dtype == torch.int64
-    tokens = torch.tensor([[2**32 + 3, 3]])
-    assert adapter.unmask_topk(tokens, scores, mask_id=3, num_unmask=torch.tensor(2**40)).unmasked.tolist() == [[False, True]]
-    assert adapter.unmask_topk(torch.tensor([[3, 3]]), scores, mask_id=torch.tensor(2**32 + 3), num_unmask=2).count == 0
+    with pytest.raises(ValueError, match=f"expected integers of 32 bits, got one of {2**32 + 3}"):
+        adapter.unmask_topk(torch.tensor([[2**32 + 3, 3]]), scores, mask_id=3, num_unmask=1)
+    with pytest.raises(ValueError, match=f"expected integers of 32 bits, got one of {2**32 + 3}"):
+        adapter.unmask_topk(torch.tensor([[3, 3]]), scores, mask_id=torch.tensor(2**32 + 3), num_unmask=2)
     with pytest.raises(ValueError, match=f"num_unmask: .* got {2**40}"):
-        adapter.unmask_topk(tokens, scores, mask_id=3, num_unmask=2**40)
+        adapter.unmask_topk(torch.tensor([[3, 3]]), scores, mask_id=3, num_unmask=2**40)
 
 
 def test_tensors_without_memory_are_refused():

@@ -7,7 +7,8 @@ Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). 
 through DLPack, without a copy where they are contiguous. On both attention, the losses and the soft embedding have gradients;
 the others refuse a tensor that requires one rather than detach it silently. Keys are JAX's (`jax.random.key(0)`).
 Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given, those of scores int64.
-Integers of tensors are 32 bits to the kernels: what these do not hold counts as the nearest that they do.
+Integers of tensors are 32 bits to the kernels. What these do not hold is refused on the CPU; on a GPU, where to look would be to
+wait for it, it counts as the nearest that they do.
 The first call with new shapes compiles: on a GPU kernels, in seconds, which Triton keeps in TRITON_CACHE_DIR; on the CPU programs
 of XLA, in tenths of a second, which stay in memory, megabytes each. Lengths that grow are better padded to multiples of 64 or more.
 Masks may be those of scaled_dot_product_attention, boolean or of 0 and -inf: most are `masks.KeyIntervals`, which the kernels take,
@@ -50,7 +51,9 @@ def _to_jax(leaf):
     if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
         raise ValueError(f"dlm_kernels.torch: expected tensors with memory of their own, got a {type(leaf).__name__}")
     if leaf.dtype == torch.int64:
-        leaf = narrow(leaf)
+        whole, leaf = leaf, narrow(leaf)
+        if not torch.equal(leaf, whole):
+            raise ValueError(f"dlm_kernels.torch: expected integers of 32 bits, got one of {whole.abs().max().item()}")
     return jax.dlpack.from_dlpack(leaf.detach().contiguous())
 
 
