@@ -247,8 +247,7 @@ def _scores(score, b, length, v, device, *, confidence="probability", temperatur
         else:
             noise = noise.float().reshape(-1, v)
     rows_active = None if active is None else active.reshape(-1).contiguous()
-    # Clamped: as int32 an id beyond it would be another token's.
-    banned = None if banned_tokens is None else _ints(torch.as_tensor(banned_tokens, device=device).long().clamp(-1, 2**31 - 1))
+    banned = None if banned_tokens is None else _ints(torch.as_tensor(banned_tokens, device=device))
     results = score(
         temperature, key_data, counter_row, noise, rows_active, banned,
         confidence="probability" if confidence == "random" else confidence,
