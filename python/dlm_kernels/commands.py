@@ -158,19 +158,14 @@ def run_info(options):
         print(f"{name}: {options.implementation or implementation}")
 
 
+def _settings(options, *more):
+    """Of what `train` and `distill` are both told, and of the options `more`."""
+    names = ("rows", "length", "learning_rate", "steps", "minutes", "seed", "implementation", *more)
+    return train.TrainConfig(**{name: getattr(options, name) for name in names})
+
+
 def run_train(options):
-    settings = train.TrainConfig(
-        rows=options.rows,
-        length=options.length,
-        learning_rate=options.learning_rate,
-        block_share=options.block_share,
-        uniform_share=options.uniform_share,
-        error_share=options.error_share,
-        steps=options.steps,
-        minutes=options.minutes,
-        seed=options.seed,
-        implementation=options.implementation,
-    )
+    settings = _settings(options, "block_share", "uniform_share", "error_share")
     with progress.Bar(options.out) as shown:
         initial = options.initial and checkpoint.find(options.initial)
         config = None if options.layers is None else DenoiserConfig(layers=options.layers)
@@ -181,15 +176,7 @@ def run_distill(options):
     teacher = checkpoint.find(options.model)
     initial = options.initial and checkpoint.find(options.initial)
     steps = {name: getattr(options, name) for name in ("teacher_steps", "student_steps", "temperature", "guidance", "on_policy")}
-    settings = train.TrainConfig(
-        rows=options.rows,
-        length=options.length,
-        learning_rate=options.learning_rate,
-        steps=options.steps,
-        minutes=options.minutes,
-        seed=options.seed,
-        implementation=options.implementation,
-    )
+    settings = _settings(options)
     with progress.Bar(options.out) as shown:
         student = distill.run(settings, teacher, options.out, initial=initial, report=shown, **steps)
     loaded = checkpoint.load(teacher, dtype=jnp.float32)

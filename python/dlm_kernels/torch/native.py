@@ -290,6 +290,7 @@ def unmask_topk(tokens, scores, *, mask_id, candidates=None, **rules):
 @torch.no_grad()
 def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
     rules = {name: options.pop(name) for name in _RULES if name in options}
+    tokens = _ints(tokens)
     active = _candidates(candidates, tokens)
     if rules.get("edit_threshold") is None:
         active = active & _masked(tokens, mask_id)
@@ -363,7 +364,7 @@ def _ints(tensor):
 
 
 def _masked(tokens, mask_id):
-    return _ints(tokens) == _ints(torch.as_tensor(mask_id))
+    return tokens == _ints(torch.as_tensor(mask_id))
 
 
 def _number(value):
