@@ -1,0 +1,106 @@
+"""`bench tune` tries the tiles that it should, compiles them beforehand, and writes the tables that the kernels read."""
+
+import dataclasses
+import functools
+import os
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import dlm_kernels
+from bench import attention, harness, machine
+from bench.harness import OURS, Contender
+
+# Triton reads this when a kernel is decorated, at import.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def test_the_header_of_tile_sizes_is_as_tune_writes_it():
+    tune = pytest.importorskip("bench.tune")
+    text = tune.HEADER.read_text()
+    assert tune.header(tune.values(text), tune.measured(text), tune.machine_of(text)) == text
+
+
+# In Triton's interpreter, where a time says nothing: what is tried reaches the kernel, and its key is the kind that was asked for.
+def test_tune_tries_tiles_and_writes_the_table(monkeypatch):
+    pytest.importorskip("triton")
+    from bench import tune_triton
+    from dlm_kernels.triton_kernels import launch, tiles
+
+    if not launch.interpreting():
+        pytest.skip("on a GPU this is `python -m bench tune`")
+    case = attention.case("LLaDA2-mini", 4, 16, "float32")
+    run = functools.partial(dlm_kernels.attention, implementation="triton")
+    case = dataclasses.replace(case, contenders={OURS: Contender(jax.jit(lambda q, k, v: run(q, k, v)))})
+    kernel = tune_triton.Kernel("attention_forward", None, {"BLOCK_M": (16, 15)}, warps=(4,), stages=(1,))
+    seen, measure = [], harness.measure
+    monkeypatch.setattr(harness, "measure", lambda case, seconds: seen.append(measured := measure(case, 0.01, True)) or measured)
+    key, found = tune_triton.fastest(kernel, case)
+    assert key == ("attention_forward", launch.arch(), "float32", 128, True, 0)
+    assert found in (None, ({"BLOCK_M": 16}, 4, 1))
+    # A tile has to be a power of two.
+    assert ["missing" in result for result in seen[0]["contenders"].values()] == [False, False, True]
+    table = {key: ({"BLOCK_M": 16}, 4, 1)}
+    written = {}
+    exec(tune_triton.text(table), written)
+    assert written["MEASURED"] == table
+    monkeypatch.setattr(tiles, "MEASURED", table)
+    assert launch.tuned("attention_forward")(lambda *kind: ({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 3))("float32", 128, True, 0) == (
+        {"BLOCK_M": 16, "BLOCK_N": 32},
+        4,
+        1,
+    )
+
+
+def test_tune_compiles_beforehand_what_it_measures(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    pytest.importorskip("jax_triton")
+    from bench import tune_triton
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kept = []
+    # A tile has to be a power of two: what cannot be compiled stops nobody, and what has been is not compiled again.
+    for rows in ((64,), (48, 64)):
+        constants = {"BLOCK_R": rows, "BLOCK_D": (32,)}
+        kernel = tune_triton.Kernel("lm_head", functools.partial(tune_triton._head, "bfloat16"), constants, (4,), (1,))
+        tune_triton.compile_all([(kernel, kernel.cases()[0])])
+        kept.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("*/jax_triton.json")})
+    assert kept[0] and kept[1] == kept[0]
+
+
+def test_tune_leaves_out_what_cannot_fit():
+    pytest.importorskip("triton")
+    from bench import tune_triton
+
+    numbers = {kernel.cases: (kernel.name, len(kernel.candidates())) for kernel in tune_triton.KERNELS}
+    assert list(numbers.values()) == [
+        *(("attention_forward", 41), ("attention_backward", 63), ("lm_head", 48)),
+        *(("attention_forward", 24), ("attention_backward", 16), ("lm_head", 8)),
+    ]
+
+
+# Each kind of arguments that a kernel's own choice tells apart, in both dtypes; nothing is computed.
+def test_tune_asks_for_every_kind(monkeypatch):
+    pytest.importorskip("triton")
+    from bench import tune_triton
+    from dlm_kernels.triton_kernels import launch, tiles
+
+    monkeypatch.setattr(machine, "implementation", lambda: "triton")
+    zeros = SimpleNamespace(standard_normal=lambda shape, dtype: np.broadcast_to(np.float32(0), shape))
+    kinds = {}
+    for kernel in tune_triton.KERNELS:
+        for case in kernel.cases():
+            monkeypatch.setattr(tiles, "MEASURED", table := tune_triton.Table({}, kernel.name, None))
+            jax.eval_shape(lambda case=case: case.contenders[OURS].function(*case.inputs(zeros)))
+            name, arch, dtype, *kind = table.asked
+            assert (name, arch) == (kernel.name, launch.arch())
+            kinds.setdefault((name, dtype), set()).add(tuple(kind))
+    heads = {(128, False), (128, True), (64, False), (256, False)}
+    for dtype in ("bfloat16", "float32"):
+        assert kinds.pop(("attention_forward", dtype)) == {(*head, pairs) for head in heads for pairs in range(3)}
+        assert kinds.pop(("attention_backward", dtype)) == {(128, 0), (64, 0), (256, 0)}
+        assert kinds.pop(("lm_head", dtype)) == {(few, drawn) for few in (False, True) for drawn in (False, True)}
+    assert not kinds
