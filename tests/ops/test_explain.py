@@ -35,6 +35,11 @@ def test_a_call_under_vmap_is_one_call():
     assert kernels(jax.vmap(mapped), QUERY[None, None]) == ["attention_forward"]
 
 
+def test_a_name_is_no_operation():
+    with pytest.raises(ValueError, match="explain: expected an operation itself, .* got 'attention'"):
+        dlm.explain("attention", QUERY, QUERY, QUERY)
+
+
 def test_calls_in_their_order():
     loss = jax.grad(lambda query: attend(attend(query)).sum())
     assert kernels(loss, QUERY) == ["attention_forward"] * 2 + ["attention_backward"] * 2

@@ -15,6 +15,8 @@ def explain(function, *args, **kwargs):
     Returns a list of `Choice` (kernel, implementations by platform, refused with the reason), one per kernel call, in the order of
     the calls. Raises what the call itself would raise.
     """
+    if not callable(function):
+        raise ValueError(f"explain: expected an operation itself, such as dlm_kernels.attention, got {function!r}")
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
     if any(type(leaf).__module__.partition(".")[0] == "torch" for leaf in leaves):
         raise ValueError("explain: expected the operation of dlm_kernels on JAX's arrays or shapes, got tensors of torch")
