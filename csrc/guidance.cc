@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
+#include "fill.h"
 #include "kernels.h"
-#include "pages.h"
 
 namespace dlm::DLM_ISA {
 namespace {
@@ -21,41 +21,9 @@ void for_pieces(int64_t rows, int64_t columns, const Parallel& parallel, Body&& 
   });
 }
 
-// out[j] = value(j, load) for j < n, a vector, where load(p) is what the value takes from p.
-template <typename T, typename Value>
-void fill(T* out, int64_t n, bool large, Value&& value) {
-  const auto whole = [](const T* p) { return load(p); };
-  const auto first = [&](int64_t count) { return [count](const T* p) { return load_first(p, count, 0.0f); }; };
-  int64_t j = 0;
-  if (large) {
-    constexpr int64_t kBytes = kLanes * 4;  // as aligned as a whole vector, whatever T is
-    const int64_t odd_ones = std::min(n, (kBytes - (int64_t)((uintptr_t)out % kBytes)) % kBytes / (int64_t)sizeof(T));
-    for (; j < odd_ones; j += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, odd_ones - j);
-      store_first(out + j, count, value(j, first(count)));
-    }
-    j = odd_ones;
-    const auto even = [](const T* p) { return load_half<0>(p); };
-    const auto odd = [](const T* p) { return load_half<1>(p); };
-    for (; j + 2 * kLanes <= n; j += 2 * kLanes) store_halves_past_caches(out + j, value(j, even), value(j, odd));
-    finish_stores_past_caches();
-  }
-  for (; j + kLanes <= n; j += kLanes) store(out + j, value(j, whole));
-  if (j < n) store_first(out + j, n - j, value(j, first(n - j)));
-}
-
-// Whether the output is too large for a reader to find it in the caches; malloc maps such memory anew for every call.
-template <typename T>
-bool is_large(const MixArgs& args) {
-  const int64_t bytes = args.r * args.v * (int64_t)sizeof(T);
-  if (bytes < kLargeBytes) return false;
-  prefer_huge_pages(args.out, bytes);
-  return true;
-}
-
 template <typename T>
 void mix_rows(const MixArgs& args, const Parallel& parallel) {
-  const bool large = is_large<T>(args);
+  const bool large = is_large(static_cast<T*>(args.out), args.r * args.v);
   for_pieces(args.r, args.v, parallel, [&](int64_t row, int64_t first, int64_t n) {
     const int64_t at = row * args.v + first;
     const T* conditional = static_cast<const T*>(args.logits[0]) + at;
@@ -73,7 +41,7 @@ void mix_rows(const MixArgs& args, const Parallel& parallel) {
 
 template <typename T>
 void combine_rows(const MixArgs& args, const Parallel& parallel) {
-  const bool large = is_large<T>(args);
+  const bool large = is_large(static_cast<T*>(args.out), args.r * args.v);
   for_pieces(args.r, args.v, parallel, [&](int64_t row, int64_t first, int64_t n) {
     const T* logits = static_cast<const T*>(args.logits[0]) + row * args.v + first;
     fill(static_cast<T*>(args.out) + row * args.v + first, n, large, [&](int64_t j, auto&& load) {

@@ -164,6 +164,16 @@ ffi::Error combine_guidance(ffi::ThreadPool pool, Operand logits, Operand weight
   });
 }
 
+ffi::Error truncate_logits(ffi::ThreadPool pool, Operand logits, Operand inverse_temperature, Operand top_p, Operand top_k,
+                           Output out) {
+  return guarded([&] {
+    const auto shape = logits.dimensions();
+    TruncateArgs args{dtype(logits), shape[0], shape[1], logits.untyped_data(), data<float>(inverse_temperature),
+                      optional<float>(top_p), optional<int32_t>(top_k), data<void>(out)};
+    kernels().truncate_logits(args, XlaParallel(pool));
+  });
+}
+
 ffi::Error lm_head_scores(ffi::ThreadPool pool, Operand hidden, Operand weight, Operand temperature, Operand key_data,
                           Operand counter_row, Operand noise, Operand active, Operand banned, Output token,
                           Output confidence, Output entropy, Output logsumexp, std::string_view kind, bool tempered,
@@ -272,6 +282,7 @@ XLA_FFI_DEFINE_HANDLER(ScoreTokens, score_tokens,
 XLA_FFI_DEFINE_HANDLER(UnmaskTopk, unmask_topk, (bind_arrays<11, 3>()));
 XLA_FFI_DEFINE_HANDLER(MixGuidance, mix_guidance, (bind_arrays<3, 1>()));
 XLA_FFI_DEFINE_HANDLER(CombineGuidance, combine_guidance, (bind_arrays<2, 1>()));
+XLA_FFI_DEFINE_HANDLER(TruncateLogits, truncate_logits, (bind_arrays<4, 1>()));
 XLA_FFI_DEFINE_HANDLER(LmHeadScores, lm_head_scores,
                        (bind_arrays<8, 4>().Attr<std::string_view>("kind").Attr<bool>("tempered").Attr<float>("soft_cap")
                             .Attr<std::string_view>("logits_dtype").Attr<int64_t>("vocabulary")));
@@ -290,6 +301,7 @@ const std::vector<Handler>& handlers() {
       {"unmask_topk", UnmaskTopk},
       {"mix_guidance", MixGuidance},
       {"combine_guidance", CombineGuidance},
+      {"truncate_logits", TruncateLogits},
       {"lm_head_scores", LmHeadScores},
       {"masked_cross_entropy_forward", CrossEntropyForward},
       {"masked_cross_entropy_backward", CrossEntropyBackward},

@@ -78,6 +78,16 @@ struct MixArgs {
   void* out;                           // [R,V]
 };
 
+struct TruncateArgs {
+  DType dtype;                         // of logits and out
+  int64_t r, v;
+  const void* logits;                  // [R,V]
+  const float* inverse_temperature;    // [R], each above 0 and finite
+  const float* top_p;                  // [R] or null
+  const int32_t* top_k;                // [R] or null
+  void* out;                           // [R,V]
+};
+
 struct HeadArgs {
   DType dtype;                         // of hidden and weight
   int64_t r, d, v;
@@ -125,6 +135,7 @@ struct Kernels {
   void (*unmask_topk)(const UnmaskArgs&, const Parallel&);
   void (*mix_guidance)(const MixArgs&, const Parallel&);
   void (*combine_guidance)(const MixArgs&, const Parallel&);
+  void (*truncate_logits)(const TruncateArgs&, const Parallel&);
   void (*lm_head_scores)(const HeadArgs&, const Parallel&);
   void (*masked_cross_entropy_forward)(const CrossEntropyArgs&, const Parallel&);
   void (*masked_cross_entropy_backward)(const CrossEntropyArgs&, const Parallel&);

@@ -13,6 +13,7 @@ void score_tokens(const ScoreArgs&, const Parallel&);
 void unmask_topk(const UnmaskArgs&, const Parallel&);
 void mix_guidance(const MixArgs&, const Parallel&);
 void combine_guidance(const MixArgs&, const Parallel&);
+void truncate_logits(const TruncateArgs&, const Parallel&);
 void lm_head_scores(const HeadArgs&, const Parallel&);
 void masked_cross_entropy_forward(const CrossEntropyArgs&, const Parallel&);
 void masked_cross_entropy_backward(const CrossEntropyArgs&, const Parallel&);
@@ -30,6 +31,7 @@ const Kernels DLM_JOIN(kernels_, DLM_ISA) = {
     .unmask_topk = DLM_ISA::unmask_topk,
     .mix_guidance = DLM_ISA::mix_guidance,
     .combine_guidance = DLM_ISA::combine_guidance,
+    .truncate_logits = DLM_ISA::truncate_logits,
     .lm_head_scores = DLM_ISA::lm_head_scores,
     .masked_cross_entropy_forward = DLM_ISA::masked_cross_entropy_forward,
     .masked_cross_entropy_backward = DLM_ISA::masked_cross_entropy_backward,

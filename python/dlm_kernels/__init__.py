@@ -11,6 +11,7 @@ from dlm_kernels.ops.explain import explain
 from dlm_kernels.ops.guidance import combine_guidance, mix_guidance
 from dlm_kernels.ops.lm_head import PackedHead, lm_head_scores, pack_lm_head
 from dlm_kernels.ops.soft_embedding import soft_embedding
+from dlm_kernels.ops.truncation import truncate_logits
 from dlm_kernels.ops.unmask import TokenScores, UnmaskResult, score_tokens, unmask_step, unmask_topk
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "pack_lm_head",
     "score_tokens",
     "soft_embedding",
+    "truncate_logits",
     "unmask_step",
     "unmask_topk",
 ]

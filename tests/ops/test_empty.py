@@ -52,10 +52,11 @@ def test_scores_and_unmasking(implementation, b, length):
 
 @implementations
 @pytest.mark.parametrize("b, length", EMPTY)
-def test_guidance_loss_and_soft_embedding(implementation, b, length):
+def test_guidance_truncation_loss_and_soft_embedding(implementation, b, length):
     logits, targets, weight = jnp.ones((b, length, 7)), jnp.zeros((b, length), jnp.int32), jnp.ones((9, 7))
     assert dlm.mix_guidance(logits, logits, jnp.ones((b, length)), implementation=implementation).shape == logits.shape
     assert dlm.combine_guidance(jnp.stack([logits] * 2), jnp.ones(2), implementation=implementation).shape == logits.shape
+    assert dlm.truncate_logits(logits, top_p=0.5, top_k=3, implementation=implementation).shape == logits.shape
     assert dlm.soft_embedding(logits, weight, implementation=implementation).shape == logits.shape
 
     def loss(hidden, weight, reduction="sum"):
@@ -119,6 +120,9 @@ def test_smallest_and_largest_vocabulary(implementation, v):
     np.testing.assert_allclose(even, total - logits.mean(-1) - np.log(v), rtol=1e-5, atol=1e-5)
     mixed = dlm.mix_guidance(jnp.asarray(logits, jnp.float32), jnp.zeros((1, 2, v)), 2.0, implementation=implementation)
     np.testing.assert_allclose(mixed, 2 * logits, rtol=1e-6, atol=1e-6)
+    for limit in (dict(top_k=1), dict(top_p=1e-9)):
+        best_alone = dlm.truncate_logits(mixed, **limit, implementation=implementation)
+        np.testing.assert_array_equal(best_alone, np.where(np.arange(v) == best[..., None], mixed, -np.inf))
 
 
 def test_an_unknown_implementation_is_refused():
@@ -128,6 +132,7 @@ def test_an_unknown_implementation_is_refused():
         lambda name: dlm.attention(query, query, query, implementation=name),
         lambda name: dlm.mix_guidance(logits, logits, 2.0, implementation=name),
         lambda name: dlm.combine_guidance(logits[None], jnp.ones(1), implementation=name),
+        lambda name: dlm.truncate_logits(logits, implementation=name),
         lambda name: dlm.score_tokens(logits, implementation=name),
         lambda name: dlm.unmask_topk(tokens, scores, mask_id=0, num_unmask=1, implementation=name),
         lambda name: dlm.unmask_step(logits, tokens, mask_id=0, num_unmask=1, implementation=name),

@@ -106,6 +106,31 @@ CASES = {
         lambda: dlm.combine_guidance(logits[None], jnp.array([True])),
         r"weights: expected a number or an array of numbers, got dtype bool",
     ),
+    "top_p of nothing": (
+        lambda: dlm.truncate_logits(logits, top_p=0),
+        r"top_p: expected None or a number above 0 and at most 1, got 0",
+    ),
+    "top_p in percent": (lambda: dlm.truncate_logits(logits, top_p=np.float32(95)), r"top_p: expected .* at most 1, got 95"),
+    "top_p of no number": (lambda: dlm.truncate_logits(logits, top_p=np.nan), r"top_p: expected .*got nan"),
+    "top_p of another batch": (lambda: dlm.truncate_logits(logits, top_p=jnp.ones(3)), r"top_p: expected a scalar, shape \[2\]"),
+    "top_k of no token": (
+        lambda: dlm.truncate_logits(logits, top_k=0),
+        r"top_k: expected None or an integer of at least 1, got 0",
+    ),
+    "top_k of half a token": (lambda: dlm.truncate_logits(logits, top_k=2.5), r"top_k: expected an integer .*got dtype float32"),
+    "top_k of a truth value": (lambda: dlm.truncate_logits(logits, top_k=True), r"top_k: expected an integer .*got dtype bool"),
+    "truncation at a temperature below zero": (
+        lambda: dlm.truncate_logits(logits, temperature=-1),
+        r"temperature: expected 0 or more, got -1",
+    ),
+    "truncation of positions without a batch": (
+        lambda: dlm.truncate_logits(logits[0], top_p=0.5),
+        r"logits: expected shape \[B, L, V\], got \[3, 7\]",
+    ),
+    "truncation by a kernel that is not there": (
+        lambda: dlm.truncate_logits(logits, top_p=0.5, implementation="pallas"),
+        r"implementation='pallas' cannot run truncate_logits: pallas_kernels has no truncation",
+    ),
     "soft cap below zero for no positions": (
         lambda: dlm.score_tokens(logits[:, :0], logits_soft_cap=-1.0),
         r"logits_soft_cap: expected None or a number above 0, got -1.0",

@@ -47,6 +47,7 @@ OPERATIONS = {
         lambda a, b: dlm_kernels.combine_guidance(jnp.stack([a, b]), jnp.array([1.5, -0.5])),
         (normal(5, 4, 6, 301), normal(6, 4, 6, 301)),
     ),
+    "truncate_logits": (lambda x: dlm_kernels.truncate_logits(x, top_p=0.8, top_k=200, temperature=0.5), (normal(5, 4, 6, 301),)),
     "lm_head_scores": (
         lambda hidden: dlm_kernels.lm_head_scores(hidden, normal(8, 301, 40)),
         (normal(7, 4, 6, 40),),

@@ -154,6 +154,15 @@ def test_streams_with_a_weight_per_row(native):
     same([got], [dlm_kernels.combine_guidance(jnp.asarray(logits), jnp.asarray(weights), implementation="xla")])
 
 
+def test_truncation(native):
+    logits = draw(0, B, L, V)
+    for options in (dict(top_k=[3, 40]), dict(top_p=0.5, temperature=[0.7, 0]), dict(top_p=[1, 0.25], top_k=5), {}):
+        arrays = {name: jnp.array(x) if isinstance(x, list) else x for name, x in options.items()}
+        expected = dlm_kernels.truncate_logits(jnp.asarray(logits), **arrays, implementation="xla")
+        same([native.truncate_logits(torch.tensor(logits), **{n: torch.tensor(x) for n, x in options.items()})], [expected])
+    assert native.truncate_logits(torch.tensor(logits[:, :0]), top_p=0.5).shape == (B, 0, V)
+
+
 def test_bad_arguments_are_told_as_jax_tells_them(native):
     query = torch.zeros(1, 3, 4, 16)
     with pytest.raises(ValueError, match="key: expected a number of heads that divides"):

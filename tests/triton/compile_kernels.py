@@ -20,7 +20,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlm_kernels.triton_kernels import attention, cross_entropy, divergence, guidance, launch, lm_head, unmask
+from dlm_kernels.triton_kernels import (
+    attention,
+    cross_entropy,
+    divergence,
+    guidance,
+    launch,
+    lm_head,
+    truncation,
+    unmask,
+)
 
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "uint32": "u32", "bool": "i1"}
 
@@ -104,6 +113,9 @@ def vocabulary_cases():
         yield f"mix {dtype}", lambda a=(logits, logits, per_row): guidance.mix_guidance(*a)
         stacked = array(3, rows, v, dtype=dtype), array(3, rows)
         yield f"combine {dtype}", lambda a=stacked: guidance.combine_guidance(*a)
+        limits = per_row, per_row, array(rows, dtype="int32")
+        for name, chosen in (("top_p", (*limits[:2], None)), ("top_k", (limits[0], None, limits[2])), ("both", limits)):
+            yield f"truncate {dtype}, {name}", lambda a=(logits, *chosen): truncation.truncate_logits(*a)
     for length in (32, 256, 4096):
         tokens, sure = array(8, length, dtype="int32"), array(8, length)
         flags, number, bound = array(8, length, dtype="bool"), array(8, dtype="int32"), array(8)

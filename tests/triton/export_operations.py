@@ -27,6 +27,7 @@ from dlm_kernels import (
     masks,
     mix_guidance,
     score_tokens,
+    truncate_logits,
     unmask_step,
     unmask_topk,
 )
@@ -74,6 +75,7 @@ OPERATIONS = {
     "attention gradient": (attention_gradient, QUERY, SELF, STOP),
     "mix_guidance": (mix_guidance, LOGITS, LOGITS, SCALE),
     "combine_guidance": (combine_guidance, array(3, B, L, V), array(3, B, dtype="float32")),
+    "truncate_logits": (lambda x: truncate_logits(x, top_p=0.9, top_k=50), LOGITS),
     "score_tokens": (lambda x: score_tokens(x, confidence="margin"), LOGITS),
     "score_tokens at a temperature": (lambda x, key: score_tokens(x, temperature=0.7, key=key), LOGITS, KEY),
     "unmask_topk": (lambda x, t: unmask_topk(t, score_tokens(x), mask_id=1, threshold=0.9, factor=1.0), LOGITS, TOKENS),

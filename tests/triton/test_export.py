@@ -12,6 +12,7 @@ EXPECTED = {
     "attention gradient": {"_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"},
     "mix_guidance": {"_mix_kernel"},
     "combine_guidance": {"_combine_kernel"},
+    "truncate_logits": {"_truncate_kernel"},
     "score_tokens": {"_score_kernel", "_merge_kernel"},
     "score_tokens at a temperature": {"_score_kernel", "_draw_kernel", "_merge_kernel"},
     "unmask_topk": {"_score_kernel", "_merge_kernel", "_topk_kernel"},

@@ -50,6 +50,7 @@ def taken(config, params, block=64, *, every=False):
         calls |= {
             "gradient of attention": (jax.grad(lambda *x, mask: attention[0](*x, mask=mask).sum(), (0, 1, 2)), *attention[1:]),
             "combine_guidance": (dlm_kernels.combine_guidance, (shaped(2, *logits.shape), shaped(2)), {}),
+            "truncate_logits": (dlm_kernels.truncate_logits, (logits,), dict(top_p=0.9)),
             "score_tokens": (dlm_kernels.score_tokens, (logits,), {}),
             "unmask_step": (dlm_kernels.unmask_step, (logits, tokens), dict(mask_id=config.mask_id, num_unmask=1)),
             "masked_cross_entropy": loss,

@@ -98,7 +98,8 @@ def score_tokens(
       logits: [B, L, V]; float32, bfloat16 or float16. unconditional: the same, mixed in with guidance_scale (scalar, [B] or [B, L];
         see `mix_guidance`); both or neither.
       confidence: LLaDA's "low_confidence" and Dream's "maskgit_plus" are "probability", LLaDA's "random" is "random", Dream's
-        "topk_margin" and "entropy" are "margin" and "neg_entropy". Its alg "origin", alg_temp, top_p and top_k are not here.
+        "topk_margin" and "entropy" are "margin" and "neg_entropy". Its alg "origin" is not here; its top_p and top_k are
+        `truncate_logits`, before this.
       temperature: scalar, [B] or [B, L], traced or not; 0 is greedy. Above 0 it needs `key` or `noise`.
       tempered_confidence: take p from logits / temperature, as Dream and DiffusionGemma do; LLaDA does not.
       key: a JAX threefry key, or one per batch row [B], and then a row's samples do not depend on its batch.

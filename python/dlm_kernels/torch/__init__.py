@@ -36,6 +36,7 @@ __all__ = [
     "pack_lm_head",
     "score_tokens",
     "soft_embedding",
+    "truncate_logits",
     "unmask_step",
     "unmask_topk",
 ]
@@ -180,5 +181,6 @@ mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
 pack_lm_head = _on_tensors(dlm_kernels.pack_lm_head)
 score_tokens = _of_int64(_on_tensors(dlm_kernels.score_tokens))
 soft_embedding = _on_tensors(dlm_kernels.soft_embedding, differentiable=True)
+truncate_logits = _on_tensors(dlm_kernels.truncate_logits)
 unmask_step = _of_their_dtype(_on_tensors(dlm_kernels.unmask_step), 1)
 unmask_topk = _of_their_dtype(_on_tensors(dlm_kernels.unmask_topk), 0)

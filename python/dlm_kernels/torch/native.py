@@ -22,6 +22,7 @@ from dlm_kernels.triton_kernels import cross_entropy as cross_entropy_kernels
 from dlm_kernels.triton_kernels import divergence as divergence_kernels
 from dlm_kernels.triton_kernels import guidance as guidance_kernels
 from dlm_kernels.triton_kernels import lm_head as head_kernels
+from dlm_kernels.triton_kernels import truncation as truncation_kernels
 from dlm_kernels.triton_kernels import unmask as unmask_kernels
 
 
@@ -190,6 +191,20 @@ def combine_guidance(logits, weights):
     weights = weights.float().reshape(weights.shape + (1,) * (1 + len(lead) - weights.ndim)).expand(streams, *lead)
     mixed = guidance_kernels.combine_guidance(logits.reshape(streams, -1, width), weights.reshape(streams, -1).contiguous())
     return mixed.reshape(logits.shape[1:])
+
+
+@_operation
+@torch.no_grad()
+def truncate_logits(logits, *, top_p=None, top_k=None, temperature=1.0):
+    if logits.numel() == 0 or (top_p is None and top_k is None):
+        return logits
+    rows, width = functools.partial(_rows, shape=logits.shape[:-1], device=logits.device), logits.shape[-1]
+    temperature = rows(temperature)
+    bounds = torch.finfo(torch.float32)
+    inverse = (1 / torch.where(temperature > 0, temperature, 1)).clamp(bounds.tiny, bounds.max)  # as ops/truncation.py has it
+    top_p = None if top_p is None else rows(top_p)
+    top_k = None if top_k is None else rows(top_k, dtype=torch.int32)
+    return truncation_kernels.truncate_logits(logits.reshape(-1, width), inverse, top_p, top_k).reshape(logits.shape)
 
 
 @_operation
