@@ -91,7 +91,8 @@ def stream(tokenizer, documents, eos_id):
     """All documents' tokens in one int32 array, each document followed by `eos_id`. ValueError where there is none."""
     if not documents:
         raise ValueError("texts: expected at least one, got none")
-    ids = [encoding.ids + [eos_id] for encoding in tokenizer.encode_batch(list(documents))]
+    encodings = tokenizer.encode_batch(list(documents), add_special_tokens=False)  # as `text.encode`
+    ids = [encoding.ids + [eos_id] for encoding in encodings]
     return np.concatenate([np.asarray(x, np.int32) for x in ids])
 
 

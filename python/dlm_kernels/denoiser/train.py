@@ -84,17 +84,17 @@ def with_errors(tokens, noisy, masked, key, share, special):
     """Replaces about `share` of the tokens that `corrupt` left visible by tokens from elsewhere in the batch.
 
     Of a row's columns a share of 2 share, evenly spaced from a random one on, is checked: every other one of these is replaced
-    where it is visible, so that the model learns both to keep and to reject. special: ids below it are never written, nor
+    where it is visible, so that the model learns both to keep and to reject. special: ids, which are never written, nor
     replaced. Returns the tokens and which are checked, bool [B, L], never a masked one. Source: LLaDA2.1's token-to-token editing.
     """
     b, length = tokens.shape
     for_offset, for_parity, for_other = jax.random.split(key, 3)
     # The columns where this passes a whole number: spacing of any length, and at most 2 share L + 1 of them.
     passed = jnp.floor(jnp.arange(length + 1) * (2 * share) + jax.random.uniform(for_offset, (b, 1))).astype(jnp.int32)
-    checked = (passed[:, 1:] > passed[:, :-1]) & ~masked & (tokens >= special)
+    checked = (passed[:, 1:] > passed[:, :-1]) & ~masked & ~jnp.isin(tokens, special)
     parity = jax.random.randint(for_parity, (b, 1), 0, 2)
     other = jax.random.permutation(for_other, tokens.reshape(-1)).reshape(b, length)
-    replaced = checked & (passed[:, 1:] % 2 == parity) & (other >= special)
+    replaced = checked & (passed[:, 1:] % 2 == parity) & ~jnp.isin(other, special)
     return jnp.where(replaced, other, noisy), checked
 
 
@@ -117,7 +117,7 @@ def loss(config, params, tokens, key, *, least_ratio=0.0, error_share=0.0, imple
     # Evenly spread counts add up to at most this many, so the head sees half of the rows, in an array of fixed size.
     most = (b + 1) * length // 2 + b
     if error_share:
-        special = 1 + max(config.pad_id, config.eos_id, config.mask_id)
+        special = jnp.array([config.pad_id, config.eos_id, config.mask_id])
         noisy, checked = with_errors(tokens, noisy, masked, jax.random.fold_in(key, 1), error_share, special)
         weights += checked / (b * length)
         masked |= checked
