@@ -19,10 +19,11 @@ from bench import (
     machine,
     report,
     scale,
+    truncation,
     unmask,
 )
 
-OPERATIONS = (attention, unmask, lm_head, guidance, cross_entropy, divergence, scale, end_to_end)
+OPERATIONS = (attention, unmask, lm_head, guidance, truncation, cross_entropy, divergence, scale, end_to_end)
 # To aim for. None is the device's usual run: a CPU leaves out what is too large for it, the others leave out nothing.
 MINUTES = {"quick": 2, None: 14, "full": 60}
 
