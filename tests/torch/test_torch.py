@@ -230,6 +230,20 @@ def test_float64_is_refused_and_not_rounded_unasked():
     assert mine.dtype == torch.float32 and mine == other
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_truncation_is_torchs_by_sorting(dtype):
+    """Where no logits tie and no sum is near top_p."""
+    logits = (4 * torch.stack([torch.randperm(60, generator=torch.manual_seed(row)) for row in range(6)]) / 60).to(dtype)
+    ranked, order = torch.softmax(logits.double() / 0.7, -1).sort(-1, descending=True)
+    kept = (ranked.cumsum(-1) - ranked < 0.9) & (torch.arange(60) < torch.tensor([3, 60])[:, None, None])
+    kept = torch.zeros_like(kept).scatter(-1, order.expand(2, -1, -1), kept)
+    out = adapter.truncate_logits(
+        logits.expand(2, -1, -1), top_p=0.9, top_k=torch.tensor([3, 60]), temperature=torch.tensor(0.7)
+    )
+    assert out.dtype == dtype and 3 < kept[1].sum(-1).max() < 60
+    np.testing.assert_array_equal(out.float(), torch.where(kept, logits, -torch.inf).float())
+
+
 def test_torch_compile_breaks_its_graph_around_an_operation():
     def step(logits, tokens):
         return adapter.unmask_step(2 * logits, tokens, mask_id=30, num_unmask=3).tokens + 1
