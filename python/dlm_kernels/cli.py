@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 
@@ -39,8 +40,8 @@ def _check_implementation(name):
 
 
 def _unescaped(text):
-    """What a shell has no easy way to write: \\n and \\t in a text are a newline and a tab."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
+    """What a shell has no easy way to write: \\n and \\t in a text are a newline and a tab, and \\\\ is a backslash."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), text)
 
 
 def _parser():
@@ -56,7 +57,7 @@ def _parser():
     _model(generate)
     add = generate.add_argument
     texts = dict(metavar="TEXT", type=_unescaped)
-    add("prompt", nargs="?", type=_unescaped, help="text to continue; \\n and \\t in it, and in any TEXT, are a newline and a tab")
+    add("prompt", nargs="?", type=_unescaped, help="text to continue; \\n, \\t and \\\\ in any TEXT: newline, tab, backslash")
     holes = "text with holes: <mask:20> is one of 20 tokens, <mask:20@3> one under guidance 3"
     add("--infill", help=holes, **texts)
     add("--chat", action="store_true", help="make the prompt a user's turn, as LLaDA's or Dream's instruction-tuned models read it")
@@ -98,7 +99,7 @@ def _parser():
 
     correct = command("correct", "replace the tokens of a text that the model, trained with --error-share, rejects")
     _model(correct)
-    about = "\\n and \\t in it are a newline and a tab; what is in <keep>...</keep> stays"
+    about = "\\n, \\t and \\\\ in it are a newline, a tab and a backslash; what is in <keep>...</keep> stays"
     correct.add_argument("text", type=_unescaped, help=about)
     correct.add_argument("--threshold", type=float, default=0.7, help="how sure of another token (default: %(default)s)")
     correct.add_argument("--passes", type=int, default=8, help="at most (default: %(default)s)")

@@ -254,6 +254,8 @@ def test_newlines_and_tabs_in_any_text():
     for name in names:
         assert getattr(options, name) in ("a\nb\tc", ["a\nb\tc"])
     assert cli._parser().parse_args(["correct", r"a\nb\tc"]).text == "a\nb\tc"
+    # Code has them as two characters too, and other backslashes.
+    assert cli._parser().parse_args(["correct", r'print("\\n\d")']).text == r'print("\n\d")'
 
 
 def test_train_and_distill(command, saved, texts, monkeypatch, tmp_path):
