@@ -25,9 +25,7 @@ def case(name, rows, d, v, dtype, masked=0.5, backward=False, **options):
     if backward:
         contenders = harness.with_gradients(contenders)
     around = peers.with_gradients if backward else peers.no_grad
-    contenders["torch"] = peers.torch_peer(_torch_loss, around=around)
-    if options.get("headline"):
-        contenders["torch.compile"] = peers.torch_peer(_torch_loss, compiled=True, around=around)
+    contenders |= peers.of_torch(_torch_loss, compiled=options.get("headline"), around=around)
     active = int(masked * rows)
     size = jnp.dtype(dtype).itemsize
     return Case(

@@ -26,11 +26,7 @@ def case(name, rows, width, dtype, **options):
         "guidance",
         f"{name}, {rows} x {width}, {dtype}",
         inputs,
-        harness.ours(mix)
-        | {
-            "torch": peers.torch_peer(peers.no_grad(eager)),
-            "torch.compile": peers.torch_peer(eager, compiled=True),
-        },
+        harness.ours(mix) | peers.of_torch(eager),
         read=2 * size,
         written=size,
         dtype=dtype,

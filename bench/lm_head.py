@@ -33,9 +33,7 @@ def case(name, rows, d, v, dtype, guided=False, as_written=False, from_torch=Fal
     contenders = harness.ours(scores)
     if machine.implementation() == "cpu":  # the others read the weight as it is
         contenders[harness.PACKED] = Contender(contenders[harness.OURS].function, _packed, once=True)
-    contenders["torch"] = peers.torch_peer(peers.no_grad(_torch_head))
-    if options.get("headline"):
-        contenders["torch.compile"] = peers.torch_peer(_torch_head, compiled=True)
+    contenders |= peers.of_torch(_torch_head, compiled=options.get("headline"))
     if dtype != "float32" and not guided and "sweep" not in options:
         # Where bfloat16 products are emulated, a user of torch would keep the weight in float32.
         contenders["torch in float32"] = peers.torch_peer(

@@ -24,18 +24,6 @@ def mix(conditional, unconditional, scale):
     return u + scale * (c - u)
 
 
-def nucleus(logits, top_p, temperature):
-    """logits [..., V], -inf where those above have `top_p` of the row's mass or more."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    return np.stack([_nucleus(np.asarray(row, np.float64), top_p, temperature) for row in rows]).reshape(logits.shape)
-
-
-def _nucleus(row, top_p, temperature):
-    ranked = -np.sort(-row)
-    p = np.exp((ranked - ranked[0]) / temperature)
-    return np.where(row < ranked[np.searchsorted(np.cumsum(p), top_p * p.sum())], -np.inf, row)
-
-
 def scores(logits):
     """logits [..., V] -> token, confidence, entropy, log-sum-exp [...]."""
     # A few rows at a time: in float64 all of a large model's would not fit.

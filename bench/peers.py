@@ -66,6 +66,14 @@ def no_grad(function):
     return call
 
 
+def of_torch(function, compiled=True, around=no_grad):
+    """The contenders "torch" and, where `compiled`, "torch.compile" of one function."""
+    contenders = {"torch": torch_peer(function, around=around)}
+    if compiled:
+        contenders["torch.compile"] = torch_peer(function, compiled=True, around=around)
+    return contenders
+
+
 def sdpa(query, key, value, mask=None, scale=None):
     """torch's scaled_dot_product_attention of [B, T, N, H] tensors; its heads come before positions, which a view can say."""
     from torch.nn.functional import scaled_dot_product_attention

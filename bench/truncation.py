@@ -1,12 +1,12 @@
 """Truncation of logits to their nucleus, as Dream samples: top_p 0.95 at temperature 0.2."""
 
-import functools
-
 import jax.numpy as jnp
+import numpy as np
 
 import dlm_kernels
-from bench import harness, oracles, peers
+from bench import harness, peers
 from bench.harness import Case
+from dlm_kernels.reference import truncation as reference
 
 TOP_P, TEMPERATURE = 0.95, 0.2
 
@@ -28,20 +28,20 @@ def case(name, rows, width, dtype, **options):
     def truncate(logits, implementation):
         return dlm_kernels.truncate_logits(logits, top_p=TOP_P, temperature=TEMPERATURE, implementation=implementation)
 
+    def oracle(logits):
+        every = np.ones(rows)
+        return reference.truncate_logits(logits[0], every / TEMPERATURE, every * TOP_P, None)[None]
+
     size = rows * width * jnp.dtype(dtype).itemsize
     return Case(
         "truncation",
         f"{name}, {rows} x {width}, {dtype}",
         inputs,
-        harness.ours(truncate)
-        | {
-            "torch": peers.torch_peer(peers.no_grad(by_sorting)),
-            "torch.compile": peers.torch_peer(by_sorting, compiled=True),
-        },
+        harness.ours(truncate) | peers.of_torch(by_sorting),
         read=size,
         written=size,
         dtype=dtype,
-        oracle=functools.partial(oracles.nucleus, top_p=TOP_P, temperature=TEMPERATURE),
+        oracle=oracle,
         tolerance=0.0,
         **options,
     )

@@ -1,6 +1,7 @@
 """Checks that the operations share. Each raises a ValueError that names the argument, what was expected and what came."""
 
 import math
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,12 @@ def numbers(name, value):
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         raise ValueError(f"{name}: expected a number or an array of numbers, got dtype {value.dtype}")
     return value.astype(jnp.float32)
+
+
+def not_negative(name, value):
+    """Of numbers alone: those of an array are not looked at."""
+    if isinstance(value, Real) and not value >= 0:
+        raise ValueError(f"{name}: expected 0 or more, got {value}")
 
 
 def integers(name, value, expected="an integer or an array of integers"):

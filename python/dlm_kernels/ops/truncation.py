@@ -50,11 +50,10 @@ def truncate_logits(logits, *, top_p=None, top_k=None, temperature=1.0, implemen
         raise ValueError(f"top_p: expected None or a number above 0 and at most 1, got {top_p}")
     if isinstance(top_k, numbers.Real) and top_k < 1:
         raise ValueError(f"top_k: expected None or an integer of at least 1, got {top_k}")
-    if isinstance(temperature, numbers.Real) and not temperature >= 0:
-        raise ValueError(f"temperature: expected 0 or more, got {temperature}")
+    checks.not_negative("temperature", temperature)
     operands = dict(
         logits=logits,
-        inverse_temperature=inverse(checks.per_row("temperature", temperature, b, length)),
+        inverse_temperature=inverse(jnp, checks.per_row("temperature", temperature, b, length)),
         top_p=None if top_p is None else checks.per_row("top_p", top_p, b, length),
         top_k=None if top_k is None else checks.per_row("top_k", top_k, b, length, jnp.int32),
     )
@@ -63,9 +62,9 @@ def truncate_logits(logits, *, top_p=None, top_k=None, temperature=1.0, implemen
     return dispatch.call(TRUNCATE, implementation, operands)[0]
 
 
-def inverse(temperature):
+def inverse(xp, temperature):
     """What the logits are multiplied by: 1 where the temperature is not above 0, and a normal number even for the least and for
-    infinity, for 0 times infinity would be NaN.
+    infinity, for 0 times infinity would be NaN. xp: jax.numpy, or torch.
     """
-    bounds = jnp.finfo(jnp.float32)
-    return jnp.clip(1 / jnp.where(temperature > 0, temperature, 1), bounds.tiny, bounds.max)
+    bounds = xp.finfo(xp.float32)
+    return xp.clip(1 / xp.where(temperature > 0, temperature, 1), bounds.tiny, bounds.max)

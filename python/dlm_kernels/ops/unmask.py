@@ -156,11 +156,9 @@ def sampling_operands(b, length, temperature, key, noise, active, banned_tokens,
     if noise is not None:
         noise = checks.shaped("noise", checks.floats("noise", noise, "BLV"), (b, length, v), "the shape of the logits")
     counters = None if key is None else _counters(key, b, length)
-    if isinstance(temperature, numbers.Real):
-        if not temperature >= 0:
-            raise ValueError(f"temperature: expected 0 or more, got {temperature}")
-        if temperature == 0:
-            return operands
+    checks.not_negative("temperature", temperature)
+    if isinstance(temperature, numbers.Real) and temperature == 0:
+        return operands
     operands["temperature"] = checks.per_row("temperature", temperature, b, length)
     if noise is not None:
         operands["noise"] = noise.astype(jnp.float32)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import dlm_kernels
 from dlm_kernels import masks
 from dlm_kernels.ops import soft_embedding as soft
+from dlm_kernels.ops import truncation
 from dlm_kernels.ops import unmask as ops
 from dlm_kernels.torch import narrow, refuse_second_gradients
 from dlm_kernels.triton_kernels import attention as attention_kernels
@@ -199,9 +200,7 @@ def truncate_logits(logits, *, top_p=None, top_k=None, temperature=1.0):
     if logits.numel() == 0 or (top_p is None and top_k is None):
         return logits
     rows, width = functools.partial(_rows, shape=logits.shape[:-1], device=logits.device), logits.shape[-1]
-    temperature = rows(temperature)
-    bounds = torch.finfo(torch.float32)
-    inverse = (1 / torch.where(temperature > 0, temperature, 1)).clamp(bounds.tiny, bounds.max)  # as ops/truncation.py has it
+    inverse = truncation.inverse(torch, rows(temperature))
     top_p = None if top_p is None else rows(top_p)
     top_k = None if top_k is None else rows(top_k, dtype=torch.int32)
     return truncation_kernels.truncate_logits(logits.reshape(-1, width), inverse, top_p, top_k).reshape(logits.shape)

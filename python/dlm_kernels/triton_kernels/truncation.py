@@ -18,6 +18,17 @@ def _key(x):
 
 
 @triton.jit
+def _read(
+    logits,  # of this row: [V]
+    token,  # int32 [BLOCK]
+    vocabulary,  # V
+    logits_v,
+):  # fmt: skip
+    """float32 [BLOCK]; -inf past the vocabulary."""
+    return tl.load(logits + token.to(tl.int64) * logits_v, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
 def _truncate_kernel(
     logits,  # [R, V]
     inverse_temperature,  # float32 [R]
@@ -32,12 +43,12 @@ def _truncate_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    at = logits + row * logits_r
     lane = tl.arange(0, BLOCK)
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
     wrong = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocabulary, BLOCK):
-        token = (start + lane).to(tl.int64)
-        x = tl.load(logits + row * logits_r + token * logits_v, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+        x = _read(at, start + lane, vocabulary, logits_v)
         tops = tl.maximum(tops, x)
         wrong |= ((x != x) | (x == float("inf"))).to(tl.int32)
     top = tl.max(tops, 0)
@@ -49,8 +60,7 @@ def _truncate_kernel(
         share = tl.load(top_p + row)
         masses = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocabulary, BLOCK):
-            token = (start + lane).to(tl.int64)
-            x = tl.load(logits + row * logits_r + token * logits_v, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+            x = _read(at, start + lane, vocabulary, logits_v)
             masses += exp((x - top) * inverse)
         wanted = tl.where(share >= 1, float("inf"), share * tl.sum(masses, 0))
     most = 0
@@ -72,8 +82,7 @@ def _truncate_kernel(
         count1 = tl.zeros([BLOCK], tl.int32)
         count2 = tl.zeros([BLOCK], tl.int32)
         for start in range(0, vocabulary, BLOCK):
-            token = (start + lane).to(tl.int64)
-            x = tl.load(logits + row * logits_r + token * logits_v, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+            x = _read(at, start + lane, vocabulary, logits_v)
             key = _key(x)
             if HAS_TOP_P:
                 mass = exp((x - top) * inverse)
@@ -100,11 +109,10 @@ def _truncate_kernel(
     # The most likely is kept whatever top_p and top_k are.
     least = tl.where(undefined, 0, tl.minimum(least, _key(top)))
     for start in range(0, vocabulary, BLOCK):
-        token = (start + lane).to(tl.int64)
-        inside = token < vocabulary
-        x = tl.load(logits + row * logits_r + token * logits_v, mask=inside, other=float("-inf")).to(tl.float32)
-        kept = (_key(x) >= least) | undefined
-        tl.store(out + row * vocabulary + token, tl.where(kept, x, float("-inf")).to(out.dtype.element_ty), mask=inside)
+        token = start + lane
+        x = _read(at, token, vocabulary, logits_v)
+        kept = tl.where((_key(x) >= least) | undefined, x, float("-inf"))
+        tl.store(out + row * vocabulary + token, kept.to(out.dtype.element_ty), mask=token < vocabulary)
 
 
 def truncate_logits(logits, inverse_temperature, top_p, top_k):
