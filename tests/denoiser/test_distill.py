@@ -176,6 +176,14 @@ def test_a_student_learns_from_its_teacher_alone(temperature, saved, tmp_path, t
     texts = [text for _, text, _ in texts]
     both = distill.distance((config, teacher, tokenizer), (teacher, student), texts, rows=8, length=16, draws=4, **steps)
     assert both[1] < 0.95 * both[0]
+    # It goes on with the same teacher and steps alone.
+    checkpoint.save(tmp_path / "other", config, student, tokenizer)
+    with pytest.raises(ValueError, match="^teacher_steps: expected 4, with which the run in .* began, got 8$"):
+        distill.run(settings, saved, tmp_path, **steps | dict(teacher_steps=8))
+    with pytest.raises(ValueError, match="^teacher: expected one whose embedding's SHA-256 begins with .* began, got one whose"):
+        distill.run(settings, tmp_path / "other", tmp_path, **steps)
+    with pytest.raises(ValueError, match="^teacher_steps: expected 4, with which the run in .* began, got None$"):
+        train.run(None, settings, tmp_path)
 
 
 def test_the_distance_of_a_teacher_from_itself(saved):

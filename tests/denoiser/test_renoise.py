@@ -189,9 +189,9 @@ def test_a_model_trained_on_noise_restores_a_text(tmp_path, texts):
 
 
 def test_the_loss_is_that_of_the_naive_code(conditioned, random):
-    """With no ratio, and so no noise, the loss is that of reading the tokens themselves, in half of the rows once more."""
+    """Documents are told apart by the ends that are still there: by all of them, the model would be told which tokens are ends."""
     config, params = conditioned
-    tokens = jnp.asarray(random.integers(3, config.vocab, (4, 9)), jnp.int32)
+    tokens = jnp.asarray(random.integers(3, config.vocab, (4, 9)), jnp.int32).at[:, 4].set(config.eos_id)
     key = jax.random.key(5)
     found, gradient = jax.value_and_grad(lambda params: train.uniform_loss(config, params, tokens, key))(params)
     for_ratio, for_place, for_token, for_rows = jax.random.split(key, 4)
@@ -199,15 +199,18 @@ def test_the_loss_is_that_of_the_naive_code(conditioned, random):
     noisy = jnp.where(
         jax.random.uniform(for_place, (4, 9)) < ratio, jax.random.randint(for_token, (4, 9), 0, config.vocab), tokens
     )
-    assert 0 < (noisy != tokens).sum() < 36
+    assert 0 < (noisy != tokens).sum() < 36 and 0 < (noisy[:, 4] != config.eos_id).sum() < 4
+    document = jnp.cumsum(noisy == config.eos_id, 1) - (noisy == config.eos_id)
+    seen = dict(mask=masks.packed(document.astype(jnp.int32)))
     first = int(jax.random.randint(for_rows, (), 0, 2))
-    soft = jax.nn.softmax(model.hidden_states(config, params, noisy) @ model.head_weight(config, params).T) @ params["embed"]
+    soft = jax.nn.softmax(model.hidden_states(config, params, noisy, **seen) @ model.head_weight(config, params).T)
+    soft = soft @ params["embed"]
     soft = soft.at[1 - first :: 2].set(0)
 
     def naive(params):
         """`soft` is a constant."""
         embedded = model.self_conditioned(config, params, params["embed"][noisy], soft)
-        logits = model.hidden_states(config, params, noisy, embedded=embedded) @ model.head_weight(config, params).T
+        logits = model.hidden_states(config, params, noisy, embedded=embedded, **seen) @ model.head_weight(config, params).T
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1).mean()
 
     expected, slope = jax.value_and_grad(naive)(params)

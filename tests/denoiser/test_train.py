@@ -349,6 +349,14 @@ def test_what_a_run_would_destroy_or_ignore_is_refused(trained, copied, saved, t
     assert not new.exists()
 
 
+@pytest.mark.parametrize("name, began, other", [("rows", 2, 3), ("length", 16, 8), ("seed", 0, 1), ("uniform_share", 0.0, 1.0)])
+def test_a_run_goes_on_only_with_what_it_learns_from(name, began, other, copied, texts):
+    before = (copied / "state.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=f"^{name}: expected {began}, with which the run in .*copied began, got {other}$"):
+        train.run(None, train.TrainConfig(**FEW | dict(steps=2) | {name: other}), copied, seed_texts=texts)
+    assert (copied / "state.safetensors").read_bytes() == before
+
+
 def test_a_foreign_state_is_refused(copied, texts):
     safetensors.numpy.save_file({"x": np.zeros(2)}, copied / "state.safetensors")
     with pytest.raises(ValueError, match="state.safetensors: expected a state of training"):

@@ -107,13 +107,19 @@ def save_state(path, state, progress):
     write_atomic(path, safetensors.numpy.save(arrays, {"progress": json.dumps(progress)}))
 
 
-def load_state(path, like):
-    """What `save_state` wrote, in the structure of `like`, and the dict. ValueError where the structures differ."""
-    arrays = read(path)
+def load_progress(path):
+    """The dict that `save_state` wrote."""
+    read(path)
     with safetensors.safe_open(path, framework="numpy") as file:
         progress = (file.metadata() or {}).get("progress")
     if progress is None:
         raise ValueError(f"{path}: expected a state of training, got a safetensors file of something else")
+    return json.loads(progress)
+
+
+def load_state(path, like):
+    """The pytree that `save_state` wrote, in the structure of `like`. ValueError where the structures differ."""
+    arrays = read(path)
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     if arrays.keys() != set(names):
@@ -121,7 +127,7 @@ def load_state(path, like):
     for name, (_, leaf) in zip(names, leaves):
         if arrays[name].shape != leaf.shape:
             raise ValueError(f"{path}: {name}: expected shape {leaf.shape}, got {arrays[name].shape}")
-    return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names]), json.loads(progress)
+    return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names])
 
 
 def read(path):

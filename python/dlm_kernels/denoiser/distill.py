@@ -1,6 +1,7 @@
 """Step distillation: a student learns to do in one pass what its teacher does in several."""
 
 import functools
+import hashlib
 import pathlib
 
 import jax
@@ -21,8 +22,8 @@ def run(
     What takes the teacher teacher_steps passes takes the student student_steps; temperature is that of the teacher's decoding,
     guidance its scale: with one the student learns what guidance says and needs no second stream, and the steps may be equal.
     on_policy: see `student_loss`. initial: a student to start from in the place of the teacher's copy. Stops, saves and resumes as
-    `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not divide, or a student differs from
-    its teacher in its config or tokenizer.
+    `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not divide, a student differs from its
+    teacher in its config or tokenizer, or the run in `out` began with another teacher or other numbers than these.
     """
     if student_steps < 1 or teacher_steps % student_steps or (teacher_steps == student_steps and guidance == 1):
         raise ValueError(
@@ -38,13 +39,15 @@ def run(
         its, own = checkpoint.described(initial)
         if its != config or own.to_str() != tokenizer.to_str():
             raise ValueError(f"initial: expected a student of the config and tokenizer of {teacher}, got {initial}")
-    objective = functools.partial(
-        student_loss,
-        teacher_steps=teacher_steps, student_steps=student_steps, temperature=temperature, guidance=guidance, on_policy=on_policy,
+    told = dict(
+        teacher_steps=teacher_steps, student_steps=student_steps, temperature=temperature, guidance=guidance, on_policy=on_policy
     )  # fmt: skip
+    digest = hashlib.sha256(np.asarray(params["embed"]).tobytes()).hexdigest()[:16]
     return train.run(
         config, settings, out,
-        initial=initial or teacher, objective=objective, given=params, batches=Rows, seed_texts=seed_texts, report=report,
+        initial=initial or teacher, objective=functools.partial(student_loss, **told), given=params,
+        told=told | {"teacher": f"one whose embedding's SHA-256 begins with {digest}"}, batches=Rows, seed_texts=seed_texts,
+        report=report,
     )  # fmt: skip
 
 

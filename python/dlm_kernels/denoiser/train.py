@@ -19,6 +19,8 @@ from dlm_kernels.ops import dispatch
 
 GOLDEN = 0.618034  # multiples of it, modulo 1, spread evenly
 DEFAULT = DenoiserConfig(layers=4)  # of a run that is given no other
+# The settings that a run keeps to its end, whoever goes on with it; the others may change.
+LEARNS = ("rows", "length", "seed", "least_ratio", "block_share", "uniform_share", "error_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,9 @@ class TrainConfig:
         0.999  # what a step keeps of the running average of the parameters, which is what a checkpoint holds
     )
     seed: int = 0
-    steps: int | None = None  # one of the two ends the run, and the learning rate falls to zero by it
+    # One of the two ends the run, and the learning rate falls to zero by it. One that goes on for longer has the rate of its share
+    # of the longer run, and so begins anew high up.
+    steps: int | None = None
     minutes: float | None = None
     save_every: float = 120.0  # seconds
     implementation: str | None = None
@@ -170,7 +174,8 @@ def uniform_loss(config, params, tokens, key, *, implementation=None):
     ratio = (jax.random.uniform(for_ratio, ()) + jnp.arange(b)[:, None] / b) % 1.0
     random = jax.random.randint(for_token, (b, length), 0, config.vocab)
     noisy = jnp.where(jax.random.uniform(for_place, (b, length)) < ratio, random, tokens)
-    document = masks.packed(data.segments(tokens, config.eos_id).astype(jnp.int32))
+    # Of what is given, as in `loss`.
+    document = masks.packed(data.segments(noisy, config.eos_id).astype(jnp.int32))
     options = dict(mask=document, implementation=implementation)
     head, embedded = model.head_weight(config, params), model.look_up(params["embed"], noisy)
     first = model.hidden_states(config, params, noisy, **options)
@@ -285,7 +290,7 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def _start(config, train, out, initial):
+def _start(config, train, out, initial, learns):
     """(config, parameters, tokenizer) to begin with: what `out` holds a state of, else `initial`'s; None where neither has it."""
     params = tokenizer = None
     if out.exists() and not out.is_dir():
@@ -300,6 +305,12 @@ def _start(config, train, out, initial):
         if tokenizer is not None and tokenizer.to_str() != trained_with.to_str():
             raise ValueError(f"initial: expected the tokenizer of the run that goes on in {out}, got another in {initial}")
         config, tokenizer = _agreed(config, found, out), trained_with
+        began = checkpoint.load_progress(out / "state.safetensors").get("learns", learns)
+        for name in began | learns:
+            # What came out would be of both.
+            before, now = began.get(name), learns.get(name)
+            if before != now:
+                raise ValueError(f"{name}: expected {before}, with which the run in {out} began, got {now}")
     elif any(out.glob("model*")):
         raise ValueError(f"out: expected a directory without a model, or with a run's state beside it, got {out}")
     config = config or DEFAULT
@@ -317,21 +328,23 @@ def _agreed(config, found, where):
 
 def run(
     config: DenoiserConfig | None, train: TrainConfig, out, *,
-    initial=None, objective=None, given=None, batches=None, seed_texts=None, report=None,
+    initial=None, objective=None, given=None, told=None, batches=None, seed_texts=None, report=None,
 ):  # fmt: skip
     """Trains into directory `out`, going on from its state.safetensors if there is one; returns the averaged parameters.
 
     `out` holds a whole model at every moment after the first save. initial: a checkpoint directory to start from. Its config and
     tokenizer hold, as do those of a run that goes on; config is None, or has to agree. objective, given: another than those above,
-    with its arrays. batches(streams, rows, length, seed, eos_id): what gives a step its rows, in the place of `data.Batches`.
-    report(progress: dict) is called after every step. On Ctrl-C or SIGTERM the step ends and is saved, then KeyboardInterrupt is
-    raised. Raises ValueError, before anything is written, where `out` holds a model that is not a run's, and FloatingPointError
-    where the loss or an update is not finite, which is not saved.
+    with its arrays; told: the JSON values that make it what it is. batches(streams, rows, length, seed, eos_id): what gives a step
+    its rows, in the place of `data.Batches`. report(progress: dict) is called after every step. On Ctrl-C or SIGTERM the step ends
+    and is saved, then KeyboardInterrupt is raised. Raises ValueError, before anything is written, where `out` holds a model that is
+    not a run's, or a run that learns from something else (LEARNS, told), and FloatingPointError where the loss or an update is not
+    finite, which is not saved.
     """
     if not importlib.util.find_spec("optax"):
         raise ValueError("training needs the optax package: pip install 'dlm_kernels[train]'")
     out = pathlib.Path(out)
-    config, params, tokenizer = _start(config, train, out, initial)
+    learns = {name: getattr(train, name) for name in LEARNS} | (told or {})
+    config, params, tokenizer = _start(config, train, out, initial, learns)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed)) | (params or {})
     tokenizer, streams, _ = prepare(config, seed_texts, tokenizer)
     if batches is None:
@@ -343,7 +356,7 @@ def run(
     progress = {"step": 0, "seconds": 0.0, "tokens": 0, "loss": None}
     path = out / "state.safetensors"
     if path.exists():
-        state, progress = checkpoint.load_state(path, state)
+        state, progress = checkpoint.load_state(path, state), checkpoint.load_progress(path)
     saved = clock = time.monotonic()
 
     def share(ahead=0.0):
@@ -371,9 +384,9 @@ def run(
             if report:
                 report(progress | {"share": min(share(), 1.0)})
             if now - saved > train.save_every:
-                _save(path, config, state, progress, tokenizer)
+                _save(path, config, state, progress | {"learns": learns}, tokenizer)
                 saved = time.monotonic()
-        _save(path, config, state, progress, tokenizer)
+        _save(path, config, state, progress | {"learns": learns}, tokenizer)
     if share() < 1:
         raise KeyboardInterrupt(f"stopped after step {progress['step']}, which is saved in {out}; the same command goes on")
     return state["average"]
