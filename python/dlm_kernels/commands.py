@@ -58,8 +58,9 @@ def run_generate(options):
         raise ValueError("expected a prompt or --infill, one of them")
     if options.infill is not None and not generate.HOLE.search(options.infill):
         raise ValueError(f"--infill: expected a hole such as <mask:20> in it, got {options.infill!r}")
-    if options.infill is not None and (options.length is not None or options.exact):
-        raise ValueError("--length, --exact: expected none with --infill, whose holes say their length")
+    prompt = options.prompt if options.infill is None else options.infill
+    if generate.HOLE.search(prompt) and (options.length is not None or options.exact):
+        raise ValueError("--length, --exact: expected none with holes such as <mask:20>, which say their length")
     _check_file("--html", options.html)
     model = _load(options.model)
     if options.drafts is not None and options.html:
@@ -84,7 +85,6 @@ def run_generate(options):
             raise ValueError(f"--drafter: expected a student of the model's shape, got {'; '.join(apart)}")
         named["drafter"] = drafter[1]
     console = rich.console.Console()
-    prompt = options.prompt if options.infill is None else options.infill
     if options.chat:
         prompt = chat.turn(model[2], prompt)
     watched = console.is_terminal and not (options.json or options.html or options.drafts is not None)

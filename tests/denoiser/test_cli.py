@@ -133,7 +133,8 @@ def test_errors_are_one_line(command):
     assert (status, out) == (2, "") and err == "dlm-kernels: expected a prompt or --infill, one of them\n"
     for arguments, message in {
         ("--infill", "def"): "--infill: expected a hole such as <mask:20> in it, got 'def'",
-        ("--infill", "<mask:4>", "--length", "9"): "--length, --exact: expected none with --infill, whose holes say their length",
+        ("--infill", "<mask:4>", "--length", "9"): "--length, --exact: expected none with holes such as <mask:20>, which say their",
+        ("x = <mask:4>", "--exact"): "--length, --exact: expected none with holes such as <mask:20>, which say their length",
         ("def", "--drafts", "1", "--drafter", "student-2"): "--drafter: expected a student of the model's shape, got ",
         ("def", "--length", "-1"): "length: expected an int of at least 1, got -1",
         ("def", "--temperature", "-1"): "temperature: expected at least 0, got -1.0",
@@ -169,7 +170,10 @@ def test_canvas_of_ragged_prompts_and_holes(saved):
         np.testing.assert_array_equal(tokens[start:], row)
         assert (tokens[:start] == config.pad_id).all() and first - start == len(given)
     other, start = generate.without_prompt(config, board)
-    assert (other[0, board.start[0] :] == config.mask_id).all() and start[0] == board.start[0]
+    # Of the second row also what stands behind its first hole, without which a row that begins with one would not be guided.
+    for row in (0, 1):
+        assert (other[row, board.start[row] :] == config.mask_id).all() and start[row] == board.start[row]
+        assert (other[row, : start[row]] == config.pad_id).all()
     ids = tokenizer.encode("ab").ids
     other, start = generate.without_prompt(config, board, ids)
     np.testing.assert_array_equal(other[1, start[1] : board.first[1]], ids)

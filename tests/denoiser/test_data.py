@@ -26,6 +26,9 @@ def test_units_lose_no_text_and_keep_decorators():
     pieces = data.units(text)
     assert "".join(pieces) == text
     assert pieces[1].startswith("@cache\n@other(1)\ndef f") and pieces[2].startswith("class A")
+    assert data.units("@cache\nasync def f():\n    pass\nx = 1\ndef g(): pass") == [
+        "@cache\nasync def f():\n    pass\nx = 1\n", "def g(): pass",
+    ]  # fmt: skip
 
 
 def test_the_split_depends_on_the_path_alone():

@@ -62,6 +62,7 @@ GENERATE = {
     "--guidance nan": "guidance: expected a finite number, got nan",
     "--guidance 2 --guidance-final nan": "guidance_final: expected a finite number, got nan",
     "--guidance 2 --guidance-interval nan 1": "guidance_interval: expected a finite number, got [nan, 1.0]",
+    "--guidance 2 --guidance-interval 1 0": "guidance_interval: expected low at most high, got [1.0, 0.0]",
     "--guidance 2 --guidance-refresh 0": "guidance_refresh: expected at least 1, got 0",
     "--guidance 2 --adaptive -1": "adaptive: expected a number in [0, 1], got -1.0",
     "--guidance 2 --adaptive 0.5 --negative-prompt y": "adaptive, negative_prompt: expected one of them, got both",

@@ -19,7 +19,8 @@ LEFT_OUT = {
 }  # fmt: skip
 # A newline takes its indentation with it; a word takes the space before it.
 PIECE = r"\n[ \t]*| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z_0-9]+|\s"
-UNIT = re.compile(r"^(?=@|def |async def |class )", re.MULTILINE)
+DEFINITION = re.compile(r"^(def |async def |class )", re.MULTILINE)
+UNIT = re.compile(rf"^(?=@)|(?={DEFINITION.pattern})", re.MULTILINE)
 
 
 def files():
@@ -80,7 +81,7 @@ def units(text):
     joined = []
     for piece in pieces:
         # A decorator's own cut must not part it from what it decorates.
-        if joined and joined[-1].startswith("@") and "\ndef " not in joined[-1] and "\nclass " not in joined[-1]:
+        if joined and joined[-1].startswith("@") and not DEFINITION.search(joined[-1]):
             joined[-1] += piece
         elif piece.strip():
             joined.append(piece)

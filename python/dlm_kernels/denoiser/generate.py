@@ -96,12 +96,12 @@ def _padded(rows, filler, dtype, least):
 def without_prompt(config, canvas, ids=None):
     """The unconditional stream's canvas and starts: `ids` in the place of what is given before the first hole.
 
-    None masks what is given there, which is LLaDA's unconditional input. Pads stay pads: nobody sees them.
+    None masks all that is given, which is LLaDA's unconditional input. Pads stay pads: nobody sees them.
     """
     tokens, start = canvas.tokens.copy(), canvas.start.copy()
     for row, (begin, hole) in enumerate(zip(canvas.start, canvas.first)):
         if ids is None:
-            tokens[row, begin:hole] = config.mask_id
+            tokens[row, begin:] = config.mask_id
             continue
         start[row] = hole - len(ids)
         tokens[row, :hole] = config.pad_id

@@ -23,6 +23,14 @@ def numbers(low=-np.inf, high=np.inf, **given):
                 raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
+def ordered(**given):
+    """Pairs (low, high) of numbers or arrays. None and JAX's own arrays, not read here, pass."""
+    for name, pair in given.items():
+        known = pair is not None and not any(isinstance(end, jax.Array) for end in pair)
+        if known and (np.asarray(pair[0]) > np.asarray(pair[1])).any():
+            raise ValueError(f"{name}: expected low at most high, got {pair}")
+
+
 def whole(low, high=None, **given):
     """`numbers` without a fraction; by default no more than int32 holds."""
     numbers(low, np.inf if high is None else high, **given)

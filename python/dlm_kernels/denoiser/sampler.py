@@ -155,6 +155,7 @@ def decode(
         raise ValueError("unconditional, guidance_remask: expected one unconditional stream, got two")
     if guidance_interval is not None and not (isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2):
         raise ValueError(f"guidance_interval: expected a pair (low, high), got {guidance_interval!r}")
+    limits.ordered(guidance_interval=guidance_interval)
     if (unconditional is None and guidance_remask is None) != (guidance_scale is None):
         raise ValueError("guidance_scale: expected one with `unconditional` or guidance_remask, and none without")
     further = dict(
