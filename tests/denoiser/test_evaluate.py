@@ -223,9 +223,11 @@ def test_a_model_and_its_student_by_steps(saved):
     assert all(0 <= row["parse_share"] <= 1 and 1 / 8 <= row["distinct_share"] <= 1 for row in rows)
 
 
-def test_bits_from_left_to_right(saved):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_bits_from_left_to_right(shifted, saved):
     """Each of the last tokens given those before it and nothing after, whatever padding stands in front."""
     config, params, tokenizer = checkpoint.load(saved, dtype=np.float32)
+    config = dataclasses.replace(config, shifted=shifted)
     row = np.array([9, 14, 31, 17, 22, 60], np.int32)
     expected = []
     for i in range(3, 6):

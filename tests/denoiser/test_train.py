@@ -160,7 +160,9 @@ def test_block_loss_of_one_block_is_the_loss(config, params, random):
     np.testing.assert_allclose(compiled_block_loss(config, params, rows, key, 8), whole, rtol=1e-5)
 
 
-def test_block_loss_against_blocks_one_by_one(config, params, random):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_block_loss_against_blocks_one_by_one(shifted, config, params, random):
+    config = dataclasses.replace(config, shifted=shifted)
     rows = random.integers(3, config.vocab, (2, 7)).astype(np.int32)
     key = jax.random.key(4)
     noisy, masked, ratio = (np.asarray(x) for x in train.corrupt(jnp.asarray(rows), key, config.mask_id, 3))

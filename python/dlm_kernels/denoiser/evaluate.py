@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels import masked_cross_entropy, masks
+from dlm_kernels import masked_cross_entropy
 from dlm_kernels.denoiser import correct, data, sampler, train
 from dlm_kernels.denoiser import model as denoiser
 
@@ -120,13 +120,8 @@ def left_to_right_bits(model, tokens, last, *, implementation=None):
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _left_to_right_nats(config, params, tokens, weights, implementation):
     """-log p of each token given those before it, times its weight, summed."""
-    length = tokens.shape[1]
-    # One block each: the noisy half is all masks, the clean half what stands before.
-    hidden = denoiser.hidden_states(
-        config, params, jnp.concatenate([jnp.full_like(tokens, config.mask_id), tokens], axis=1),
-        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None],
-        mask=masks.block_diffusion(length, 1), implementation=implementation,
-    )[:, :length]  # fmt: skip
+    masked = jnp.full_like(tokens, config.mask_id)
+    hidden = train.block_states(config, params, masked, tokens, 1, implementation=implementation)
     return masked_cross_entropy(hidden, denoiser.head_weight(config, params), tokens, weights, implementation=implementation)
 
 

@@ -144,20 +144,31 @@ def block_loss(config, params, tokens, key, block_size, *, least_ratio=0.0, impl
     All blocks of a row are learnt from at once: the model reads [noisy; clean] rows under `masks.block_diffusion`.
     block_size: an int or a traced scalar. Source: BD3-LM (Arriola et al. 2025).
     """
-    b, length = tokens.shape
     noisy, masked, ratio = corrupt(tokens, key, config.mask_id, block_size)
-    hidden = model.hidden_states(
-        config,
-        params,
-        jnp.concatenate([noisy, tokens], axis=1),
-        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None],
-        mask=masks.block_diffusion(length, block_size),
-        implementation=implementation,
-    )[:, :length]
-    weights = masked / (jnp.maximum(ratio, least_ratio) * (b * length))
+    hidden = block_states(config, params, noisy, tokens, block_size, implementation=implementation)
+    weights = masked / (jnp.maximum(ratio, least_ratio) * tokens.size)
     return masked_cross_entropy(
         hidden, model.head_weight(config, params), tokens, weights, implementation=implementation
     )
+
+
+def block_states(config, params, noisy, clean, block_size, *, implementation=None):
+    """The states of every block of `noisy` [B, L], given the blocks of `clean` before its own: [B, L, d_model]."""
+    length = clean.shape[1]
+    column = jnp.arange(length, dtype=jnp.int32)
+    hidden = model.hidden_states(
+        config,
+        params,
+        jnp.concatenate([noisy, clean], axis=1),
+        positions=jnp.tile(column, 2)[None],
+        mask=masks.block_diffusion(length, block_size),
+        implementation=implementation,
+    )
+    if not config.shifted:
+        return hidden[:, :length]
+    # What a block's first token is told by is the column before, which by then is clean.
+    begins = (column % block_size == 0) & (column > 0)
+    return jnp.where(begins[:, None], hidden[:, length:], hidden[:, :length])
 
 
 def uniform_loss(config, params, tokens, key, *, implementation=None):
