@@ -13,7 +13,8 @@ The first call with new shapes compiles: on a GPU kernels, in seconds, which Tri
 of XLA, in tenths of a second, which stay in memory, megabytes each. Lengths that grow are better padded to multiples of 64 or more.
 Masks may be those of scaled_dot_product_attention, boolean or of 0 and -inf: most are `masks.KeyIntervals`, which the kernels take,
 and become so at each call; the others go to XLA.
-torch.compile leaves the operations as they are and breaks its graph around them; torch.func's transforms do not take them.
+torch.compile takes `attention` into its graph as it is, with a mask of tensors, and breaks it around the others; torch.func's
+transforms take none of them.
 """
 
 import functools
@@ -24,6 +25,7 @@ import torch
 
 import dlm_kernels
 from dlm_kernels import triton_kernels
+from dlm_kernels.torch import compiled
 from dlm_kernels.torch.intervals import intervals
 
 __all__ = [
@@ -164,12 +166,20 @@ _attention = _on_tensors(dlm_kernels.attention, differentiable=True)
 
 
 @torch.compiler.disable
-@functools.wraps(dlm_kernels.attention)
-def attention(query, key, value, *, mask=None, **options):
+def _eager_attention(query, key, value, *, mask=None, **options):
     # Of other than queries and keys of four axes `_attention` says what is wrong.
     if isinstance(mask, torch.Tensor) and all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (query, key)):
         mask = intervals(mask, query.shape[1], key.shape[1])
     return _attention(query, key, value, mask=mask, **options)
+
+
+_compiled_attention = compiled.as_node(_eager_attention)
+
+
+@functools.wraps(dlm_kernels.attention)
+def attention(query, key, value, **options):
+    way = _compiled_attention if torch.compiler.is_compiling() else _eager_attention
+    return way(query, key, value, **options)
 
 
 attention.__module__ = __name__
