@@ -162,7 +162,7 @@ def load(directory, config, *, dtype=None):
     (stored, tensor), params = _tensors(directory), {}
     unknown = sorted(stored - set(theirs.values()))
     if unknown:  # a bias, say, or one more layer, without which the model would be another
-        raise ValueError(f"{directory}: expected the parameters that config.json tells of, got also {', '.join(unknown)}")
+        raise ValueError(f"{directory}: expected what config.json tells of, got {len(unknown)} more, such as {unknown[0]}")
     for name, shape in shapes.items():
         array = jnp.asarray(tensor(theirs[name]), dtype)
         params[name] = array.T if array.ndim == 2 and name.startswith("layers.") else array
