@@ -56,8 +56,8 @@ class Generation:
 
 
 def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
-    """Each prompt, after `style`, with holes for its marks, and where it has none `length` holes after it, or as many as end a
-    block of a model that attends by blocks.
+    """Each prompt, after `style`, with holes for its marks, and `length` holes after it where it has none; for a model that attends
+    by blocks as many more as fill its last.
 
     A mark is `<mask:n>`, or `<mask:n@scale>`. least: columns at least; before: columns at least in front of each row's first hole.
     """
@@ -77,7 +77,7 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
             given = read(piece)
             row += [config.mask_id] * int(holes) + given
             own += [np.nan if scale is None else float(scale)] * int(holes) + [np.nan] * len(given)
-        # A block that attends to itself has not learnt to end early.
+        # Such a model has seen whole blocks only.
         added = 0 if marked else length + -(len(row) + length) % (config.block_size or 1)
         if marked and config.mask_id not in row:
             raise ValueError(f"prompts: expected a hole of at least one token in each, got {prompt!r}")
@@ -162,7 +162,9 @@ def generate(
     _check(prompts, required, options)
     by_blocks = config.block_size is not None
     if block is None:
-        block = 64 if not by_blocks else math.gcd(8, config.block_size) if config.shifted else config.block_size
+        block = config.block_size or 64
+        if by_blocks and config.shifted:
+            block = math.gcd(8, block)
     limits.counts(block=block, length=length)
     limits.whole(1, steps=steps)  # the rehearsal has its own
     limits.whole(0, 2**32 - 1, seed=seed)
