@@ -69,7 +69,7 @@ def run_generate(options):
     if options.drafts is None and options.noise_budget is None:
         published = checkpoint.published(checkpoint.find(options.model))
         named.setdefault("temperature", 0.0 if published else 1.0)
-    named["length"] = options.block if options.length is None else options.length
+    named["length"] = next(n for n in (options.length, options.block, 64) if n is not None)
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     named["required"] = options.require
     if options.classifier:
@@ -98,7 +98,7 @@ def run_generate(options):
     result = shown.watch(work) if shown else work()
     if options.html:
         html.write(options.html, model, prompt, result, frames, named)
-    used = implementations.taken(*model[:2], options.block)
+    used = implementations.taken(*model[:2], options.block or 64)
     if options.implementation:
         used = dict.fromkeys(used, options.implementation)
     numbers = {

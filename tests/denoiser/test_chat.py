@@ -67,6 +67,24 @@ def test_turns_and_ends(answering):
         chat.turn(own[2], "add two")
 
 
+@pytest.mark.parametrize(
+    "mask, before",
+    [
+        ("<|MASK|>", ""),
+        ("|<MASK>|", "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.\n"),
+        ("<|mask|>", "system\nYou are a helpful assistant.\n"),
+    ],
+)
+def test_turns_of_qwen_and_its_kin(mask, before, texts):
+    """SDAR's, Fast-dLLM v2's and Dream's tokenizers differ in what they call the mask."""
+    tokenizer = data.train_tokenizer([text for _, text, _ in texts], 300)
+    tokenizer.add_special_tokens([AddedToken(token) for token in ("<|im_start|>", "<|im_end|>", mask)])
+    ids = tokenizer.encode(chat.turn(tokenizer, "add {two}")).ids
+    assert tokenizer.decode(ids) == before + "user\nadd {two}\nassistant\n"
+    assert ids.count(tokenizer.token_to_id("<|im_end|>")) == 1 + bool(before)
+    assert chat.ends(CONFIG, tokenizer) == [1, tokenizer.token_to_id("<|im_end|>")]
+
+
 def test_an_answer_ends_with_its_turn(answering):
     """Of a model that would write nothing but the end of a turn: it ends the row, unless a length is asked for."""
     tokenizer = answering[2]
@@ -144,5 +162,5 @@ def test_broken_files_are_named(answering, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: its tokenizer cannot be read"):
         checkpoint.load(tmp_path)
     answering[2].save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="model_type: expected one of llada, dream, got llada2_moe"):
+    with pytest.raises(ValueError, match="model_type: expected one of llada, dream, sdar, fast_dllm_qwen, got llada2_moe"):
         checkpoint.load(tmp_path)

@@ -1,9 +1,11 @@
 """Published checkpoints in miniature, under their own names and layout, against a forward pass written from their source.
 
-8 heads of 3 would do for attention, but RoPE needs an even head size: 4 of 6. Two layers, so that a cache can be stale.
+8 heads of 3 would do for attention, but RoPE needs an even head size: 4 of 6, or of 8 where it may be another than theirs of the
+width. Two layers, so that a cache can be stale.
 """
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dlm_kernels import cli
-from dlm_kernels.denoiser import checkpoint, data, model, pretrained, sampler, speculative
+from dlm_kernels import cli, masks
+from dlm_kernels.denoiser import checkpoint, data, generate, model, pretrained, sampler, speculative
 
 LAYERS, D, HEADS, FFN, VOCAB = 2, 24, 4, 40, 300
 LLADA = dict(
@@ -26,46 +28,76 @@ DREAM = dict(
     intermediate_size=FFN, vocab_size=VOCAB, rope_theta=1000000.0, rms_norm_eps=1e-6, tie_word_embeddings=False,
     hidden_act="silu", rope_scaling=None, use_sliding_window=False, mask_token_id=2, pad_token_id=1, eos_token_id=1,
 )  # fmt: skip
+SDAR = dict(
+    model_type="sdar", hidden_size=D, head_dim=8, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2,
+    intermediate_size=FFN, vocab_size=VOCAB, rope_theta=1000000, rms_norm_eps=1e-6, tie_word_embeddings=False, hidden_act="silu",
+    attention_bias=False, rope_scaling=None, sliding_window=None, use_sliding_window=False, eos_token_id=1, block_size=4,
+    mask_token_id=2,
+)  # fmt: skip
+# As the 1.5B, whose head is its embedding.
+FAST_DLLM = dict(
+    model_type="Fast_dLLM_Qwen", hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2,
+    intermediate_size=FFN, vocab_size=VOCAB, rope_theta=1000000.0, rms_norm_eps=1e-6, tie_word_embeddings=True, hidden_act="silu",
+    layer_types=["full_attention"] * LAYERS, sliding_window=131072, use_sliding_window=False, eos_token_id=1, bd_size=8,
+    mask_token_id=2,
+)  # fmt: skip
+GIVEN = {"llada": LLADA, "dream": DREAM, "sdar": SDAR, "fast_dllm": FAST_DLLM}
+BIASES, SHIFTED = ("dream", "fast_dllm"), ("dream", "fast_dllm")
 BLOCK = {
     "llada": dict(
         prefix="model.transformer.blocks.{}.", norm="attn_norm", q="q_proj", k="k_proj", v="v_proj", o="attn_out",
         norm2="ff_norm", gate="ff_proj", up="up_proj", down="ff_out",
     ),
-    "dream": dict(
+    "qwen": dict(
         prefix="model.layers.{}.", norm="input_layernorm", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj",
         o="self_attn.o_proj", norm2="post_attention_layernorm", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
     ),
 }  # fmt: skip
 ENDS = {
     "llada": ("model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out"),
-    "dream": ("model.embed_tokens", "model.norm", "lm_head"),
+    "qwen": ("model.embed_tokens", "model.norm", "lm_head"),
 }
+bidirectional = pytest.mark.parametrize("published", ["llada", "dream"], indirect=True)
+by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm"], indirect=True)
+
+
+def names_of(kind):
+    return (BLOCK[kind], ENDS[kind]) if kind in BLOCK else (BLOCK["qwen"], ENDS["qwen"])
 
 
 def tensors(kind, random):
     """Random weights as torch's Linear holds them, [out, in]; norms away from 1, so that a mixed-up name shows."""
-    names, (embed, norm, head) = BLOCK[kind], ENDS[kind]
-    keys = D if kind == "llada" else D // 2
-    shapes = dict(q=(D, D), k=(keys, D), v=(keys, D), o=(D, D), gate=(FFN, D), up=(FFN, D), down=(D, FFN))
+    names, (embed, norm, head) = names_of(kind)
+    size = GIVEN[kind].get("head_dim", D // HEADS)
+    queries, keys = HEADS * size, (HEADS if kind == "llada" else 2) * size
+    shapes = dict(q=(queries, D), k=(keys, D), v=(keys, D), o=(D, queries), gate=(FFN, D), up=(FFN, D), down=(D, FFN))
     found = {}
     for i in range(LAYERS):
         prefix = names["prefix"].format(i)
         for part, shape in shapes.items():
             found[f"{prefix}{names[part]}.weight"] = random.normal(size=shape) * 2 * shape[1] ** -0.5
-            if kind == "dream" and part in "qkv":
+            if kind in BIASES and part in "qkv":
                 found[f"{prefix}{names[part]}.bias"] = random.normal(size=shape[0])
         for part in ("norm", "norm2"):
             found[f"{prefix}{names[part]}.weight"] = random.uniform(0.5, 1.5, D)
-    found |= {f"{name}.weight": random.normal(size=(VOCAB, D)) for name in (embed, head)}
+        if kind == "sdar":
+            found |= {f"{prefix}self_attn.{name}_norm.weight": random.uniform(0.5, 1.5, size) for name in "qk"}
+    untied = [] if GIVEN[kind].get("tie_word_embeddings") else [head]
+    found |= {f"{name}.weight": random.normal(size=(VOCAB, D)) for name in [embed, *untied]}
     found[f"{norm}.weight"] = random.uniform(0.5, 1.5, D)
     return {name: x.astype(np.float32) for name, x in found.items()}
 
 
 def logits(kind, config, weights, tokens):
-    """[L, V] of one row, float64: the published forward pass, all positions seeing all. Dream's are of the position before."""
-    names, (embed, norm, head) = BLOCK[kind], ENDS[kind]
-    eps, theta, size = config["rms_norm_eps"], config["rope_theta"], D // HEADS
+    """[L, V] of one row, float64: the published forward pass, positions seeing all, or their block of positions and those before.
+
+    Dream's and Fast-dLLM v2's are of the position before.
+    """
+    names, (embed, norm, head) = names_of(kind)
+    eps, theta, size = config["rms_norm_eps"], config["rope_theta"], config.get("head_dim", D // HEADS)
     w = {name: x.astype(np.float64) for name, x in weights.items()}
+    head = head if f"{head}.weight" in w else embed
+    block = np.arange(len(tokens)) // config.get("block_size", config.get("bd_size", len(tokens)))
 
     def rms(x, name):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w[f"{name}.weight"]
@@ -84,9 +116,11 @@ def logits(kind, config, weights, tokens):
         part = {name: names["prefix"].format(i) + theirs for name, theirs in names.items()}
         h = rms(x, part["norm"])
         q, k, v = (linear(h, part[name]).reshape(len(tokens), -1, size) for name in "qkv")
+        if kind == "sdar":
+            q, k = (rms(y, f"{names['prefix'].format(i)}self_attn.{name}_norm") for y, name in ((q, "q"), (k, "k")))
         q, k = rope(q), rope(k)
         k, v = (np.repeat(y, HEADS // y.shape[1], axis=1) for y in (k, v))
-        scores = np.einsum("tnh,snh->nts", q, k) * size**-0.5
+        scores = np.where(block[:, None] >= block, np.einsum("tnh,snh->nts", q, k) * size**-0.5, -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         x = x + linear(np.einsum("nts,snh->tnh", p, v).reshape(len(tokens), -1), part["o"])
@@ -94,19 +128,19 @@ def logits(kind, config, weights, tokens):
         gate = linear(h, part["gate"])
         x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, part["up"]), part["down"])
     found = linear(rms(x, norm), head)
-    return found if kind == "llada" else np.concatenate([found[:1], found[:-1]])
+    return np.concatenate([found[:1], found[:-1]]) if kind in SHIFTED else found
 
 
-@pytest.fixture(scope="module", params=["llada", "dream"])
+@pytest.fixture(scope="module", params=GIVEN)
 def published(request, tmp_path_factory, texts):
-    """(kind, config.json, tensors, directory); LLaDA's in one file, Dream's in two shards."""
+    """(kind, config.json, tensors, directory); the shifted ones' in two shards, the others' in one file."""
     kind = request.param
-    config = {"llada": LLADA, "dream": DREAM}[kind]
+    config = GIVEN[kind]
     folder = tmp_path_factory.mktemp(kind)
     weights = tensors(kind, np.random.default_rng(4))
     (folder / "config.json").write_text(json.dumps(config))
     data.train_tokenizer([text for _, text, _ in texts], VOCAB).save(str(folder / "tokenizer.json"))
-    if kind == "llada":
+    if kind not in SHIFTED:
         safetensors.numpy.save_file(weights, folder / "model.safetensors")
     else:
         names, index = sorted(weights), {}
@@ -130,6 +164,7 @@ def test_logits_are_those_of_the_published_forward_pass(published):
     assert checkpoint.published(folder) and not checkpoint.published(checkpoint.SHIPPED)
 
 
+@bidirectional
 def test_decoding_agrees_with_the_published_logits(published):
     """One token a pass: the surest mask first, by the reference's logits, with prompts of two lengths side by side."""
     kind, given, weights, folder = published
@@ -156,21 +191,22 @@ def test_decoding_agrees_with_the_published_logits(published):
 
 
 def test_confidence_at_a_temperature_is_as_in_the_published_code(published):
-    """Dream's is of the tempered distribution, LLaDA's of the model's own."""
+    """Of the tempered distribution, but LLaDA's of the model's own."""
     kind, given, weights, folder = published
     config, params, _ = checkpoint.load(folder)
-    tokens = np.full((1, 9), 2, np.int32)
+    tokens = np.full((1, 8), 2, np.int32)
     tokens[0, :4] = np.random.default_rng(1).integers(3, VOCAB, 4)
     decoded = sampler.decode(
-        config, params, tokens, block=5, first=4, steps=5, temperature=0.5, key=jax.random.split(jax.random.key(0), 1)
+        config, params, tokens, block=4, first=4, steps=4, temperature=0.5, key=jax.random.split(jax.random.key(0), 1)
     )
     (at,) = np.flatnonzero(decoded.revealed[0] == 0)
-    found = logits(kind, given, weights, tokens[0])[at] / (0.5 if kind == "dream" else 1.0)
+    found = logits(kind, given, weights, tokens[0])[at] / (1.0 if kind == "llada" else 0.5)
     found[2] = -np.inf
     p = np.exp(found - found.max())
     np.testing.assert_allclose(decoded.confidence[0, at], (p / p.sum())[decoded.tokens[0, at]], rtol=1e-4)
 
 
+@bidirectional
 @pytest.mark.parametrize("options", [dict(attend="blocks"), dict(attend="all", refresh=1)])
 def test_caches_are_exact(options, published):
     """Dream's first state of a block lies in the column before it, which is another block's."""
@@ -185,6 +221,117 @@ def test_caches_are_exact(options, published):
     )
 
 
+def decoded_by_blocks(kind, config, weights, board, part, threshold, banned):
+    """`board` [L] as SDAR's and Fast-dLLM v2's own loops fill it, greedily, and the forward passes they take but for SDAR's of a
+    finished block, which a block's first pass here is too.
+
+    Both go through the model's blocks, within them through parts of `part`, and write all above the threshold, at least one; to
+    Fast-dLLM v2 a finished block tells the first token of the next.
+    """
+    board, passes, size = board.copy(), 0, config.get("block_size", config.get("bd_size"))
+
+    def guess(end):
+        found = logits(kind, config, weights, board[:end])
+        found[:, [2, *banned]] = -np.inf
+        p = np.exp(found - found.max(-1, keepdims=True))
+        return found.argmax(-1), (p / p.sum(-1, keepdims=True)).max(-1)
+
+    for begin in range(0, len(board), part):
+        if kind == "fast_dllm" and begin % size == 0 and board[begin] == 2:
+            board[begin], passes = guess(begin + 1)[0][begin], passes + 1
+        places = np.arange(len(board)) // part == begin // part
+        while (places & (board == 2)).any():
+            token, sure = guess(begin // size * size + size)
+            token, sure = (np.pad(x, (0, len(board) - len(x))) for x in (token, sure))
+            sure = np.where(places & (board == 2), sure, -1)
+            chosen = (sure > threshold) | (np.arange(len(board)) == sure.argmax())
+            board[chosen], passes = token[chosen], passes + 1
+    return board, passes
+
+
+@by_blocks
+def test_blocks_are_decoded_as_published(published):
+    """Rows of two lengths, one of whose prompts ends with a block; with a cache and without."""
+    kind, given, weights, folder = published
+    config, params, _ = checkpoint.load(folder)
+    tokens = np.full((2, 24), 2, np.int32)
+    start, first = np.array([8, 0]), np.array([15, 8])
+    for row, random in enumerate((np.random.default_rng(2), np.random.default_rng(3))):
+        tokens[row, : start[row]] = config.pad_id
+        tokens[row, start[row] : first[row]] = random.integers(3, VOCAB, first[row] - start[row])
+    options = dict(block=4, threshold=0.5, start=start, first=first)
+    plain = sampler.decode(config, params, tokens, **options)
+    for row, begin in enumerate(start):
+        expected, _ = decoded_by_blocks(kind, given, weights, tokens[row, begin:], 4, 0.5, [])
+        np.testing.assert_array_equal(plain.tokens[row, begin:], expected)
+    np.testing.assert_array_equal(sampler.decode(config, params, tokens, cache=True, **options).tokens, plain.tokens)
+    if kind == "sdar":  # two blocks at once
+        options["block"] = 8
+    else:
+        unconditional = dict(unconditional=np.where(tokens == 1, 1, 2), unconditional_start=start)
+        options |= unconditional | dict(guidance_scale=2.0, guidance_refresh=2)
+    np.testing.assert_array_equal(
+        sampler.decode(config, params, tokens, cache=True, **options).tokens,
+        sampler.decode(config, params, tokens, **options).tokens,
+    )
+
+
+@by_blocks
+def test_generation_is_the_projects_own_by_default(published):
+    """The last block is filled, and the cache is that of the model's blocks whichever part of them is decoded at once."""
+    kind, given, weights, folder = published
+    loaded = checkpoint.load(folder)
+    made = generate.generate(loaded, ["def add("], length=9, cache=True, exact=True)
+    board = made.board.tokens[0, made.board.start[0] :]
+    size = given.get("block_size", given.get("bd_size"))
+    assert len(board) % size == 0 and 9 <= made.tokens < 9 + size
+    part, threshold = (4, 0.85) if kind == "sdar" else (8, 0.9)
+    expected, passes = decoded_by_blocks(kind, given, weights, board, part, threshold, [1])
+    np.testing.assert_array_equal(made.decoded.tokens[0, made.board.start[0] :], expected)
+    assert made.passes == passes
+
+
+@pytest.mark.parametrize("published", ["sdar"], indirect=True)
+def test_drafts_in_blocks_are_lossless(published):
+    kind, given, weights, folder = published
+    config, params, _ = checkpoint.load(folder)
+    tokens = np.full((1, 16), 2, np.int32)
+    tokens[0, :7] = np.random.default_rng(2).integers(3, VOCAB, 7)
+    expected, passes = decoded_by_blocks(kind, given, weights, tokens[0], 4, 2.0, [])  # one token a pass
+    drafted = speculative.decode(config, params, tokens, block=4, steps=4, drafts=1, first=7)
+    np.testing.assert_array_equal(drafted.tokens[0], expected)
+    assert drafted.passes < passes == drafted.steps[0] == 9
+def test_sizes_and_ids_that_a_config_leaves_out():
+    """As published: neither config.json has the mask, and SDAR's has no block size."""
+    published = {name: x for name, x in (SDAR | dict(vocab_size=151936)).items() if name not in ("block_size", "mask_token_id")}
+    config = pretrained.described("there", published | dict(eos_token_id=151643))
+    assert (config.block_size, config.mask_id, config.pad_id, config.eos_id) == (4, 151669, 151643, 151643)
+    assert config.qk_norm and not config.shifted and not config.qkv_bias
+    published = {name: x for name, x in (FAST_DLLM | dict(vocab_size=151936)).items() if name not in ("bd_size", "mask_token_id")}
+    config = pretrained.described("there", published | dict(eos_token_id=151645, layer_types=None))
+    assert (config.block_size, config.mask_id, config.pad_id, config.eos_id) == (32, 151665, 151645, 151645)
+    assert config.shifted and config.qkv_bias and not config.qk_norm
+
+
+@by_blocks
+def test_what_does_not_fit_blocks_is_refused(published):
+    kind, _, _, folder = published
+    loaded = config, params, _ = checkpoint.load(folder)
+    tokens, size = np.full((1, 24), 2, np.int32), config.block_size
+    with pytest.raises(ValueError, match=f"block: expected a divisor or a multiple of the model's block_size {size}, got 3"):
+        sampler.decode(config, params, tokens, block=3, steps=1)
+    with pytest.raises(ValueError, match="refresh: expected a cache of keys that grow old"):
+        sampler.decode(config, params, tokens, block=size, steps=1, cache=True, refresh=2)
+    with pytest.raises(ValueError, match=f"unconditional_start: expected a multiple of the block_size {size} from start "):
+        generate.generate(loaded, ["def add("], length=8, cache=True, guidance=2.0, negative_prompt="x")
+    with pytest.raises(ValueError, match=f"mask: expected None or one interval a query, with the block_size {size}, got another"):
+        model.hidden_states(config, params, tokens, mask=masks.block_diffusion(12, 4))
+    if kind == "fast_dllm":
+        with pytest.raises(ValueError, match="drafts: expected none for shifted logits in blocks of 8, got 1"):
+            speculative.decode(config, params, tokens, block=8, steps=1, drafts=1)
+
+
+@bidirectional
 def test_the_pad_may_be_the_end_of_text(published):
     """Both families pad with end-of-text, which a text must be able to end with."""
     config, params, _ = checkpoint.load(published[3])
@@ -197,6 +344,7 @@ def test_the_pad_may_be_the_end_of_text(published):
     np.testing.assert_array_equal(decoded.tokens[0, 1:], 1)
 
 
+@bidirectional
 def test_the_command_takes_a_published_directory(published, capsys):
     folder = str(published[3])
     arguments = ["generate", "def add(", "--block", "4", "--steps", "2", "--exact", "--json", "--model", folder]
@@ -207,14 +355,20 @@ def test_the_command_takes_a_published_directory(published, capsys):
 
 def test_what_is_not_computed_is_refused(published, tmp_path):
     kind, given, weights, folder = published
-    wrong = {"llada": ("block_type", "sequential"), "dream": ("use_sliding_window", True)}[kind]
-    with pytest.raises(ValueError, match=f"config.json: {wrong[0]}: expected .* got {wrong[1]}"):
+    wrong = {
+        "llada": ("block_type", "sequential"), "dream": ("use_sliding_window", True), "sdar": ("attention_bias", True),
+        "fast_dllm": ("layer_types", ["full_attention", "sliding_attention"]),
+    }[kind]  # fmt: skip
+    with pytest.raises(ValueError, match=f"config.json: {wrong[0]}: expected .* got {re.escape(str(wrong[1]))}"):
         pretrained.load(folder, given | dict([wrong]))
     with pytest.raises(ValueError, match="config.json: expected 'rope_theta'"):
         pretrained.load(folder, {name: x for name, x in given.items() if name != "rope_theta"})
     theta = "mlp_hidden_size" if kind == "llada" else "intermediate_size"
     with pytest.raises(ValueError, match=r"layers.0.gate: expected shape \(24, 41\), got \(24, 40\)"):
         pretrained.load(folder, given | {theta: 41})
+    fewer = {"n_layers" if kind == "llada" else "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    with pytest.raises(ValueError, match=r"expected what config.json tells of, got \d+ more, such as model.*\.1\.\w+"):
+        pretrained.load(folder, given | fewer)
     safetensors.numpy.save_file({name: x for name, x in weights.items() if "up_proj" not in name}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="expected a parameter model.*0.*up_proj.weight, got none"):
         pretrained.load(tmp_path, given)

@@ -23,8 +23,13 @@ def untouched(tokens):
     )
 
 
-def columns(tokens, start, first, stop, **more):
-    """{name: int32 [B]}: a row is [start, stop) and its blocks are counted from `first`; stop None is the canvas's end."""
+def columns(config, tokens, start, first, stop, **more):
+    """{name: int32 [B]}: a row is [start, stop) and its blocks are counted from `first`; stop None is the canvas's end.
+
+    Where the model attends by blocks `first` moves to the beginning of the one that it is in.
+    """
+    if config.block_size is not None:
+        first = jnp.asarray(first) - (jnp.asarray(first) - jnp.asarray(start)) % config.block_size
     given = dict(start=start, first=first, stop=tokens.shape[1] if stop is None else stop, **more)
     return {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), tokens.shape[:1]) for name, x in given.items()}
 
@@ -49,6 +54,24 @@ def window(todo, first, block, index):
     at = jnp.clip(begin, 0, todo.shape[1] - block)
     column = at[:, None] + jnp.arange(block)
     return at, (begin[:, None] <= column) & (column < begin[:, None] + block) & model.read_window(todo, at, block)
+
+
+def opened(config, start, at, todo, inside):
+    """`inside`, or where the token that begins a block of a shifted model is still `todo`, both bool [B, block], that one alone.
+
+    Its state is the last of the block before, which is finished, and sees nothing of its own block; all others there see it.
+    Source: Fast-dLLM v2, whose pass that commits a block also writes the first token of the next.
+    """
+    if not leads(config):
+        return inside
+    position = at[:, None] - start[:, None] + jnp.arange(todo.shape[1])
+    begins = todo & (position % config.block_size == 0)
+    return jnp.where(begins.any(1, keepdims=True), begins, inside)
+
+
+def leads(config):
+    """Whether `opened` has anything to say."""
+    return config.shifted and config.block_size is not None
 
 
 def put(array, values, where, at):

@@ -4,12 +4,18 @@ import json
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-# A user's turn and the beginning of the answer, by a token that only such a model's tokenizer has. Sources: the chat templates of
-# GSAI-ML/LLaDA-8B-Instruct and Dream-org/Dream-v0-Instruct-7B.
+# A user's turn and the beginning of the answer, by a token that only such a model's tokenizer has, of those below it here. Sources:
+# the chat templates of GSAI-ML/LLaDA-8B-Instruct, Qwen3 (as which SDAR's training writes turns), Qwen2.5 (which Fast-dLLM v2 keeps)
+# and Dream-org/Dream-v0-Instruct-7B.
 TURNS = {
     "<|start_header_id|>": (
         "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "<|MASK|>": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "|<MASK>|": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     ),
     "<|im_start|>": (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -7,7 +7,7 @@ from dlm_kernels.denoiser import limits
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
-    """A LLaDA-shaped bidirectional Transformer. Frozen, so that it can be a static argument of a jitted function."""
+    """A LLaDA-shaped Transformer, bidirectional over all or by blocks. Frozen: it can be a static argument of a jitted function."""
 
     layers: int = 6
     d_model: int = 256
@@ -23,6 +23,7 @@ class DenoiserConfig:
     tie_embeddings: bool = True
     self_conditioning: bool = False  # has learnt to read the soft embedding of the pass before, see `model.self_conditioned`
     shifted: bool = False  # the state of position i - 1 predicts token i, as Dream's does; position 0 its own
+    block_size: int | None = None  # attends to its own block of so many positions, counted from 0, and those before; None: to all
     pad_id: int = 0
     eos_id: int = 1
     mask_id: int = 2
@@ -34,6 +35,8 @@ class DenoiserConfig:
             raise ValueError(f"kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size: expected an even number, for RoPE, got {self.head_size}")
+        if self.block_size is not None:
+            limits.counts(block_size=self.block_size)
         limits.numbers(1, rope_theta=self.rope_theta)
         limits.numbers(0, rms_norm_eps=self.rms_norm_eps)
         for name in ("qk_norm", "qkv_bias", "tie_embeddings", "self_conditioning", "shifted"):

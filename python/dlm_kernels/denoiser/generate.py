@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 import time
 
@@ -55,7 +56,8 @@ class Generation:
 
 
 def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
-    """Each prompt, after `style`, with holes for its marks, and `length` holes after it where it has none.
+    """Each prompt, after `style`, with holes for its marks, and `length` holes after it where it has none; for a model that attends
+    by blocks as many more as fill its last.
 
     A mark is `<mask:n>`, or `<mask:n@scale>`. least: columns at least; before: columns at least in front of each row's first hole.
     """
@@ -75,7 +77,8 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
             given = read(piece)
             row += [config.mask_id] * int(holes) + given
             own += [np.nan if scale is None else float(scale)] * int(holes) + [np.nan] * len(given)
-        added = 0 if marked else length
+        # Such a model has seen whole blocks only.
+        added = 0 if marked else length + -(len(row) + length) % (config.block_size or 1)
         if marked and config.mask_id not in row:
             raise ValueError(f"prompts: expected a hole of at least one token in each, got {prompt!r}")
         rows.append(row + [config.mask_id] * added)
@@ -114,7 +117,7 @@ def generate(
     prompts,
     *,
     length=64,
-    block=64,
+    block=None,
     steps=None,
     temperature=None,
     seed=0,
@@ -142,7 +145,9 @@ def generate(
     model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: a list of texts, with `<mask:n>` in all of them or in
     none: such are filled there with exactly n tokens each, others continued by at most `length` tokens, until end-of-text or the
     end of a turn; an instruction-tuned model answers a prompt of `chat.turn`. block, steps and options
-    (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. temperature: 0, the default, is
+    (threshold, factor, cache, ...): see `sampler.decode`; by default block is 64, and with no rule at all steps is block / 4. A
+    model that attends by blocks fills its last one, and is decoded by default as in its project: SDAR a whole block at once and
+    above a threshold of 0.85, Fast-dLLM v2, whose logits are shifted, by 8 tokens and 0.9. temperature: 0, the default, is
     greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given
     `adaptive`, with that share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of
     their own. style: text that is read before each prompt and is no part of the result; under guidance,
@@ -155,6 +160,11 @@ def generate(
     """
     config, params, tokenizer = model
     _check(prompts, required, options)
+    by_blocks = config.block_size is not None
+    if block is None:
+        block = config.block_size or 64
+        if by_blocks and config.shifted:
+            block = math.gcd(8, block)
     limits.counts(block=block, length=length)
     limits.whole(1, steps=steps)  # the rehearsal has its own
     limits.whole(0, 2**32 - 1, seed=seed)
@@ -170,9 +180,12 @@ def generate(
             raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
         steps = 48 if steps is None else steps
     # A draw is of a place in the block's window: one as narrow as the canvas happens to be would draw otherwise in a wider one.
-    block = block if marked else min(block, length)
+    block = block if marked or by_blocks else min(block, length)
     if steps is None and all(options.get(rule) is None for rule in ALL):
-        steps = max(block // 4, 1)
+        if by_blocks and drafts is None:
+            options["threshold"] = 0.9 if config.shifted else 0.85
+        else:
+            steps = max(block // 4, 1)
     away = None if negative_prompt is None else encode(config, tokenizer, "negative_prompt", negative_prompt)
     board = canvas(config, tokenizer, prompts, length, style or "", least=block, before=len(away or []))
     guided = guidance != 1 or options.get("guidance_final") is not None or not np.isnan(board.guidance).all()

@@ -1,4 +1,4 @@
-"""A bidirectional Transformer in plain JAX. Its parameters are a flat dict from names to arrays.
+"""A Transformer, bidirectional or by blocks, in plain JAX. Its parameters are a flat dict from names to arrays.
 
 There is no time input: a partly masked sequence tells by itself how noisy it is, so one model serves every masking ratio.
 """
@@ -6,7 +6,7 @@ There is no time input: a partly masked sequence tells by itself how noisy it is
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels import attention
+from dlm_kernels import attention, masks
 
 
 def parameter_shapes(config):
@@ -61,13 +61,17 @@ def init(config, key, dtype=jnp.float32):
 def hidden_states(config, params, tokens, *, embedded=None, positions=None, mask=None, implementation=None):
     """The states that the LM head reads: logits = hidden_states(...) @ head_weight(config, params).T.
 
-    tokens int32 [B, L]; positions int32 [B or 1, L], default 0, 1, 2, ...; mask as `dlm_kernels.attention` takes it;
+    tokens int32 [B, L]; positions int32 [B or 1, L], default 0, 1, 2, ...; mask as `dlm_kernels.attention` takes it, for a config
+    with a block_size None or one interval for each query, of which what lies behind the query's block is taken away;
     embedded [B, L, d_model]: what stands in the place of the tokens' embeddings.
-    Returns [B, L, d_model] in the parameters' dtype.
+    Returns [B, L, d_model] in the parameters' dtype. Raises ValueError for another mask with a block_size.
     """
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = column if positions is None else positions
+    seen = _by_blocks(config, mask, column, positions)
 
     def attend(i, query, key, value):
-        return attention(query, key, value, mask=mask, implementation=implementation)
+        return attention(query, key, value, mask=seen, implementation=implementation)
 
     return _states(config, params, tokens, positions, attend, embedded)
 
@@ -98,10 +102,12 @@ def cached_states(config, params, tokens, cache, at, *, positions, mask, impleme
     cache held there. Returns ([B, T, d_model], the new cache).
     """
     written = list(cache)
+    column = at[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    seen = _by_blocks(config, mask, column, positions)
 
     def attend(i, query, key, value):
         written[i] = tuple(write_window(old, new, at) for old, new in zip(cache[i], (key, value)))
-        return attention(query, *written[i], mask=mask, implementation=implementation)
+        return attention(query, *written[i], mask=seen, implementation=implementation)
 
     return _states(config, params, tokens, positions, attend), written
 
@@ -165,11 +171,22 @@ def rotate(x, rotation):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def _by_blocks(config, mask, column, positions):
+    """`mask` without the keys behind the block of each query, which is in `column` at `positions`, both int32 [B or 1, T]."""
+    if config.block_size is None:
+        return mask
+    stop = column - positions % config.block_size + config.block_size
+    blocks = masks.KeyIntervals(jnp.zeros_like(stop), stop)
+    if mask is None:
+        return blocks
+    if not isinstance(mask, masks.KeyIntervals) or mask.start2 is not None:
+        raise ValueError(f"mask: expected None or one interval a query, with the block_size {config.block_size}, got another")
+    return mask & blocks
+
+
 def _states(config, params, tokens, positions, attend, embedded=None):
     """The layers; attend(i, query, key, value) is layer i's attention, [B, L, heads, head_size]."""
     b, length = tokens.shape
-    if positions is None:
-        positions = jnp.arange(length, dtype=jnp.int32)[None]
     rotation = rope(positions, config.head_size, config.rope_theta)
     x = look_up(params["embed"], tokens) if embedded is None else embedded
     # Two axes, not three: XLA's CPU compiler takes half as long again over the gradients of products of [B, L, D].

@@ -1,4 +1,4 @@
-"""Published checkpoints, read from their own safetensors under their own names: LLaDA's and Dream's.
+"""Published checkpoints, read from their own safetensors under their own names: LLaDA's, Dream's, SDAR's and Fast-dLLM v2's.
 
 To add an architecture: its names, and a function from its config.json to a DenoiserConfig that refuses what `model` does not
 compute.
@@ -31,7 +31,8 @@ LLADA = {
     "up": "model.transformer.blocks.{i}.up_proj.weight",
     "down": "model.transformer.blocks.{i}.ff_out.weight",
 }
-DREAM = {
+# Dream's, SDAR's and Fast-dLLM v2's.
+QWEN = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
@@ -42,6 +43,8 @@ DREAM = {
     "query_bias": "model.layers.{i}.self_attn.q_proj.bias",
     "key_bias": "model.layers.{i}.self_attn.k_proj.bias",
     "value_bias": "model.layers.{i}.self_attn.v_proj.bias",
+    "query_norm": "model.layers.{i}.self_attn.q_norm.weight",
+    "key_norm": "model.layers.{i}.self_attn.k_norm.weight",
     "out": "model.layers.{i}.self_attn.o_proj.weight",
     "ffn_norm": "model.layers.{i}.post_attention_layernorm.weight",
     "gate": "model.layers.{i}.mlp.gate_proj.weight",
@@ -78,29 +81,59 @@ def llada_config(given):
 
 def dream_config(given):
     """Dream's config.json, a dict, as a DenoiserConfig. Source: Dream-org/Dream-v0-Base-7B and -Instruct-7B."""
-    _refuse(given, dict(hidden_act="silu", rope_scaling=None, use_sliding_window=False))
+    return _qwen_config(given, qk_norm=False, qkv_bias=True, shifted=True, mask_id=given["mask_token_id"])
+
+
+def sdar_config(given):
+    """SDAR's config.json, a dict, as a DenoiserConfig. Source: JetLM/SDAR-1.7B-Chat and its kin, SDAR's generate.py.
+
+    Their own generate.py is told the size of the blocks and asks the tokenizer for the mask: where the config does not say them
+    they are as of the checkpoints without a size in their names.
+    """
+    _refuse(given, dict(attention_bias=False))
+    ids = dict(block_size=given.get("block_size", 4), mask_id=given.get("mask_token_id", 151669))
+    return _qwen_config(given, qk_norm=True, qkv_bias=False, **ids)
+
+
+def fast_dllm_config(given):
+    """Fast-dLLM v2's config.json, a dict, as a DenoiserConfig. Source: Efficient-Large-Model/Fast_dLLM_v2_7B and _1.5B.
+
+    The defaults are those of their own code, as the mask's id is only there.
+    """
+    ids = dict(block_size=given.get("bd_size", 32), mask_id=given.get("mask_token_id", 151665))
+    return _qwen_config(given, qk_norm=False, qkv_bias=True, shifted=True, **ids)
+
+
+def _qwen_config(given, **own):
+    """What the config.json of models that come from Qwen have in common, and what each adds of its own."""
+    kinds = sorted(set(given.get("layer_types") or ["full_attention"]))
+    only = dict(hidden_act="silu", rope_scaling=None, use_sliding_window=False, layer_types=["full_attention"])
+    _refuse(given | dict(layer_types=kinds), only)
+    # One that is not told is the other: Dream's configuration class has no other end, and no pad is ever read.
+    pad = given["eos_token_id"] if given.get("pad_token_id") is None else given["pad_token_id"]
     return DenoiserConfig(
         layers=given["num_hidden_layers"],
         d_model=given["hidden_size"],
         heads=given["num_attention_heads"],
         kv_heads=given["num_key_value_heads"],
-        head_size=given["hidden_size"] // given["num_attention_heads"],
+        head_size=given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],
         ffn=given["intermediate_size"],
         vocab=given["vocab_size"],
         rope_theta=given["rope_theta"],
         rms_norm_eps=given["rms_norm_eps"],
-        qk_norm=False,
-        qkv_bias=True,
         tie_embeddings=given["tie_word_embeddings"],
-        shifted=True,
-        pad_id=given["pad_token_id"],
-        # Whose configuration class has no other default than the pad.
-        eos_id=given.get("eos_token_id", given["pad_token_id"]),
-        mask_id=given["mask_token_id"],
+        pad_id=pad,
+        eos_id=given.get("eos_token_id", pad),
+        **own,
     )
 
 
-ARCHITECTURES = {"llada": (llada_config, LLADA), "dream": (dream_config, DREAM)}
+ARCHITECTURES = {
+    "llada": (llada_config, LLADA),
+    "dream": (dream_config, QWEN),
+    "sdar": (sdar_config, QWEN),
+    "fast_dllm_qwen": (fast_dllm_config, QWEN),
+}
 
 
 def architecture(config):
@@ -121,37 +154,52 @@ def load(directory, config, *, dtype=None):
     """The parameters of a published checkpoint, described as by `described`. `dtype` converts, None keeps what is stored.
 
     Reads one tensor at a time, from model.safetensors or from the shards that model.safetensors.index.json lists. Raises ValueError
-    where the config does not fit, or a parameter is missing or of another shape.
+    where the config does not fit, or a parameter is missing, unknown or of another shape.
     """
     directory, (_, names) = pathlib.Path(directory), architecture(config)
     shapes = model.parameter_shapes(described(directory, config))
-    tensor, params = _tensors(directory), {}
+    theirs = {name: _their_name(names, name) for name in shapes}
+    (stored, tensor), params = _tensors(directory), {}
+    unknown = sorted(stored - set(theirs.values()))
+    if unknown:  # a bias, say, or one more layer, without which the model would be another
+        raise ValueError(f"{directory}: expected what config.json tells of, got {len(unknown)} more, such as {unknown[0]}")
     for name, shape in shapes.items():
-        _, i, part = name.split(".") if name.startswith("layers.") else (None, None, name)
-        array = jnp.asarray(tensor(names[part].format(i=i)), dtype)
-        params[name] = array.T if array.ndim == 2 and i is not None else array
+        array = jnp.asarray(tensor(theirs[name]), dtype)
+        params[name] = array.T if array.ndim == 2 and name.startswith("layers.") else array
         if params[name].shape != shape:
             raise ValueError(f"{directory}: {name}: expected shape {shape}, got {params[name].shape}")
     return params
 
 
-def _tensors(directory):
-    """A function from a name to its tensor, in whichever of the files it is; each is mapped once, not read."""
-    index, files = directory / "model.safetensors.index.json", {}
-    where = json.loads(index.read_text())["weight_map"] if index.exists() else None
+def _their_name(names, name):
+    """Of one of our parameters the name in their files."""
+    _, i, part = name.split(".") if name.startswith("layers.") else (None, None, name)
+    return names[part].format(i=i)
 
-    def tensor(name):
-        file = "model.safetensors" if where is None else where.get(name)
-        if file and file not in files:
+
+def _tensors(directory):
+    """All names, and a function from a name to its tensor, in whichever of the files it is; each is mapped once, not read."""
+    index, files = directory / "model.safetensors.index.json", {}
+
+    def opened(file):
+        if file not in files:
             try:
                 files[file] = safetensors.safe_open(directory / file, framework="numpy")
             except (safetensors.SafetensorError, OSError) as error:
                 raise ValueError(f"{directory / file}: {error}") from None
-        if not file or name not in files[file].keys():
-            raise ValueError(f"{directory}: expected a parameter {name}, got none")
-        return files[file].get_tensor(name)
+        return files[file]
 
-    return tensor
+    if index.exists():
+        where = json.loads(index.read_text())["weight_map"]
+    else:
+        where = dict.fromkeys(opened("model.safetensors").keys(), "model.safetensors")
+
+    def tensor(name):
+        if name not in where or name not in opened(where[name]).keys():
+            raise ValueError(f"{directory}: expected a parameter {name}, got none")
+        return opened(where[name]).get_tensor(name)
+
+    return where.keys(), tensor
 
 
 def _refuse(given, fixed):

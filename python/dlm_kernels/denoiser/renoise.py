@@ -62,7 +62,7 @@ def decode(
     if np.shape(temperature) != (2,):
         raise ValueError(f"temperature: expected two numbers, the first pass's and the last's, got {temperature}")
     limits.numbers(0, budget=budget, temperature=temperature, calm=calm)
-    columns = blocks.columns(tokens, start, first, stop)
+    columns = blocks.columns(config, tokens, start, first, stop)
     data = dict(
         steps=jnp.asarray(steps, jnp.int32), budget=jnp.asarray(budget, jnp.float32), calm=jnp.asarray(calm, jnp.float32),
         temperature=jnp.asarray(temperature, jnp.float32), key=key, banned=blocks.banned_ids(config, banned_tokens),

@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_kernels import lm_head_scores, unmask_topk
 from dlm_kernels.denoiser import blocks, guided, limits, model, streams
 from dlm_kernels.denoiser import remask as remasking
 
-NEVER = 1_000_000  # more passes than a block takes
+NEVER = 1_000_000  # more passes than a block takes, and more blocks than a canvas has
 
 
 class _Static(NamedTuple):
@@ -20,7 +21,7 @@ class _Static(NamedTuple):
     block: int
     confidence: str
     remask_rule: str
-    attend: str
+    seen: int | None  # size of the blocks that see nothing behind them, None where all see all
     cached: bool
     implementation: str | None
     on_pass: object
@@ -85,18 +86,20 @@ def decode(
     Arguments:
       config, params: a model. tokens: int32 [B, L], prompts and holes (config.mask_id) in any order; what is not a mask stays.
       block: positions decoded together, static. Blocks are counted from column `first`; rows go through them together, and a
-        row with no mask in the block waits, so that what it gives does not depend on its batch.
+        row with no mask in the block waits, so that what it gives does not depend on its batch. Where the model has a block_size,
+        a part of it or a multiple, counted from the beginning of the model's own block that `first` is in.
       start, first, stop: int or int32 [B]. Columns before start and from stop (default L) on are padding, which nobody sees.
-      steps: at most this many passes a block. threshold, factor, entropy_budget: see `unmask_topk`. At least one of the four;
+      steps: at most this many passes a block, 1 being 2 where its first token has one of its own, see `blocks.opened`.
+      threshold, factor, entropy_budget: see `unmask_topk`. At least one of the four;
         with several the one that unmasks most holds, so steps with threshold is "all above it, and done in time".
       edit_threshold: also replace tokens of the block committed in an earlier pass, where the model is this sure of another.
       remask: after every pass but a block's last, mask anew this share (rounded down) of what earlier passes wrote in it, the least
         confident when written first; the passes left commit so much more. Needs steps.
       remask_rule: "least", that; or "cap", "rescale" or "confidence", where remask is the strength of ReMDM's random rules, see
         `remask.sigma`, which need a key.
-      confidence: see `score_tokens`; a model of Dream's kind has that of the tempered distribution. temperature: None for greedy,
-        else a scalar or [B], traced. key: a JAX threefry key for each row, [B], for a temperature, a random remask_rule or
-        confidence "random".
+      confidence: see `score_tokens`; models with shifted logits or a block_size have that of the tempered distribution.
+      temperature: None for greedy, else a scalar or [B], traced. key: a JAX threefry key for each row, [B], for a temperature, a
+        random remask_rule or confidence "random".
       unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
         tokens for the unconditional stream, from column unconditional_start on; guidance_scale: scalar, [B] or [B, L], 1 is none.
       guidance_final: the scale, scalar or [B], that a block is nearing as it fills: a mean of the two, in which guidance_scale's
@@ -116,10 +119,10 @@ def decode(
         classifier_scale times, a scalar or [B]; a forward and a backward pass more, over the whole canvas. For tied embeddings.
       stop_at: a token that ends its row, or several [N]: once one and all before it are there, what follows becomes config.pad_id.
       attend: "all": every position sees the whole canvas. "blocks": its own block and those before (a block-causal model);
-        with block 1 that is an autoregressive decoder.
-      cache: keep keys and values, and compute the block only. Exact for "blocks": the pass that commits a block is part of the
-        next block's first. For "all" the others' are stale (dual cache), computed anew every `refresh` passes of a block, by
-        default in its first only.
+        with block 1 that is an autoregressive decoder. A model with a block_size attends by its own blocks either way.
+      cache: keep keys and values, and compute the block only. Exact for "blocks" and a model's own: the pass that commits a block
+        is part of the next block's first. The blocks of an unconditional stream have to be the conditional one's. For "all" the
+        others' are stale (dual cache), computed anew every `refresh` passes of a block, by default in its first only.
       on_pass: called on the host with a Decoded after every pass (for a live view; the loop does not wait for it).
 
     steps, thresholds, temperature, scale, start, first, stop and refresh are data: changing them compiles nothing.
@@ -148,7 +151,11 @@ def decode(
         raise ValueError("remask_rule: expected remask with it, got none")
     if attend not in ("all", "blocks"):
         raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
-    if refresh is not None and (not cache or attend == "blocks"):
+    own = config.block_size
+    if own is not None and own % block and block % own:
+        raise ValueError(f"block: expected a divisor or a multiple of the model's block_size {own}, got {block}")
+    seen = max(own or 0, min(block, length)) if own or attend == "blocks" else None
+    if refresh is not None and (not cache or seen is not None):
         got = f"cache={cache}, attend={attend!r}"
         raise ValueError(f"refresh: expected a cache of keys that grow old, cache=True with attend='all', got {got}")
     if unconditional is not None and guidance_remask is not None:
@@ -176,7 +183,11 @@ def decode(
     if 0 in (b, length):
         return blocks.untouched(tokens)
     other_start = start if unconditional is None else unconditional_start
-    columns = blocks.columns(tokens, start, first, stop, unconditional_start=other_start)
+    if cache and own and not any(isinstance(begin, jax.Array) for begin in (start, other_start)):
+        if ((np.asarray(other_start) - np.asarray(start)) % own).any():
+            where = f"a multiple of the block_size {own} from start {start}"
+            raise ValueError(f"unconditional_start: expected {where}, for a cache holds whole blocks, got {other_start}")
+    columns = blocks.columns(config, tokens, start, first, stop, unconditional_start=other_start)
     if (classifier is None) != (classifier_scale is None):
         raise ValueError("classifier, classifier_scale: expected both or neither")
     if classifier is not None and not config.tie_embeddings:
@@ -207,7 +218,7 @@ def decode(
         guidance_remask=real(guidance_remask),  # []
         **real(rules),  # threshold, factor, entropy_budget: each [] or [B]
     )
-    static = _Static(config, min(block, length), confidence, remask_rule, attend, bool(cache), implementation, on_pass)
+    static = _Static(config, min(block, length), confidence, remask_rule, seen, bool(cache), implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
 
 
@@ -242,7 +253,8 @@ def _decode(static, params, tokens, columns, data):
         # A row that waits for others must not be edited or masked anew meanwhile.
         todo = inside & (model.read_window(state.decoded.tokens, at, block) == config.mask_id)
         inside &= todo.any(1, keepdims=True)
-        decoded = _commit(static, params, data, state.decoded, hidden, inside, at, index, step)
+        may = blocks.opened(config, columns["start"], at, todo, inside)
+        decoded = _commit(static, params, data, state.decoded, hidden, may, at, index, step)
         if data["remask"] is not None:
             decoded = remasking.remask(config, static.remask_rule, data, decoded, inside, at, index, step)
         decoded = decoded._replace(tokens=blocks.end_rows(config, data["stop_at"], decoded.tokens, hole))
@@ -250,7 +262,8 @@ def _decode(static, params, tokens, columns, data):
             jax.debug.callback(lambda *fields: static.on_pass(blocks.Decoded(*fields)), *decoded, ordered=True)
         return _State(decoded, index, step, cache, other)
 
-    before = _State(blocks.untouched(tokens), jnp.int32(-length - 1), jnp.int32(0), cache, other)
+    # No block is the next after that.
+    before = _State(blocks.untouched(tokens), jnp.int32(-NEVER), jnp.int32(0), cache, other)
     return jax.lax.while_loop(lambda state: masked(state).any(), one_pass, before).decoded
 
 
@@ -275,7 +288,7 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         hidden[:b],
         head,
         confidence=static.confidence,
-        tempered_confidence=config.shifted,  # as in Dream's own code; LLaDA's has none
+        tempered_confidence=config.shifted or config.block_size is not None,  # as in all their own code but LLaDA's
         active=todo if data["edit_threshold"] is None else inside,
         banned_tokens=data["banned"],
         implementation=implementation,

@@ -37,7 +37,9 @@ def decode(
     tokens = limits.canvas(tokens)
     limits.counts(block=block, drafts=drafts)
     limits.whole(1, steps=steps)
-    columns = blocks.columns(tokens, start, first, stop)
+    if blocks.leads(config):
+        raise ValueError(f"drafts: expected none for shifted logits in blocks of {config.block_size}, got {drafts}")
+    columns = blocks.columns(config, tokens, start, first, stop)
     banned = blocks.banned_ids(config, banned_tokens)
     static = (config, min(block, tokens.shape[1]), drafts + 1, implementation)
     return _decode(static, params, drafter, tokens, columns, jnp.asarray(steps, jnp.int32), banned, stop_at)

@@ -52,15 +52,15 @@ def _window_states(static, params, data, before, index, step, every, cache, toke
 
     before: int32, the block of the last pass; every: the stream is computed in every so many passes of a block.
     """
-    config, block, implementation = static.config, static.block, static.implementation
+    config, block, seen, implementation = static.config, static.block, static.seen, static.implementation
     length = tokens.shape[1]
 
     def where(begin, size):
         """Positions (a row's start is 0) and mask of the columns [begin, begin + size)."""
         column = begin[:, None] + jnp.arange(size, dtype=jnp.int32)
         end = jnp.broadcast_to(stop[:, None], column.shape)
-        if static.attend == "blocks":
-            end = jnp.minimum(end, first[:, None] + ((column - first[:, None]) // block + 1) * block)
+        if seen is not None and config.block_size is None:  # else `model` sees to it
+            end = jnp.minimum(end, first[:, None] + ((column - first[:, None]) // seen + 1) * seen)
         begin = jnp.broadcast_to(starts[:, None], column.shape)
         return dict(positions=column - begin, mask=masks.KeyIntervals(begin, end), implementation=implementation)
 
@@ -68,22 +68,26 @@ def _window_states(static, params, data, before, index, step, every, cache, toke
         hidden = model.hidden_states(config, params, tokens, **where(jnp.zeros_like(at), length))
         return model.read_window(hidden, at, block), []
 
-    def window(size):
-        """Computes `size` columns up to the end of the window."""
+    def columns(size, end):
+        """Computes `size` columns up to `end` [rows]."""
         size = min(size + config.shifted, length)
 
         def run(cache):
-            begin = jnp.clip(at + block - size, 0, length - size)
+            begin = jnp.clip(end - size, 0, length - size)
             part = model.read_window(tokens, begin, size)
             hidden, cache = model.cached_states(config, params, part, cache, begin, **where(begin, size))
             return model.read_window(hidden, at - begin, block), cache
 
         return run
 
-    if static.attend == "all":
+    if seen is None:
         # Whether a renewal was due in this pass, or in one that the stream was not computed in.
-        return jax.lax.cond(step % data["refresh"] < every, window(length), window(block), cache)
+        end = at + block
+        return jax.lax.cond(step % data["refresh"] < every, columns(length, end), columns(block, end), cache)
+    # What is decoded at once may be a part of a block that attends to itself: all of that is computed, for its keys change with it.
+    index, before = (i // max(seen // block, 1) for i in (index, before))
+    end = jnp.minimum(first + (index + 1) * seen, length)
     # A block's first pass also commits the block before it, whose keys were last computed with masks among its tokens. What
     # lies further back is in the cache already, unless given blocks were skipped: then as at the very start, everything.
     way = jnp.where(index == before, 0, jnp.where(index == before + 1, 1, 2))
-    return jax.lax.switch(way, [window(block), window(2 * block), window(length)], cache)
+    return jax.lax.switch(way, [columns(seen, end), columns(2 * seen, end), columns(length, end)], cache)
