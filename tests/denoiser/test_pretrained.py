@@ -353,6 +353,17 @@ def test_the_command_takes_a_published_directory(published, capsys):
     assert numbers["tokens"] == 4 and numbers["passes"] == 2 and numbers["text"].startswith("def add(")
 
 
+def test_what_files_repeat_is_not_read(published, tmp_path):
+    """A tied head, and the buffers of old versions of transformers."""
+    kind, given, weights, _ = published
+    tied, head = "tie_word_embeddings", "lm_head.weight"
+    if kind == "llada":
+        tied, head = "weight_tying", "model.transformer.ff_out.weight"
+    more = dict.fromkeys([head, "model.layers.0.self_attn.rotary_emb.inv_freq"], np.ones(3, np.float32))
+    safetensors.numpy.save_file(weights | more, tmp_path / "model.safetensors")
+    assert "head" not in pretrained.load(tmp_path, given | {tied: True})
+
+
 def test_what_is_not_computed_is_refused(published, tmp_path):
     kind, given, weights, folder = published
     wrong = {

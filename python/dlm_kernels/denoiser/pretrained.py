@@ -160,7 +160,9 @@ def load(directory, config, *, dtype=None):
     shapes = model.parameter_shapes(described(directory, config))
     theirs = {name: _their_name(names, name) for name in shapes}
     (stored, tensor), params = _tensors(directory), {}
-    unknown = sorted(stored - set(theirs.values()))
+    # Some files hold the embedding once more as the head that it is, and the frequencies that follow from the config.
+    beside = {names["head"], *(name for name in stored if name.endswith(".rotary_emb.inv_freq"))}
+    unknown = sorted(stored - beside - set(theirs.values()))
     if unknown:  # a bias, say, or one more layer, without which the model would be another
         raise ValueError(f"{directory}: expected what config.json tells of, got {len(unknown)} more, such as {unknown[0]}")
     for name, shape in shapes.items():
