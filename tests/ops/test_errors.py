@@ -54,7 +54,7 @@ CASES = {
     ),
     "soft cap of zero": (
         lambda: dlm.attention(q, kv, kv, logits_soft_cap=0),
-        r"logits_soft_cap: expected None or a number above 0",
+        r"logits_soft_cap: expected None or a number from 1e-30 to 1e30, got 0",
     ),
     "mask of floats": (
         lambda: dlm.attention(q, kv, kv, mask=jnp.ones((3, 5))),
@@ -133,7 +133,7 @@ CASES = {
     ),
     "soft cap below zero for no positions": (
         lambda: dlm.score_tokens(logits[:, :0], logits_soft_cap=-1.0),
-        r"logits_soft_cap: expected None or a number above 0, got -1.0",
+        r"logits_soft_cap: expected None or a number from 1e-30 to 1e30, got -1.0",
     ),
     "no vocabulary": (lambda: dlm.score_tokens(logits[..., :0]), r"logits: expected a vocabulary of at least 1"),
     "guidance without a scale": (lambda: dlm.score_tokens(logits, unconditional=logits), r"expected both or neither"),

@@ -39,6 +39,15 @@ def test_gradients_are_those_of_the_naive_code(implementation):
     close(jax.grad(mixed, 2)(*LOGITS, jnp.float32(1.5)), jax.grad(naive, 2)(*LOGITS, jnp.full((2, 3), 1.5)).sum())
 
 
+def test_the_gradient_of_the_scale_is_of_the_difference_of_the_streams():
+    """Much alike and far from 0, where what is left of two sums would be their rounding."""
+    conditional = 20 + LOGITS[0]
+    unconditional = conditional + 1e-3 * LOGITS[1]
+    got = jax.grad(lambda scale: jnp.sum(PULL * dlm.mix_guidance(conditional, unconditional, scale)))(SCALE)
+    expected = (np.float64(PULL) * (np.float64(conditional) - unconditional)).sum(-1)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
 @implementations
 def test_a_banned_token_stays_banned_and_has_no_gradient(implementation):
     conditional, unconditional = np.array(LOGITS[0]), np.array(LOGITS[1])

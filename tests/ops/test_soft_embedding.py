@@ -122,4 +122,11 @@ def test_bad_arguments(random):
         dlm_kernels.soft_embedding(hidden, weight.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="with a soft cap it takes a temperature that is a Python number"):
         dlm_kernels.soft_embedding(hidden, weight, temperature=jnp.float32(1), logits_soft_cap=3.0, implementation="cpu")
+    with pytest.raises(ValueError, match="temperature: expected a number above 0, got 1e-320"):
+        dlm_kernels.soft_embedding(hidden, weight, temperature=1e-320)
+    with pytest.raises(ValueError, match="soft_embedding: at temperature inf it would multiply by numbers beyond float32"):
+        dlm_kernels.soft_embedding(hidden, weight, temperature=np.inf, logits_soft_cap=3.0, implementation="cpu")
+    np.testing.assert_allclose(  # of no implementation asked for, plain XLA's
+        dlm_kernels.soft_embedding(hidden, weight, temperature=np.inf, logits_soft_cap=3.0)[0, 0], weight.mean(0), rtol=1e-4
+    )
     assert dlm_kernels.soft_embedding(hidden[:, :0], weight).shape == (2, 0, 8)

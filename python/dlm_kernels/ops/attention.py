@@ -113,6 +113,11 @@ def _attention_bwd(static, residuals, cotangents):
     scale, soft_cap, implementation = static
     query, key, value, bounds, dense, out, lse = residuals
     dout, dlse = cotangents
+    if bounds is not None or dense is not None:
+        # Of a query that sees nothing not even NaN may reach the gradients, where 0 times it would.
+        seen = lse > -jnp.inf
+        query, dout = (jnp.where(seen.swapaxes(1, 2)[..., None], x, 0) for x in (query, dout))
+        dlse = jnp.where(seen, dlse, 0)
     operands = dict(
         query=query, key=key, value=value, bounds=bounds, dense=dense, out=out, lse=lse, dout=dout, dlse=dlse
     )

@@ -168,8 +168,9 @@ def head(name, hidden, weight_name, shape, dtype):
 
 
 def soft_cap(value):
-    if value is not None and not number("logits_soft_cap", value) > 0:
-        raise ValueError(f"logits_soft_cap: expected None or a number above 0, got {value!r}")
+    # Beyond these bounds float32 would lose what is divided by it and multiplied again.
+    if value is not None and not 1e-30 <= number("logits_soft_cap", value) <= 1e30:
+        raise ValueError(f"logits_soft_cap: expected None or a number from 1e-30 to 1e30, got {value!r}")
     return None if value is None else float(value)
 
 

@@ -84,8 +84,11 @@ def _mix_fwd(implementation, conditional, unconditional, scale):
 
 def _mix_bwd(implementation, residuals, cotangent):
     conditional, unconditional, scale = residuals
-    gradients = _combine_gradients(jnp.stack([conditional, unconditional]), jnp.stack([scale, 1 - scale]), cotangent)
-    return sharding.typed_as(residuals, (gradients[0][0], gradients[0][1], gradients[1][0] - gradients[1][1]))
+    weights = jnp.stack([scale, 1 - scale])
+    cotangent, (c, u) = _changing(jnp.stack([conditional, unconditional]), weights, cotangent)
+    streams = (cotangent * weights[..., None]).astype(conditional.dtype)
+    # Of the difference: of the streams' own sums, where they are much alike, little would be left.
+    return sharding.typed_as(residuals, (*streams, (cotangent * (c - u)).sum(-1)))
 
 
 _mix.defvjp(_mix_fwd, _mix_bwd)
@@ -101,14 +104,18 @@ def _combine_fwd(implementation, logits, weights):
 
 
 def _combine_bwd(implementation, residuals, cotangent):
-    return sharding.typed_as(residuals, _combine_gradients(*residuals, cotangent))
+    logits, weights = residuals
+    cotangent, finite = _changing(logits, weights, cotangent)
+    gradients = (cotangent * weights[..., None]).astype(logits.dtype), (cotangent * finite).sum(-1)
+    return sharding.typed_as(residuals, gradients)
 
 
-def _combine_gradients(logits, weights, cotangent):
-    """Of the weighted sum; where some stream is banned (-inf) the result is constant, so the gradients are zero there."""
+def _changing(logits, weights, cotangent):
+    """The cotangent of the weighted sum, 0 where some stream is banned (-inf), for there it is constant; and the streams, 0 for
+    -inf; float32.
+    """
     cotangent = jnp.where((jnp.isneginf(logits) & (weights[..., None] != 0)).any(0), 0, cotangent.astype(jnp.float32))
-    finite = jnp.where(jnp.isneginf(logits), 0, logits.astype(jnp.float32))
-    return (cotangent * weights[..., None]).astype(logits.dtype), (cotangent * finite).sum(-1)
+    return cotangent, jnp.where(jnp.isneginf(logits), 0, logits.astype(jnp.float32))
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)

@@ -5,6 +5,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_kernels.ops import checks, dispatch, sharding
 from dlm_kernels.ops.attention import attention
@@ -40,7 +41,7 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
         raise ValueError(f"weight, embedding: expected hidden's dtype {hidden.dtype}, got {weight.dtype} and {embedding.dtype}")
     if not isinstance(temperature, numbers.Real):
         temperature = checks.shaped("temperature", checks.numbers("temperature", temperature), (), "a scalar")
-    elif not temperature > 0:
+    elif not np.float32(temperature) > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     soft_cap = checks.soft_cap(logits_soft_cap)
     if hidden.size == 0:
@@ -63,7 +64,9 @@ def _attention_cannot(hidden, e, temperature, soft_cap):
     if d != e or d > HEAD_SIZE:
         return f"it takes equal widths of at most {HEAD_SIZE}, got {d} and {e}"
     if isinstance(temperature, numbers.Real):
-        return None
+        factors = 1 / temperature, 1 if soft_cap is None else soft_cap / temperature
+        fits = all(1e-30 <= factor <= 1e30 for factor in factors)
+        return None if fits else f"at temperature {temperature} it would multiply by numbers beyond float32"
     if soft_cap is not None:
         return "with a soft cap it takes a temperature that is a Python number"
     # The queries have to be divided by it, which rounds them once more.

@@ -159,7 +159,7 @@ def sampling_operands(b, length, temperature, key, noise, active, banned_tokens,
     checks.not_negative("temperature", temperature)
     if isinstance(temperature, numbers.Real) and temperature == 0:
         return operands
-    operands["temperature"] = checks.per_row("temperature", temperature, b, length)
+    operands["temperature"] = bounded(jnp, checks.per_row("temperature", temperature, b, length))
     if noise is not None:
         operands["noise"] = noise.astype(jnp.float32)
     elif counters is not None:
@@ -167,6 +167,13 @@ def sampling_operands(b, length, temperature, key, noise, active, banned_tokens,
     else:
         raise ValueError(f"key, noise: expected one of them for temperature {temperature}, got neither")
     return operands
+
+
+def bounded(xp, temperature):
+    """A temperature that logits can be divided by: -inf / inf would be NaN, and by one near 0 what is finite would not stay so.
+    xp: jax.numpy, or torch.
+    """
+    return xp.where(temperature > 0, xp.clip(temperature, 1e-30, 1e30), temperature)
 
 
 def _counters(key, b, length):
@@ -202,7 +209,8 @@ def token_scores(results, confidence, key, active):
 def random_confidence(key, b, length):
     def draw(data, shape):
         # A stream of its own: the rank must not depend on the noise that chose the token.
-        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(data), 1), shape)
+        key = jax.random.wrap_key_data(data, impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, 1), shape, jnp.float32)
 
     data = _key_data(key)
     return draw(data, (b, length)) if data.ndim == 1 else jax.vmap(lambda row: draw(row, (length,)))(data)

@@ -77,6 +77,10 @@ class _Attention(torch.autograd.Function):
     def backward(context, dout, dlse):
         refuse_second_gradients()
         query, key, value, bounds, out, lse = context.saved_tensors
+        if bounds is not None:  # as in ops/attention.py
+            blind = lse == -torch.inf
+            query, dout = (x.masked_fill(blind.transpose(1, 2)[..., None], 0) for x in (query, dout))
+            dlse = dlse.masked_fill(blind, 0)
         gradients = attention_kernels.attention_backward(
             query, key, value, bounds, None, out, lse, dout, dlse.contiguous(), **context.options
         )
@@ -254,7 +258,7 @@ def _scores(score, b, length, v, device, *, confidence="probability", temperatur
     if isinstance(temperature, numbers.Real) and temperature == 0:
         temperature = noise = None
     else:
-        temperature = _rows(temperature, (b, length), device)
+        temperature = ops.bounded(torch, _rows(temperature, (b, length), device))
         if noise is None:
             counters = (torch.from_numpy(np.array(x)) for x in ops._counters(key, b, length))
             key_data, counter_row = (x.flatten(0, 1).to(device) for x in counters)

@@ -33,7 +33,11 @@ def lm_head_scores(
     if logits_dtype is not None:
         # XLA may drop a pair of casts; this it keeps.
         kept = jnp.finfo(logits_dtype)
-        logits = jax.lax.reduce_precision(logits, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+        normal = jax.lax.reduce_precision(logits, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+        # Below the least normal it gives 0, and a sum with this has the step of what is there.
+        coarse = float(kept.smallest_subnormal) * 2**23
+        small = jnp.abs(logits) < kept.smallest_normal
+        logits = jnp.where(small, (logits + coarse) - coarse, normal) if kept.nexp < 8 else normal
     return unmask.score_tokens(
         logits,
         None,

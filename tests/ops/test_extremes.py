@@ -1,0 +1,78 @@
+"""Numbers at the edges of what float32 holds, and NaN where nobody looks, by every implementation that a CPU can run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlm_kernels
+from dlm_kernels import masks
+
+IMPLEMENTATIONS = "cpu", "xla"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head", [False, True])
+def test_no_temperature_chooses_what_is_banned(head, implementation):
+    """Infinite, every other token is as likely; near 0 it is the likeliest, whatever the noise."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (2, 64, 12))
+    options = dict(banned_tokens=[3], key=jax.random.key(1), implementation=implementation)
+
+    def scores(temperature, **more):
+        if head:
+            return dlm_kernels.lm_head_scores(logits, jnp.eye(12), temperature=temperature, **options, **more)
+        return dlm_kernels.score_tokens(logits, temperature=temperature, **options, **more)
+
+    likeliest = scores(0.0).token
+    even = scores(np.inf, tempered_confidence=True)
+    assert {*np.asarray(even.token).flat} == {*range(12)} - {3}
+    np.testing.assert_allclose(even.confidence, 1 / 11, rtol=1e-6)
+    np.testing.assert_allclose(even.entropy, np.log(11), rtol=1e-6)
+    for temperature in (1e-35, 2e-38, jnp.full((2, 64), 5e-38)):
+        sharp = scores(temperature, tempered_confidence=True)
+        np.testing.assert_array_equal(sharp.token, likeliest)
+        np.testing.assert_array_equal(sharp.confidence, 1)
+
+
+def test_random_confidence_is_of_threefry_and_float32():
+    """Whatever JAX's default generator and width are."""
+    logits = jax.random.normal(jax.random.key(0), (2, 5, 7))
+    options = dict(confidence="random", key=jax.random.key(1, impl="threefry2x32"))
+    expected = dlm_kernels.score_tokens(logits, **options).confidence
+    with jax.default_prng_impl("rbg"), jax.enable_x64(True):
+        found = dlm_kernels.score_tokens(logits, **options).confidence
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("implementation, dense", [("cpu", False), ("xla", False), ("xla", True)])
+def test_nan_at_a_query_that_sees_nothing_reaches_no_gradient(implementation, dense):
+    random = np.random.default_rng(0)
+    query, key, value, pull = (jnp.asarray(random.normal(size=(1, 5, 2, 8)), jnp.float32) for _ in range(4))
+    mask = masks.KeyIntervals(jnp.zeros((1, 5), jnp.int32), jnp.array([[5, 3, 0, 1, 5]]))
+    mask = mask.as_boolean(5) if dense else mask
+
+    def gradients(query, pull, pull_lse):
+        out, back = jax.vjp(
+            lambda *x: dlm_kernels.attention(*x, mask=mask, return_lse=True, implementation=implementation), query, key, value
+        )
+        assert (out[0][0, 2] == 0).all() and jnp.isneginf(out[1][0, :, 2]).all()
+        return back((pull, pull_lse))
+
+    pull_lse = jnp.ones((1, 2, 5))
+    expected = gradients(query, pull, pull_lse)
+    nan = query.at[0, 2].set(jnp.nan), pull.at[0, 2].set(jnp.nan), pull_lse.at[0, :, 2].set(jnp.nan)
+    for mine, other in zip(gradients(*nan), expected):
+        np.testing.assert_array_equal(mine, other)
+    assert (expected[0][0, 2] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_logits_rounded_to_float16_keep_what_is_below_its_least_normal(implementation):
+    hidden = jnp.array([[[1e-5, 3e-5, 2e-5, 6.2e-5, -3e-8]]])
+    scores = dlm_kernels.lm_head_scores(hidden, jnp.eye(5), logits_dtype=jnp.float16, implementation=implementation)
+    rounded = np.float16(hidden[0, 0]).astype(np.float64)
+    assert scores.token == 3
+    hidden = hidden.at[0, 0, 3].set(0)
+    assert dlm_kernels.lm_head_scores(hidden, jnp.eye(5), logits_dtype=jnp.float16, implementation=implementation).token == 1
+    np.testing.assert_allclose(scores.logsumexp[0, 0], np.log(np.exp(rounded).sum()), rtol=1e-6)
