@@ -142,7 +142,7 @@ def generate(
     model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: a list of texts, with `<mask:n>` in all of them or in
     none: such are filled there with exactly n tokens each, others continued by at most `length` tokens, until end-of-text or the
     end of a turn; an instruction-tuned model answers a prompt of `chat.turn`. block, steps and options
-    (threshold, factor, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. temperature: 0, the default, is
+    (threshold, top_p, cache, ...): see `sampler.decode`; with no rule at all steps is block / 4. temperature: 0, the default, is
     greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given
     `adaptive`, with that share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of
     their own. style: text that is read before each prompt and is no part of the result; under guidance,
