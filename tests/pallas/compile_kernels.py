@@ -79,8 +79,9 @@ def cases():
             name = f"{model} {jnp.dtype(dtype).name}"
             yield f"{name} mix_guidance", guidance.mix_guidance, (logits, logits, per_row)
             yield f"{name} combine_guidance", guidance.combine_guidance, (((3, r, v), dtype), ((3, r), F32))
-            for limits, chosen in (("top_p", (per_row, None)), ("top_k", (None, ((r,), INT))), ("both", (per_row, ((r,), INT)))):
-                yield f"{name} truncate_logits {limits}", truncation.truncate_logits, (logits, per_row, *chosen)
+            yield f"{name} truncate_logits", truncation.truncate_logits, (logits, per_row, per_row, ((r,), INT))
+            if model == "LLaDA-8B":
+                yield f"{name} truncate_logits, top_k", truncation.truncate_logits, (logits, per_row, None, ((r,), INT))
             for confidence in ("probability", "margin", "neg_entropy"):
                 static = dict(confidence=confidence, tempered_confidence=False, logits_soft_cap=None)
                 yield f"{name} greedy {confidence}", functools.partial(unmask.score_tokens, **static), (logits, *[None] * 8)
