@@ -318,7 +318,9 @@ def _most_likely(static, data, hidden, head, unconditional_hidden=None, guidance
     implementation = static.implementation
     if guidance_scale is not None:
         hidden = mix_guidance(hidden, unconditional_hidden, guidance_scale, implementation=implementation)
-    logits = jnp.einsum("bld,vd->blv", hidden, head, preferred_element_type=jnp.float32)
+    # Two axes, not three, of which XLA's CPU compiler copies the head of 16 bits.
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.einsum("rd,vd->rv", rows, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:2], -1)
     # Before the truncation: else what is left of a row might be banned, all of it.
     banned = jnp.isin(jnp.arange(head.shape[0]), data["banned"])
     return truncate_logits(
