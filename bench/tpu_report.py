@@ -8,10 +8,10 @@ LIMITS = """Static: cycles are the bundles of the compiler's schedule, each as o
 They leave out waits for copies and what the hardware stalls on, so they are a lower bound. `copies` is what the bytes to and from
 HBM take at its full bandwidth, which a good pipeline overlaps with the cycles: the larger of the two bounds the time. Nothing here
 ran on a TPU. The cycles are one core's: v5p's two share a call. Of JAX's kernels the block sizes with the fewest cycles count, of
-those tried. XLA's cycles are the sum of its fusions'; copies that it makes between them are not counted. `MXU` is the share of the
-cycles in which the matrix units are busy, then what the case's products alone would take of them: as long as the cycles at 100%. A
-branch that data decides counts as taken into its body; `least` says the cycles without such bodies, where that differs. `+ ?` is a
-copy whose size only data tells, or a loop that only data ends and that counts once."""
+those tried. XLA's cycles are the sum of its fusions', those in a loop as often as it runs; copies that it makes between them are
+not counted. `MXU` is the share of the cycles in which the matrix units are busy, then what the case's products alone would take of
+them: as long as the cycles at 100%. A branch that data decides counts as taken into its body; `least` says the cycles without such
+bodies, where that differs. `+ ?` is a copy whose size only data tells, or a loop that only data ends and that counts once."""
 
 
 def ratio(row, name):
@@ -85,13 +85,14 @@ def readme(folder):
     return "\n".join(
         [
             "Static cycles on TPUs, counted in the compiler's schedules; nothing was timed. Attention, 32 heads of 128 unless "
-            "said: ours over splash attention's at the best block sizes tried. Head and scores: our cycles over "
+            "said: ours over splash attention's at the best block sizes tried. Head, scores and truncation: our cycles over "
             "those of their HBM copies alone; below 1, HBM is the limit.\n",
             "| | " + " | ".join(chips) + " |",
             "|---" * (len(chips) + 1) + "|",
             *rows("attention", against_splash),
             *rows("lm_head_scores", of_copies),
             *rows("score_tokens", of_copies),
+            *rows("truncate_logits", of_copies),
             "",
         ]
     )

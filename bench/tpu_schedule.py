@@ -28,6 +28,7 @@ from dlm_kernels.xla import cross_entropy as xla_cross_entropy
 from dlm_kernels.xla import divergence as xla_divergence
 from dlm_kernels.xla import guidance as xla_guidance
 from dlm_kernels.xla import lm_head as xla_lm_head
+from dlm_kernels.xla import truncation as xla_truncation
 from dlm_kernels.xla import unmask as xla_unmask
 
 PALLAS = OURS, "splash", "flash"
@@ -39,6 +40,7 @@ class Contender:
     function: Callable
     operands: tuple  # (shape, dtype), or None for an operand that is not given
     prefetched: dict = dataclasses.field(default_factory=dict)  # kernel -> values of its operands in SMEM
+    repeated: dict = dataclasses.field(default_factory=dict)  # program -> passes of XLA's loop, whose body the listings have once
     note: str = ""
 
 
@@ -150,8 +152,8 @@ def head_cases():
 
 
 def score_cases():
-    """LLaDA's logits, in memory: scored, scored under guidance, and mixed."""
-    from dlm_kernels.pallas_kernels import guidance, unmask
+    """LLaDA's logits, in memory: scored, scored under guidance, mixed, and truncated."""
+    from dlm_kernels.pallas_kernels import guidance, truncation, unmask
 
     static = dict(confidence="probability", tempered_confidence=False, logits_soft_cap=None)
     score, plain = (functools.partial(module.score_tokens, **static) for module in (unmask, xla_unmask))
@@ -164,6 +166,15 @@ def score_cases():
     ):
         contenders = {OURS: [Contender(ours, operands, live)], "XLA": [Contender(peer, operands)]}
         yield Case(f"{name} LLaDA-8B {r} x {v}, bfloat16", "1024 logits", r * v / 1024, 0, contenders)
+    for dtype in (BF16, jnp.float32):
+        operands = ((r, v), dtype), per_row, per_row, None
+        bisection = {"select_reduce_fusion": 8 * jnp.dtype(dtype).itemsize}
+        contenders = {
+            OURS: [Contender(truncation.truncate_logits, operands)],
+            "XLA": [Contender(xla_truncation.truncate_logits, operands, repeated=bisection)],
+        }
+        name = f"truncate_logits, top_p, LLaDA-8B {r} x {v}, {jnp.dtype(dtype).name}"
+        yield Case(name, "1024 logits", r * v / 1024, 0, contenders)
 
 
 def loss_cases():
@@ -260,18 +271,21 @@ def _count(contender, case, hardware, sharding, folder):
         counts[program.name] = tpu_bundles.run(program, values)
     if not counts:
         raise RuntimeError("the compiler wrote no listings: libtpu had started before it was told to")
-    cycles = sum(count.cycles for count in counts.values())
-    moved = sum(count.read + count.written for count in counts.values())
+    times = {name: contender.repeated.get(name.split(".")[0], 1) for name in counts}
+    if gone := contender.repeated.keys() - {name.split(".")[0] for name in counts}:
+        raise RuntimeError(f"expected programs called {sorted(gone)}, got {sorted(counts)}")
+    cycles = sum(times[name] * count.cycles for name, count in counts.items())
+    moved = sum(times[name] * (count.read + count.written) for name, count in counts.items())
     return dict(
         cycles=cycles,
-        least=sum(count.least_cycles for count in counts.values()),
+        least=sum(times[name] * count.least_cycles for name, count in counts.items()),
         per_unit=cycles / case.units,
         copies=moved / hardware.bandwidth * hardware.clock,
         bytes=moved,
-        mxu=sum(count.mxu * count.cycles for count in counts.values()) / cycles,
+        mxu=sum(times[name] * count.mxu * count.cycles for name, count in counts.items()) / cycles,
         products=case.products / (hardware.rate * chips.CHIPS[hardware.kind].cores) / cycles,
         unknown=sum(count.endless + count.unsized for count in counts.values()),
-        programs={name: count.cycles for name, count in counts.items()},
+        programs={name: times[name] * count.cycles for name, count in counts.items()},
         note=contender.note,
     )
 

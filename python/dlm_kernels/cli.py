@@ -75,6 +75,8 @@ def _parser():
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
     heat = "0 is greedy (default: 1; 0 with --drafts and for published models; 0.8 with --noise-budget)"
     add("--temperature", type=float, help=heat)
+    add("--top-p", type=float, help="choose among the most likely tokens, whose probabilities sum to this")
+    add("--top-k", type=int, help="choose among this many of the most likely tokens")
     add("--seed", type=int)
     add("--ban", action="append", default=[], help="use no token that contains TEXT", **texts)
     add("--require", action="append", default=[], help="write TEXT, where it is likeliest", **texts)

@@ -36,8 +36,9 @@ from dlm_kernels.denoiser.config import DenoiserConfig
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
 GENERATE_OPTIONS = (
     "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "remask", "remask_rule", "confidence",
-    "temperature", "seed", "guidance", "negative_prompt", "style", "adaptive", "guidance_final", "guidance_interval",
-    "guidance_refresh", "eos_bias", "exact", "attend", "cache", "refresh", "drafts", "noise_budget", "implementation",
+    "temperature", "top_p", "top_k", "seed", "guidance", "negative_prompt", "style", "adaptive", "guidance_final",
+    "guidance_interval", "guidance_refresh", "eos_bias", "exact", "attend", "cache", "refresh", "drafts", "noise_budget",
+    "implementation",
 )  # fmt: skip
 
 
@@ -98,7 +99,8 @@ def run_generate(options):
     result = shown.watch(work) if shown else work()
     if options.html:
         html.write(options.html, model, prompt, result, frames, named)
-    used = implementations.taken(*model[:2], options.block or 64)
+    truncated = options.top_p is not None or options.top_k is not None
+    used = implementations.taken(*model[:2], options.block or 64, truncated=truncated)
     if options.implementation:
         used = dict.fromkeys(used, options.implementation)
     numbers = {

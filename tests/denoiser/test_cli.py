@@ -42,6 +42,16 @@ def test_generate_json(command):
     assert numbers["implementation"].keys() == {"attention", "mix_guidance", "lm_head_scores", "unmask_topk"}
 
 
+def test_the_likeliest_alone_at_any_temperature(command):
+    options = ("generate", "def add(", "--steps", "1", "--block", "6", "--length", "6", "--exact", "--json", "--temperature")
+    greedy, hot, single, nucleus = (
+        json.loads(command(*options, *more)[1])
+        for more in (["0"], ["9"], ["9", "--top-k", "1"], ["9", "--top-p", "1e-6"])
+    )
+    assert greedy["text"] == single["text"] == nucleus["text"] != hot["text"]
+    assert single["implementation"].keys() == {"attention", "mix_guidance", "truncate_logits", "score_tokens", "unmask_topk"}
+
+
 def test_infill_keeps_the_text_around(command, saved):
     status, out, _ = command(
         "generate", "--infill", r"def add(a, b):\n    <mask:5@2>\n    return c", "--steps", "5", "--json"

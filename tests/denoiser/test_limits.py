@@ -160,6 +160,8 @@ PYTHON = [
     (dict(guidance=2.0, guidance_interval=0.5), "guidance_interval: expected a pair (low, high), got 0.5"),
     (dict(guidance=2.0, guidance_interval=(0, 0.5, 1)), "guidance_interval: expected a pair (low, high), got (0, 0.5, 1)"),
     (dict(noise_budget=0.1, drafts=2), "drafts: goes with steps and greedy decoding alone, got ['noise_budget']"),
+    (dict(drafts=2, top_p=0.5), "drafts: goes with steps and greedy decoding alone, got ['top_p']"),
+    (dict(noise_budget=0.1, top_k=5), "noise_budget: goes with steps and temperature alone, got ['top_k']"),
     (dict(drafts=2, temperature=1.0), "drafts: goes with steps and greedy decoding alone, got ['temperature']"),
     *((dict([(name, 1)]), f"{name}: expected {source} in its place, of which") for name, source in generate.MADE.items()),
 ]

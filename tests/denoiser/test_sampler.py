@@ -31,7 +31,10 @@ def logits_of(config, params, tokens, start, stop):
     return (hidden @ model.head_weight(config, params).T)[0]
 
 
-def naive(config, params, tokens, *, block, start, first, stop, unconditional=None, guidance_scale=None, **rules):
+def naive(
+    config, params, tokens, *, block, start, first, stop, unconditional=None, guidance_scale=None, top_p=None, top_k=None,
+    temperature=0.0, key=None, **rules,
+):  # fmt: skip
     """One row, a list of ints; returns it and the passes made."""
     given = [t != config.mask_id for t in tokens]
     tokens, passes = list(tokens), 0
@@ -49,15 +52,39 @@ def naive(config, params, tokens, *, block, start, first, stop, unconditional=No
                 other = np.asarray(logits_of(config, params, np.array(other, np.int32), start, stop), np.float64)
                 logits = other + guidance_scale * (logits - other)
             logits[:, [config.mask_id, config.pad_id]] = -np.inf
-            p = np.exp(logits - logits.max(-1, keepdims=True))
-            p /= p.sum(-1, keepdims=True)
+            p = softmax(logits / (temperature or 1))
+            for row, likely in zip(logits, p):
+                least = max(nucleus(likely, top_p), 0 if top_k is None else np.sort(likely)[-top_k])
+                row[likely < least] = -np.inf
+            p, choice = softmax(logits), logits
+            if temperature:
+                at = min(first + index * block, len(tokens) - block)
+                choice = logits / temperature
+                choice[at : at + block] += draw(key, index, step, (block, config.vocab))
             entropy = -(p * np.log(np.where(p == 0, 1, p))).sum(-1)
             by_entropy = "entropy_budget" in rules
-            order = sorted(todo, key=lambda c: (entropy[c] if by_entropy else -p[c].max(), c))
-            for c in order[: quota(order, p.max(-1), entropy, step, **rules)]:
-                tokens[c] = int(p[c].argmax())
+            token = choice.argmax(-1)
+            sure = np.take_along_axis(p, token[:, None], 1)[:, 0]
+            order = sorted(todo, key=lambda c: (entropy[c] if by_entropy else -sure[c], c))
+            for c in order[: quota(order, sure, entropy, step, **rules)]:
+                tokens[c] = int(token[c])
             passes += 1
     return tokens, passes
+
+
+def softmax(logits):
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def nucleus(p, top_p):
+    """The least probability that is kept."""
+    ranked = np.sort(p)[::-1]
+    return 0 if top_p is None else ranked[(np.cumsum(ranked) >= top_p).argmax()]
+
+
+def draw(key, index, step, shape):
+    return np.asarray(jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, index), step), shape), np.float64)
 
 
 def quota(order, sure, entropy, step, steps=None, threshold=None, factor=None, entropy_budget=None):
@@ -102,6 +129,37 @@ def test_guidance_against_the_plain_loop(run, config, params, board):
             config, params, tokens, block=6, start=start, first=8, stop=23, unconditional=other[row], **rules
         )
         np.testing.assert_array_equal(decoded.tokens[row], expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(steps=4, top_p=0.6),
+        dict(threshold=0.6, top_p=0.9, top_k=3),
+        dict(entropy_budget=2.0, top_k=4),
+        dict(steps=3, top_p=0.7, temperature=1.5),
+        dict(steps=3, top_p=0.7, temperature=1.5, guidance_scale=2.5),
+    ],
+)
+def test_truncation_against_the_plain_loop(options, run, config, params, board):
+    keys = jax.random.split(jax.random.key(2), 3) if "temperature" in options else [None] * 3
+    given = dict(key=keys) if "temperature" in options else {}
+    other = np.where(board["tokens"] == config.mask_id, config.mask_id, 9)
+    away = dict(unconditional=other, unconditional_start=board["start"]) if "guidance_scale" in options else {}
+    decoded = run(board, **options, **given, **away)
+    for row, start in enumerate([0, 5, 3]):
+        place = dict(block=6, start=start, first=8, stop=23, key=keys[row], unconditional=other[row] if away else None)
+        np.testing.assert_array_equal(decoded.tokens[row], naive(config, params, board["tokens"][row], **place, **options)[0])
+
+
+def test_truncation_is_of_what_may_be_written(run, config, board):
+    """Of a row's likeliest tokens, banned, nothing would be left."""
+    plain = run(board, steps=1).tokens
+    banned = np.unique(plain[board["tokens"] == config.mask_id])
+    free = run(board, steps=1, banned_tokens=banned)
+    made = run(board, steps=1, banned_tokens=banned, top_k=1)
+    np.testing.assert_array_equal(made.tokens, free.tokens)
+    assert (made.confidence == 1).all()
 
 
 @pytest.mark.parametrize("guidance", [False, True])
@@ -247,9 +305,12 @@ def test_numbers_are_data(run, config, board):
     once([2, 4, 1], [7, 8, 6], **numbers)
     once([0, 5, 3], [8, 8, 8], **(numbers | {"guidance_scale": 2, "temperature": np.float32(1), "steps": np.int64(3)}))
     assert sampler._decode._cache_size() == before
-    budgets = [dict(entropy_budget=0.5), dict(entropy_budget=2.0)]
-    sizes = [run(board, **budget) and sampler._decode._cache_size() for budget in budgets]
-    assert sizes[0] == sizes[1]
+    for pair in (
+        [dict(entropy_budget=0.5), dict(entropy_budget=2.0)],
+        [dict(steps=3, top_p=0.5, top_k=2), dict(steps=3, top_p=1, top_k=np.int64(60))],
+    ):
+        sizes = [run(board, **options) and sampler._decode._cache_size() for options in pair]
+        assert sizes[0] == sizes[1]
 
 
 def test_every_pass_is_reported(run, config, board):
@@ -291,6 +352,11 @@ def test_nothing_to_do(run):
         (dict(steps=2, remask=0.5, remask_rule="most"), "remask_rule: expected one of"),
         (dict(steps=2, remask=0.5, remask_rule="cap"), "a key with a random remask_rule"),
         (dict(steps=2, confidence="random"), "a key with a random remask_rule or confidence"),
+        (dict(steps=2, top_p=0.0), "top_p: expected a number above 0 and at most 1, got 0.0"),
+        (dict(steps=2, top_p=95), "top_p: expected a number above 0 and at most 1, got 95"),
+        (dict(steps=2, top_k=0), "top_k: expected at least 1, got 0"),
+        (dict(steps=2, top_k=2.5), "top_k: expected a whole number"),
+        (dict(steps=2, top_p=np.ones(5)), r"top_p: expected a scalar, shape \[3\]"),
         (dict(steps=2, attend="left"), "attend: expected 'all' or 'blocks', got 'left'"),
         (dict(steps=2, guidance_scale=2.0), "guidance_scale: expected one with `unconditional`"),
         (dict(steps=2, guidance_interval=(0, 1)), "guidance_interval: expected a guidance_scale"),

@@ -27,7 +27,8 @@ def leaf(request, monkeypatch):
             if request.param == "triton" and INTERPRETED:
                 results = function(*(None if x is None else np.array(x) for x in operands), **static)
             else:
-                results = jax.jit(functools.partial(function, **static))(*operands)
+                # Not of a partial, which would be another function to JAX and compiled anew for every call.
+                results = jax.jit(function, static_argnames=tuple(static))(*operands, **static)
             return [np.asarray(result) for result in jax.tree.leaves(results)]
 
         return run
@@ -64,11 +65,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_not_for_the_tpu(item):
-    """Which refuses float16, and has no kernel that truncates."""
+    """Which refuses float16; and to whose tiles one token is what 33 are."""
     parameters = getattr(item, "callspec", None) and item.callspec.params
     if not parameters or parameters.get("leaf") != "pallas":
         return False
-    return parameters.get("dtype") == "float16" or item.path.stem == "test_truncation"
+    return parameters.get("dtype") == "float16" or (item.path.stem == "test_truncation" and parameters.get("v") == 1)
 
 
 def _is_not_for_tritons_interpreter(item):

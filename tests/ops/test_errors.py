@@ -128,8 +128,8 @@ CASES = {
         r"logits: expected shape \[B, L, V\], got \[3, 7\]",
     ),
     "truncation by a kernel that is not there": (
-        lambda: dlm.truncate_logits(logits, top_p=0.5, implementation="pallas"),
-        r"implementation='pallas' cannot run truncate_logits: pallas_kernels has no truncation",
+        lambda: dlm.truncate_logits(logits, top_p=0.5, implementation="cudnn"),
+        r"implementation='cudnn' cannot run truncate_logits: cudnn has no truncation",
     ),
     "soft cap below zero for no positions": (
         lambda: dlm.score_tokens(logits[:, :0], logits_soft_cap=-1.0),

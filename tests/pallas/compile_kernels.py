@@ -24,7 +24,16 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
 import dlm_kernels  # noqa: E402
-from dlm_kernels.pallas_kernels import attention, chips, cross_entropy, divergence, guidance, lm_head, unmask  # noqa: E402
+from dlm_kernels.pallas_kernels import (  # noqa: E402
+    attention,
+    chips,
+    cross_entropy,
+    divergence,
+    guidance,
+    lm_head,
+    truncation,
+    unmask,
+)
 
 F32, BF16, INT, BOOL = jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_
 # Rows, model width, vocabulary.
@@ -70,6 +79,9 @@ def cases():
             name = f"{model} {jnp.dtype(dtype).name}"
             yield f"{name} mix_guidance", guidance.mix_guidance, (logits, logits, per_row)
             yield f"{name} combine_guidance", guidance.combine_guidance, (((3, r, v), dtype), ((3, r), F32))
+            yield f"{name} truncate_logits", truncation.truncate_logits, (logits, per_row, per_row, ((r,), INT))
+            if model == "LLaDA-8B":
+                yield f"{name} truncate_logits, top_k", truncation.truncate_logits, (logits, per_row, None, ((r,), INT))
             for confidence in ("probability", "margin", "neg_entropy"):
                 static = dict(confidence=confidence, tempered_confidence=False, logits_soft_cap=None)
                 yield f"{name} greedy {confidence}", functools.partial(unmask.score_tokens, **static), (logits, *[None] * 8)

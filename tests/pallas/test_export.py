@@ -46,6 +46,7 @@ OPERATIONS = {
         jax.grad(dlm_kernels.masked_divergence, (0, 1)),
         (NARROW, NARROW_WEIGHT, HIDDEN, WEIGHT, PER_TOKEN),
     ),
+    "truncate_logits": (lambda x: dlm_kernels.truncate_logits(x, top_p=0.9, top_k=50), (LOGITS,)),
     "mix_guidance": (lambda c, u: dlm_kernels.mix_guidance(c, u, 1.5), (LOGITS, LOGITS)),
 }
 
@@ -100,12 +101,15 @@ def test_decoding_exported_for_the_tpu_carries_every_kernel_of_a_step():
     params = model.init(config, jax.random.key(0))
     tokens = jnp.full((2, 12), config.mask_id, jnp.int32)
 
-    def decode(params, tokens):
-        return sampler.decode(config, params, tokens, block=6, steps=3, threshold=0.9)
+    def kernels(**options):
+        def decode(params, tokens):
+            return sampler.decode(config, params, tokens, block=6, steps=3, threshold=0.9, **options)
 
-    exported = export.export(jax.jit(decode), platforms=["tpu"])(params, tokens)
-    kernels = set(re.findall(r'kernel_name = "(\w+)"', exported.mlir_module()))
-    assert {"attention_forward", "lm_head_scores", "unmask_topk"} <= kernels
+        module = export.export(jax.jit(decode), platforms=["tpu"])(params, tokens).mlir_module()
+        return set(re.findall(r'kernel_name = "(\w+)"', module))
+
+    assert kernels() == {"attention_forward", "lm_head_scores", "lm_head_scores_finish", "unmask_topk"}
+    assert kernels(top_p=0.9) == {"attention_forward", "truncate_logits", "score_tokens", "unmask_topk"}
 
 
 def test_pallas_where_it_is_asked_for():
@@ -148,6 +152,18 @@ def test_rules_that_scalar_memory_does_not_hold_take_xla():
         lambda tokens, scores: dlm_kernels.unmask_topk(tokens, scores, mask_id=0, num_unmask=1), array(50_001, 32), scores
     )
     assert choice.refused["pallas"] == "it has the rules of all rows in scalar memory, at most 50000 rows, not 50001"
+
+
+def test_a_vocabulary_that_vmem_does_not_hold_takes_xla():
+    """For top_p the weights of a row are there too."""
+
+    def choice(vocabulary, **options):
+        logits = array(1, 8, vocabulary, dtype=jnp.bfloat16)
+        return dlm_kernels.explain(lambda x: dlm_kernels.truncate_logits(x, **options), logits)[0]
+
+    for vocabulary, options in ((2**18, dict(top_p=0.9)), (300_000, dict(top_k=9))):
+        assert choice(vocabulary, **options).implementations["tpu"] == "pallas"
+    assert choice(300_000, top_p=0.9).refused["pallas"] == "VMEM holds no 16 rows of a vocabulary of 300000"
 
 
 def test_a_chip_is_known_by_each_of_its_names(monkeypatch):

@@ -145,7 +145,7 @@ def generate(
     model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: a list of texts, with `<mask:n>` in all of them or in
     none: such are filled there with exactly n tokens each, others continued by at most `length` tokens, until end-of-text or the
     end of a turn; an instruction-tuned model answers a prompt of `chat.turn`. block, steps and options
-    (threshold, factor, cache, ...): see `sampler.decode`; by default block is 64, and with no rule at all steps is block / 4. A
+    (threshold, top_p, cache, ...): see `sampler.decode`; by default block is 64, and with no rule at all steps is block / 4. A
     model that attends by blocks fills its last one, and is decoded by default as in its project: SDAR a whole block at once and
     above a threshold of 0.85, Fast-dLLM v2, whose logits are shifted, by 8 tokens and 0.9. temperature: 0, the default, is
     greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given

@@ -8,8 +8,10 @@ import dlm_kernels
 LENGTH = 128  # columns of the canvas that is asked about
 
 
-def taken(config, params, block=64, *, every=False):
-    """{operation: implementation} that decoding takes on this machine's default device; with `every` all operations."""
+def taken(config, params, block=64, *, truncated=False, every=False):
+    """{operation: implementation} that decoding takes on this machine's default device, truncated by top_p or top_k or not; with
+    `every` all operations.
+    """
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     dtype, length = params["embed"].dtype, LENGTH
 
@@ -41,17 +43,23 @@ def taken(config, params, block=64, *, every=False):
             dict(mask_id=config.mask_id, num_unmask=1),
         ),
     }
+    logits = shaped(1, block, config.vocab)
+    of_logits = {
+        "truncate_logits": (dlm_kernels.truncate_logits, (logits,), dict(top_p=0.9)),
+        "score_tokens": (dlm_kernels.score_tokens, (logits,), {}),
+    }
+    if truncated:
+        del calls["lm_head_scores"]
+        calls |= of_logits
     if every:
         hidden, weight = shaped(1, block, config.d_model), shaped(config.vocab, config.d_model)
-        logits = shaped(1, block, config.vocab)
         tokens, positions = shaped(1, block, dtype=jnp.int32), shaped(1, block)
         attention, loss = calls["attention"], (dlm_kernels.masked_cross_entropy, (hidden, weight, tokens, positions), {})
         divergence = dlm_kernels.masked_divergence, (hidden, weight, hidden, weight, positions), {}
         calls |= {
             "gradient of attention": (jax.grad(lambda *x, mask: attention[0](*x, mask=mask).sum(), (0, 1, 2)), *attention[1:]),
             "combine_guidance": (dlm_kernels.combine_guidance, (shaped(2, *logits.shape), shaped(2)), {}),
-            "truncate_logits": (dlm_kernels.truncate_logits, (logits,), dict(top_p=0.9)),
-            "score_tokens": (dlm_kernels.score_tokens, (logits,), {}),
+            **of_logits,
             "unmask_step": (dlm_kernels.unmask_step, (logits, tokens), dict(mask_id=config.mask_id, num_unmask=1)),
             "masked_cross_entropy": loss,
             "gradient of masked_cross_entropy": (jax.grad(loss[0], (0, 1)), *loss[1:]),

@@ -7,10 +7,12 @@ import numpy as np
 MOST = np.finfo(np.float32).max  # more is infinite once it is cast
 
 
-def numbers(low=-np.inf, high=np.inf, **given):
-    """Finite in float32 and from low to high: numbers, arrays or pairs of them. None and JAX's own arrays, not read here, pass."""
+def numbers(low=-np.inf, high=np.inf, *, above=False, **given):
+    """Finite in float32 and from low, or `above` it, to high: numbers, arrays or pairs of them. None and JAX's own arrays, not read
+    here, pass.
+    """
     if high < np.inf:
-        expected = f"a number in [{low}, {high}]"
+        expected = f"a number {f'above {low} and at most {high}' if above else f'in [{low}, {high}]'}"
     else:
         expected = f"at least {low}" if low > -np.inf else "a finite number"
     for name, value in given.items():
@@ -19,7 +21,7 @@ def numbers(low=-np.inf, high=np.inf, **given):
                 continue
             array = np.asarray(part)
             known = jnp.issubdtype(array.dtype, jnp.number)
-            if not known or not ((low <= array) & (array <= high) & (abs(array) <= MOST)).all():
+            if not known or not ((low <= array) & (array <= high) & (abs(array) <= MOST)).all() or (above and (array == low).any()):
                 raise ValueError(f"{name}: expected {expected}, got {value}")
 
 

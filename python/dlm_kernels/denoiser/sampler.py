@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels import lm_head_scores, unmask_topk
+from dlm_kernels import lm_head_scores, mix_guidance, score_tokens, truncate_logits, unmask_topk
 from dlm_kernels.denoiser import blocks, guided, limits, model, streams
 from dlm_kernels.denoiser import remask as remasking
 
@@ -55,6 +55,8 @@ def decode(
     remask_rule="least",
     confidence="probability",
     temperature=None,
+    top_p=None,
+    top_k=None,
     key=None,
     unconditional=None,
     unconditional_start=0,
@@ -100,6 +102,9 @@ def decode(
       confidence: see `score_tokens`; models with shifted logits or a block_size have that of the tempered distribution.
       temperature: None for greedy, else a scalar or [B], traced. key: a JAX threefry key for each row, [B], for a temperature, a
         random remask_rule or confidence "random".
+      top_p, top_k: choose among the most likely tokens alone: truncate_logits(logits, top_p=, top_k=, temperature=) of the logits
+        after guidance, bias and banned tokens, in the place of them all. Confidences and entropies are of these, at temperature 0
+        too. Scalars or [B]. The logits, else fused with the head, are in memory then.
       unconditional, guidance_scale: classifier-free guidance. unconditional: int32 [B, L], what stands in the place of the given
         tokens for the unconditional stream, from column unconditional_start on; guidance_scale: scalar, [B] or [B, L], 1 is none.
       guidance_final: the scale, scalar or [B], that a block is nearing as it fills: a mean of the two, in which guidance_scale's
@@ -125,7 +130,7 @@ def decode(
         others' are stale (dual cache), computed anew every `refresh` passes of a block, by default in its first only.
       on_pass: called on the host with a Decoded after every pass (for a live view; the loop does not wait for it).
 
-    steps, thresholds, temperature, scale, start, first, stop and refresh are data: changing them compiles nothing.
+    steps, thresholds, temperature, top_p, top_k, scale, start, first, stop and refresh are data: changing them compiles nothing.
     Returns Decoded. Raises ValueError for arguments that do not fit.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
@@ -136,8 +141,9 @@ def decode(
     rules = dict(threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     if steps is None and all(rule is None for rule in rules.values()):
         raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
-    limits.whole(1, steps=steps, guidance_refresh=guidance_refresh, refresh=refresh)
+    limits.whole(1, steps=steps, guidance_refresh=guidance_refresh, refresh=refresh, top_k=top_k)
     limits.numbers(0, 1, remask=remask, guidance_remask=guidance_remask)
+    limits.numbers(0, 1, above=True, top_p=top_p)
     limits.numbers(0, factor=factor, entropy_budget=entropy_budget, temperature=temperature)
     limits.numbers(
         threshold=threshold, edit_threshold=edit_threshold, guidance_scale=guidance_scale, guidance_final=guidance_final,
@@ -210,6 +216,8 @@ def decode(
         classifier_scale=real(classifier_scale),  # [] or [B]
         logit_bias=real(logit_bias),  # [V]
         temperature=real(temperature),  # [] or [B]
+        top_p=real(top_p),  # [] or [B]
+        top_k=whole(top_k),  # [] or [B]
         remask=real(remask),  # []
         edit_threshold=real(edit_threshold),  # [] or [B]
         guidance_scale=real(guidance_scale),  # [], [B] or [B, L]
@@ -284,17 +292,17 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
     sampling = {} if data["temperature"] is None else dict(temperature=data["temperature"])
     if data["key"] is not None:
         sampling["key"] = blocks.row_keys(data["key"], index, step)
-    scores = lm_head_scores(
-        hidden[:b],
-        head,
+    scoring = dict(
         confidence=static.confidence,
         tempered_confidence=config.shifted or config.block_size is not None,  # as in all their own code but LLaDA's
         active=todo if data["edit_threshold"] is None else inside,
-        banned_tokens=data["banned"],
         implementation=implementation,
-        **guidance,
         **sampling,
     )
+    if data["top_p"] is None and data["top_k"] is None:
+        scores = lm_head_scores(hidden[:b], head, banned_tokens=data["banned"], **guidance, **scoring)
+    else:
+        scores = score_tokens(_most_likely(static, data, hidden[:b], head, **guidance), **scoring)
     quota = None
     if data["steps"] is not None:
         # The rest spread evenly over the passes left, so that none of them is idle.
@@ -316,4 +324,23 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         blocks.put(decoded.revealed, decoded.passes, changed, at),
         blocks.put(decoded.confidence, scores.confidence, changed, at),
         decoded.passes + 1,
+    )
+
+
+def _most_likely(static, data, hidden, head, unconditional_hidden=None, guidance_scale=None):
+    """float32 logits [B, block, V] of hidden [B, block, D], -inf for all but the most likely that may be written."""
+    implementation = static.implementation
+    if guidance_scale is not None:
+        hidden = mix_guidance(hidden, unconditional_hidden, guidance_scale, implementation=implementation)
+    # Two axes, not three, of which XLA's CPU compiler copies the head of 16 bits.
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.einsum("rd,vd->rv", rows, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:2], -1)
+    # Before the truncation: else what is left of a row might be banned, all of it.
+    banned = jnp.isin(jnp.arange(head.shape[0]), data["banned"])
+    return truncate_logits(
+        jnp.where(banned, -jnp.inf, logits),
+        top_p=data["top_p"],
+        top_k=data["top_k"],
+        temperature=1.0 if data["temperature"] is None else data["temperature"],
+        implementation=implementation,
     )
