@@ -112,15 +112,19 @@ def call(leaf, implementation, operands, **static):
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _call(leaf, implementation, operands, static):
     name, letters = leaf.operands[0]
-    # Split before they are folded: parts of a length would be strips of the rows.
     several = leaf.fold + string.ascii_uppercase[: operands[name].ndim - len(letters)]
-    axes = {name: letters.replace(leaf.fold, several) for name, letters in leaf.operands if operands[name] is not None}
-    results, sharded = [letters.replace(leaf.fold, several) for letters in leaf.results], leaf.sharded.replace(leaf.fold, several)
+
+    def unfolded(letters):
+        return letters.replace(leaf.fold, several)
+
+    present = {name: unfolded(letters) for name, letters in leaf.operands if operands[name] is not None}
 
     def of_part(*arrays):
-        return _folded(leaf, implementation, operands | dict(zip(axes, arrays)), len(several), dict(static))
+        return _folded(leaf, implementation, operands | dict(zip(present, arrays)), len(several), dict(static))
 
-    return sharding.by_parts(of_part, [operands[name] for name in axes], axes.values(), results, sharded)
+    # Split before they are folded: the parts of a length would be strips of the rows.
+    arrays = [operands[name] for name in present]
+    return sharding.by_parts(of_part, arrays, present.values(), map(unfolded, leaf.results), unfolded(leaf.sharded))
 
 
 def _folded(leaf, implementation, operands, several, static):

@@ -92,9 +92,9 @@ def on_whole_arrays(function, arrays):
     """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
     if (mesh := _explicit_mesh(arrays)) is None:
         return function(*arrays)
-    whole = PartitionSpec()
-    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-    return function(*(jax.sharding.reshard(array, NamedSharding(mesh, whole)) for array in arrays))
+    spec = PartitionSpec()
+    function = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return function(*(jax.sharding.reshard(array, NamedSharding(mesh, spec)) for array in arrays))
 
 
 def whole(array, begin=0):

@@ -96,7 +96,7 @@ def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
         added = jnp.einsum("blv,ve->ble", p, values.astype(jnp.float32))
         return new, total * keep + p.sum(-1), mean * keep[..., None] + added
 
-    # The first chunk, which is the smaller one, outside of the scan: explicit axes split its state, which the scan's has to match.
+    # The first chunk, the smaller one, makes the state that the scan carries: explicit axes split it as they split hidden.
     first = v % CHUNK or CHUNK
     state = add((-jnp.inf, 0.0, 0.0), 0, first)
     if v > CHUNK:
