@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dlm_kernels
 from dlm_kernels import _cpu, masks
+from dlm_kernels.ops.soft_embedding import CHUNK
 
 
 def normal(seed, *shape):
@@ -182,21 +183,26 @@ def test_sharded_batch_with_jax_set_to_gspmd():
     assert all(x.sharding.spec[0] == "data" for x in results)
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
 @pytest.mark.parametrize("loss", ["masked_cross_entropy", "masked_divergence"])
-def test_gradients_of_what_devices_share(loss):
+def test_gradients_of_what_devices_share(loss, shape):
+    """Within a shard_map over the batch, also one around arrays whose length explicit axes split."""
     hidden, weight, targets = normal(1, 4, 6, 40), normal(2, 301, 40), (jax.random.randint(KEY, (4, 6), 0, 301),)
     if loss == "masked_divergence":
         targets = normal(3, 4, 6, 24), normal(4, 301, 24)
-    mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
+    mesh = jax.make_mesh(shape, ("data", "length")[: len(shape)], devices=jax.devices("cpu")[:4])
 
     def gradients(hidden, weight, *targets):
         ones = jnp.ones(hidden.shape[:2])
         return jax.grad(lambda *x: getattr(dlm_kernels, loss)(*x, *targets, ones), (0, 1))(hidden, weight)
 
-    split, whole = PartitionSpec("data"), PartitionSpec()
-    in_specs = (split, whole, split, whole)[: 2 + len(targets)]
-    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=in_specs, out_specs=(split, whole))
-    for got, expected in zip(jax.jit(mapped)(hidden, weight, *targets), gradients(hidden, weight, *targets), strict=True):
+    arrays, whole = (hidden, weight, *targets), PartitionSpec()
+    in_specs = (PartitionSpec("data"), whole, PartitionSpec("data"), whole)[: len(arrays)]
+    placed = [NamedSharding(mesh, PartitionSpec(*mesh.axis_names) if spec else whole) for spec in in_specs]
+    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=in_specs, out_specs=in_specs[:2], axis_names={"data"})
+    with jax.set_mesh(mesh):
+        results = jax.jit(mapped)(*map(jax.device_put, arrays, placed))
+    for got, expected in zip(results, gradients(*arrays), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -214,17 +220,43 @@ def test_a_mesh_of_explicit_axes(name):
 
 
 @every_operation
-def test_a_length_split_by_explicit_axes(name):
-    """Of a batch that is whole: the parts of a length would be strips of the rows that a kernel sees."""
+@pytest.mark.parametrize("batch", [None, "batch"])
+def test_a_length_split_by_explicit_axes(name, batch):
+    """Alone or beside the batch: the parts of a length would be strips of the rows that a kernel sees."""
     function, arrays = OPERATIONS[name]
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices("cpu")[:2])
-    split = [
-        jax.device_put(x, NamedSharding(mesh, PartitionSpec(*(None, "data") if x.ndim > 1 and x.shape[1] % 2 == 0 else ())))
-        for x in arrays
-    ]
+    mesh = jax.make_mesh((2, 2), ("batch", "length"), devices=jax.devices("cpu")[:4])
+    split = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(batch, "length")))
     with jax.set_mesh(mesh):
         results = jax.jit(function)(*split)
     same(results, function(*arrays))
+    if name not in ("attention", "unmask_step", "soft_embedding"):  # which need the whole sequence
+        assert all(x.sharding.spec[:2] == (batch, "length") for x in jax.tree.leaves(results))
+
+
+TARGETS = jax.random.randint(KEY, (4, 6), 0, 300)
+SUMS = {
+    "masked_cross_entropy": lambda x, head, weights: dlm_kernels.masked_cross_entropy(x, head, TARGETS, weights),
+    "masked_divergence": lambda x, head, weights: dlm_kernels.masked_divergence(x, head, x[..., :24], head[:, :24], weights),
+    "mix_guidance": lambda x, head, weights: jnp.sum(dlm_kernels.mix_guidance(x, x[..., ::-1], weights) ** 2),
+    "soft_embedding": lambda x, head, weights: jnp.sum(weights[..., None] * dlm_kernels.soft_embedding(x, head)),
+    "soft_embedding by chunks": lambda x, head, weights: jnp.sum(
+        weights[..., None] * dlm_kernels.soft_embedding(x, head, implementation="xla")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_gradients_where_explicit_axes_split_batch_and_length(name):
+    """With weights that are split alike, which JAX multiplies by no results that are split otherwise, and a head split too."""
+    # Logits of about one: of greater ones float32 rounds more than the tolerance.
+    arrays = normal(7, 4, 6, 40) * 40**-0.5, normal(8, CHUNK + 4, 40), normal(9, 4, 6)
+    value_and_gradients = jax.jit(jax.value_and_grad(SUMS[name], (0, 1, 2)))
+    mesh = jax.make_mesh((2, 2), ("batch", "length"), devices=jax.devices("cpu")[:4])
+    rows, head = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("batch", "length"), ("length",)))
+    with jax.set_mesh(mesh):
+        got = value_and_gradients(*jax.device_put(arrays, (rows, head, rows)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, value_and_gradients(*arrays))
+    assert [x.sharding.spec[0] for x in got[1]] == ["batch", "length", "batch"]
 
 
 @every_operation

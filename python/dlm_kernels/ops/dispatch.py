@@ -4,7 +4,8 @@ An operation describes its kernel once, as a `Leaf`: the name, and the axes of e
 score_tokens(logits [B, L, V]), whose leaf has "rv" for logits:
 
     ops/unmask.py      checks the arguments and calls `call(SCORE, implementation, {"logits": ..., ...})`
-    `_call`            folds [B, L, V] to [R, V], for R, rows, is what the leaf folds, and spreads the results to [B, L]
+    `_call`            where explicit axes of a mesh split the arrays hands each device its part (sharding.py)
+    `_folded`          folds [B, L, V] to [R, V], for R, rows, is what the leaf folds, and spreads the results to [B, L]
     `_run`             asks `_choose` for an implementation per platform (which `explain` tells), and `_function` for their function
     `_batched`         under vmap only: folds the mapped axis into R too, and begins anew at `call`
     partitioned        where the compiler splits arrays over devices: how, and what each runs on its part (sharding.py)
@@ -23,6 +24,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import string
 
 import jax
 
@@ -110,22 +112,39 @@ def call(leaf, implementation, operands, **static):
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _call(leaf, implementation, operands, static):
     name, letters = leaf.operands[0]
-    begin, extra = letters.index(leaf.fold), operands[name].ndim - len(letters)
-    several = operands[name].shape[begin : begin + extra + 1]
+    several = leaf.fold + string.ascii_uppercase[: operands[name].ndim - len(letters)]
+
+    def unfolded(letters):
+        return letters.replace(leaf.fold, several)
+
+    present = {name: unfolded(letters) for name, letters in leaf.operands if operands[name] is not None}
+
+    def of_part(*arrays):
+        return _folded(leaf, implementation, operands | dict(zip(present, arrays)), len(several), dict(static))
+
+    # Split before they are folded: the parts of a length would be strips of the rows.
+    arrays = [operands[name] for name in present]
+    return sharding.by_parts(of_part, arrays, present.values(), map(unfolded, leaf.results), unfolded(leaf.sharded))
+
+
+def _folded(leaf, implementation, operands, several, static):
+    """`_run`, with the `several` axes that are `leaf.fold` here folded into one, and in the results spread again."""
+    name, letters = leaf.operands[0]
+    begin = letters.index(leaf.fold)
+    sizes = operands[name].shape[begin : begin + several]
 
     def merge(letters, array):
         at = letters.find(leaf.fold)
-        if array is None or at < 0 or not extra:
+        if array is None or at < 0:
             return array
-        array = sharding.mergeable(array, at, at + extra + 1)
-        return array.reshape(*array.shape[:at], math.prod(several), *array.shape[at + extra + 1 :])
+        return array.reshape(*array.shape[:at], math.prod(array.shape[at : at + several]), *array.shape[at + several :])
 
     def spread(letters, array):
         at = letters.find(leaf.fold)
-        return array if at < 0 or not extra else array.reshape(*array.shape[:at], *several, *array.shape[at + 1 :])
+        return array if at < 0 else array.reshape(*array.shape[:at], *sizes, *array.shape[at + 1 :])
 
     operands = {name: merge(letters, operands[name]) for name, letters in leaf.operands}
-    return tuple(map(spread, leaf.results, _run(leaf, implementation, operands, dict(static))))
+    return tuple(map(spread, leaf.results, _run(leaf, implementation, operands, static)))
 
 
 def _run(leaf, implementation, operands, static):
@@ -135,8 +154,8 @@ def _run(leaf, implementation, operands, static):
     present = tuple(name for name, array in operands.items() if array is not None)
     arrays = [operands[name] for name in present]
     axes = sharding.axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays])
-    function = _function(leaf, implementation, choice.implementations, present, axes, sharding.groups(leaf, operands), static)
-    return sharding.by_parts(leaf, function, axes, arrays)
+    groups = sharding.groups(leaf, operands)
+    return _function(leaf, implementation, choice.implementations, present, axes, groups, static)(*arrays)
 
 
 def check(implementation, known=PACKAGES):

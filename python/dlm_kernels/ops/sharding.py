@@ -38,7 +38,7 @@ def partitioned(leaf, run, axes, groups):
     def split(mesh, arg_shapes, terms):
         # Within a shard_map over some axes alone JAX gives shardings that tell nothing of axes.
         specs = [getattr(a.sharding, "spec", PartitionSpec()) for a in arg_shapes]
-        return _split(leaf, axes, mesh, [(a.shape, spec) for a, spec in zip(arg_shapes, specs)], terms)
+        return _split(leaf.sharded, axes, mesh, [(a.shape, spec) for a, spec in zip(arg_shapes, specs)], terms)
 
     def alone(*arrays):
         """One device's part, which has no mesh: the call's own may have explicit axes, of which the part knows nothing."""
@@ -72,39 +72,40 @@ def _sharding_rule(leaf, axes, groups):
     return ", ".join(map(term, axes)) + " -> " + ", ".join(map(term, leaf.results))
 
 
-def by_parts(leaf, function, axes, arrays):
-    """function(*arrays), on each device of its part where explicit axes of a mesh split any: there the compiler splits nothing."""
+def by_parts(function, arrays, axes, results, sharded):
+    """function(*arrays), on each device of its part where explicit axes of a mesh split any: there the compiler splits nothing.
+
+    `axes` and `results` are the letters of the arrays and of what the function returns; those in `sharded` may be split.
+    """
     if (mesh := _explicit_mesh(arrays)) is None:
         return function(*arrays)
+    axes = axis_names(axes, [array.shape for array in arrays])
     described = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
-    operands, results = (_split(leaf, axes, mesh, described, terms) for terms in (axes, leaf.results))
+    operands, results = (_split(sharded, axes, mesh, described, terms) for terms in (axes, results))
     in_specs, out_specs = (tuple(x.spec for x in shardings) for shardings in (operands, results))
     of_parts = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return of_parts(*map(jax.sharding.reshard, arrays, operands))
+    # Within a shard_map that checks, the results of one that does not are known to vary over nothing.
+    return varying_as(arrays, of_parts(*map(jax.sharding.reshard, arrays, operands)))
 
 
 def on_whole_arrays(function, arrays):
     """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
     if (mesh := _explicit_mesh(arrays)) is None:
         return function(*arrays)
-    whole = PartitionSpec()
-    function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-    return function(*(jax.sharding.reshard(array, NamedSharding(mesh, whole)) for array in arrays))
+    spec = PartitionSpec()
+    function = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return function(*(jax.sharding.reshard(array, NamedSharding(mesh, spec)) for array in arrays))
 
 
-def mergeable(array, begin, end):
-    """`array`, made whole along the axes [begin, end) where explicit axes of a mesh split another of them than the first: of these
-    axes merged its parts would be strips, which JAX refuses.
-    """
+def whole(array, begin=0):
+    """`array`, made whole along its axes from `begin` on, where explicit axes of a mesh split them."""
     kind = jax.typeof(array).sharding
-    parts = list(kind.spec[:end]) + [None] * (end - len(kind.spec))
-    if array.shape[begin] == 1 or parts[begin] is not None or not any(parts[begin:]):
+    if not any(kind.spec[begin:]):
         return array
-    whole = PartitionSpec(*parts[:begin], *[None] * (end - begin), *kind.spec[end:])
-    return jax.sharding.reshard(array, NamedSharding(kind.mesh, whole))
+    return jax.sharding.reshard(array, NamedSharding(kind.mesh, PartitionSpec(*kind.spec[:begin])))
 
 
-def _split(leaf, axes, mesh, operands, terms):
+def _split(sharded, axes, mesh, operands, terms):
     """Shardings of arrays with these axes, given each operand's (shape, spec): each letter that may be split is, in all of them, as
     the first operand has it that splits it. The rule does not keep the others whole: an array may come split along any axis.
     """
@@ -113,7 +114,7 @@ def _split(leaf, axes, mesh, operands, terms):
         for letter, part, n in zip(names, parts, shape):
             over = part if isinstance(part, tuple) else () if part is None else (part,)
             even = n % math.prod(mesh.shape[axis] for axis in over) == 0
-            if over and letter in leaf.sharded and letter not in spec and even and used.isdisjoint(over):
+            if over and letter in sharded and letter not in spec and even and used.isdisjoint(over):
                 spec[letter] = part
                 used.update(over)
     spec["n"] = spec.get("k")

@@ -75,7 +75,7 @@ def _attention_cannot(hidden, e, temperature, soft_cap):
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _by_attention(hidden, weight, embedding, scale, soft_cap, implementation):
-    rows = sharding.mergeable(hidden, 0, 2).reshape(-1, hidden.shape[-1])
+    rows = sharding.whole(hidden).reshape(-1, hidden.shape[-1])
     query, key, value = (x[None, :, None] for x in (rows, weight, embedding))
     out = attention(query, key, value, scale=scale, logits_soft_cap=soft_cap, implementation=implementation)
     return out[0, :, 0].reshape(hidden.shape)
@@ -84,26 +84,25 @@ def _by_attention(hidden, weight, embedding, scale, soft_cap, implementation):
 @functools.partial(jax.jit, static_argnums=4)
 def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
     """[B, L, E] of hidden [B, L, D], with a running maximum over chunks of the vocabulary."""
-    *lead, d = hidden.shape
-    rows, (v, e) = sharding.mergeable(hidden, 0, 2).reshape(-1, d), embedding.shape
-    r = rows.shape[0]
+    hidden, weight, embedding = sharding.whole(hidden, 2), sharding.whole(weight), sharding.whole(embedding)
+    v = embedding.shape[0]
 
     # The backward pass makes a chunk's logits anew; keeping them all would be the matrix that this avoids.
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
     def add(state, begin, size):
         most, total, mean = state
         keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, size) for x in (weight, embedding))
-        logits = jnp.einsum("rd,vd->rv", rows, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bld,vd->blv", hidden, keys, preferred_element_type=jnp.float32)
         logits = (logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)) / temperature
         new = jnp.maximum(most, logits.max(-1))
-        p, keep = jnp.exp(logits - new[:, None]), jnp.exp(most - new)
-        added = jnp.einsum("rv,ve->re", p, values.astype(jnp.float32))
-        return new, total * keep + p.sum(-1), mean * keep[:, None] + added
+        p, keep = jnp.exp(logits - new[..., None]), jnp.exp(most - new)
+        added = jnp.einsum("blv,ve->ble", p, values.astype(jnp.float32))
+        return new, total * keep + p.sum(-1), mean * keep[..., None] + added
 
-    state = jnp.full(r, -jnp.inf), jnp.zeros(r), jnp.zeros((r, e))
-    if whole := v // CHUNK:
-        state, _ = jax.lax.scan(lambda s, i: (add(s, i * CHUNK, CHUNK), None), state, jnp.arange(whole))
-    if rest := v % CHUNK:
-        state = add(state, v - rest, rest)
+    # The first chunk, the smaller one, makes the state that the scan carries: explicit axes split it as they split hidden.
+    first = v % CHUNK or CHUNK
+    state = add((-jnp.inf, 0.0, 0.0), 0, first)
+    if v > CHUNK:
+        state, _ = jax.lax.scan(lambda s, begin: (add(s, begin, CHUNK), None), state, jnp.arange(first, v, CHUNK))
     _, total, mean = state
-    return (mean / total[:, None]).reshape(*lead, e).astype(hidden.dtype)
+    return (mean / total[..., None]).astype(hidden.dtype)
