@@ -62,14 +62,16 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Choice:
-    """Which implementation a call takes on each platform, and why not the others."""
+    """Which implementation a call takes on each platform, and why not the others; within: where it is part of another kernel."""
 
     kernel: str
     implementations: dict[str, str]
     refused: dict[str, str]
+    within: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __repr__(self):
-        lines = [f"{self.kernel}: " + ", ".join(f"{i} on {p}" for p, i in self.implementations.items())]
+        within = {platform: f" (in {kernel})" for platform, kernel in self.within.items()}
+        lines = [f"{self.kernel}: " + ", ".join(f"{i} on {p}{within.get(p, '')}" for p, i in self.implementations.items())]
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
@@ -104,6 +106,32 @@ def call(leaf, implementation, operands, **static):
     # Under vmap the call for all entries has recorded itself too, and in a vmap around that one another: the last is what runs.
     choices[recorded:] = choices[recorded:][-1:]
     return results
+
+
+def call_fused(leaf, parts, implementation, operands, **static):
+    """`call` where an implementation has this leaf, which is several in one; parts(implementation, operands, **static), which calls
+    these, elsewhere.
+    """
+    check(implementation)
+    if implementation is not None:
+        if _refusal(leaf, implementation, operands, static):
+            return parts(implementation, operands, **static)
+        return call(leaf, implementation, operands, **static)
+    fused = tuple((p, name) for p, name in PLATFORM_KERNELS.items() if not _refusal(leaf, name, operands, static))
+    if (choices := _recorder.get()) is None:
+        return _call_fused(leaf, parts, fused, operands, tuple(static.items()))
+    recorded = len(choices)
+    results = parts(None, operands, **static)
+    within = {platform: leaf.name for platform, _ in fused}
+    choices[recorded:] = [dataclasses.replace(choice, within=within) for choice in choices[recorded:]]
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
+def _call_fused(leaf, parts, fused, operands, static):
+    kernels = {platform: functools.partial(call, leaf, name, **dict(static)) for platform, name in fused}
+    default = functools.partial(parts, None, **dict(static))
+    return jax.lax.platform_dependent(operands, **kernels, default=default) if kernels else default(operands)
 
 
 # One program: outside of any, JAX would copy the logits to reshape them, which takes longer than the kernel.
@@ -162,8 +190,6 @@ def _choose(leaf, implementation, operands, static):
 
 def _refusal(leaf, implementation, operands, static):
     """The reason this implementation cannot run the call, or None."""
-    if implementation == "xla":
-        return None
     built = {"cpu": cpu_kernels, "triton": triton_kernels}.get(implementation)
     if built and (reason := built.unavailable()):
         return reason
