@@ -117,21 +117,31 @@ def call_fused(leaf, parts, implementation, operands, **static):
         if _refusal(leaf, implementation, operands, static):
             return parts(implementation, operands, **static)
         return call(leaf, implementation, operands, **static)
-    fused = tuple((p, name) for p, name in PLATFORM_KERNELS.items() if not _refusal(leaf, name, operands, static))
+    fused = {platform: name for platform, name in PLATFORM_KERNELS.items() if not _refusal(leaf, name, operands, static)}
+    # Under vmap JAX cannot choose by platform between functions of arrays that explicit axes split.
+    if not fused or sharding.explicit_mesh([array for array in operands.values() if array is not None]):
+        return parts(None, operands, **static)
     if (choices := _recorder.get()) is None:
-        return _call_fused(leaf, parts, fused, operands, tuple(static.items()))
+        return _call_fused(leaf, parts, tuple(fused.items()), operands, tuple(static.items()))
     recorded = len(choices)
     results = parts(None, operands, **static)
-    within = {platform: leaf.name for platform, _ in fused}
+    within = dict.fromkeys(fused, leaf.name)
     choices[recorded:] = [dataclasses.replace(choice, within=within) for choice in choices[recorded:]]
     return results
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
 def _call_fused(leaf, parts, fused, operands, static):
-    kernels = {platform: functools.partial(call, leaf, name, **dict(static)) for platform, name in fused}
-    default = functools.partial(parts, None, **dict(static))
-    return jax.lax.platform_dependent(operands, **kernels, default=default) if kernels else default(operands)
+    static = dict(static)
+    kernels = {platform: functools.partial(call, leaf, name, **static) for platform, name in fused}
+    present = tuple(name for name, array in operands.items() if array is not None)
+
+    def run(*arrays):
+        chosen = operands | dict(zip(present, arrays))
+        return jax.lax.platform_dependent(chosen, **kernels, default=functools.partial(parts, None, **static))
+
+    anew = functools.partial(call_fused, leaf, parts, None, **static)
+    return _batched(leaf, anew, run, present)(*(operands[name] for name in present))
 
 
 # One program: outside of any, JAX would copy the logits to reshape them, which takes longer than the kernel.
@@ -229,7 +239,8 @@ def _function(leaf, implementation, implementations, present, axes, groups, stat
     def anywhere(*arrays):
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=partitioned)
 
-    return _without_derivative(leaf, _batched(leaf, implementation, anywhere, present, static))
+    anew = functools.partial(call, leaf, implementation, **static)
+    return _without_derivative(leaf, _batched(leaf, anew, anywhere, present))
 
 
 def _kernel(leaf, implementation, present, static):
@@ -263,7 +274,8 @@ def _without_derivative(leaf, function):
     return function
 
 
-def _batched(leaf, implementation, function, present, static):
+def _batched(leaf, anew, function, present):
+    """`function` of the `present` operands under vmap: for all entries at once it calls anew(operands)."""
     axes = [dict(leaf.operands)[name] for name in present]
     batched_function = custom_vmap(function)
 
@@ -290,7 +302,7 @@ def _batched(leaf, implementation, function, present, static):
         )
         folded = [_fold(x, letters.find(leaf.fold), b, size, rows) for x, letters, b in zip(arrays, axes, batched)]
         operands = {name: None for name, _ in leaf.operands} | dict(zip(present, folded))
-        results = call(leaf, implementation, operands, **static)
+        results = anew(operands)
         return tuple(
             _unfold(x, letters.index(leaf.fold), size, rows) for x, letters in zip(results, leaf.results)
         ), every_result

@@ -74,7 +74,7 @@ def _sharding_rule(leaf, axes, groups):
 
 def by_parts(leaf, function, axes, arrays):
     """function(*arrays), on each device of its part where explicit axes of a mesh split any: there the compiler splits nothing."""
-    if (mesh := _explicit_mesh(arrays)) is None:
+    if (mesh := explicit_mesh(arrays)) is None:
         return function(*arrays)
     described = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
     operands, results = (_split(leaf, axes, mesh, described, terms) for terms in (axes, leaf.results))
@@ -85,7 +85,7 @@ def by_parts(leaf, function, axes, arrays):
 
 def on_whole_arrays(function, arrays):
     """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
-    if (mesh := _explicit_mesh(arrays)) is None:
+    if (mesh := explicit_mesh(arrays)) is None:
         return function(*arrays)
     whole = PartitionSpec()
     function = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
@@ -120,7 +120,7 @@ def _split(leaf, axes, mesh, operands, terms):
     return tuple(NamedSharding(mesh, PartitionSpec(*(spec.get(letter) for letter in names))) for names in terms)
 
 
-def _explicit_mesh(arrays):
+def explicit_mesh(arrays):
     """The mesh by whose explicit axes any of these arrays is split, or None."""
     shardings = [jax.typeof(array).sharding for array in arrays]
     split = any(axis is not None for sharding in shardings for axis in sharding.spec)
