@@ -7,6 +7,7 @@ strides as arguments. Runs as a process of its own: the tests beside it have Tri
 compile.
 """
 
+import functools
 import json
 import os
 import re
@@ -123,6 +124,21 @@ def vocabulary_cases():
         second = (tokens, tokens, sure, sure, flags, None, None, None, None, bound, None)
         yield f"topk L={length}", lambda a=first: unmask.unmask_topk(*a)
         yield f"topk by entropy L={length}", lambda a=second: unmask.unmask_topk(*a)
+        if length <= 256:
+            yield from step_cases(length, first, second)
+
+
+def step_cases(length, first, second):
+    """Of 16 spans and, the most that are merged with 256 positions, of 32; greedy and drawn, and what `topk` has of the rules."""
+    tokens, flags, rules = first[0], first[4], ("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold")
+    for v, confidence, case in ((126464, "probability", first), (262144, "margin", first), (262144, "neg_entropy", second)):
+        sampling = (None,) * 4
+        if v > 126464:
+            sampling = array(8, length), array(8, length, 2, dtype="uint32"), tokens, None
+        logits = array(8, length, v, dtype="bfloat16")
+        arguments, ruled = (logits, None, None, *sampling, flags, None, tokens, *case[4:6]), dict(zip(rules, case[6:]))
+        step = functools.partial(unmask.unmask_step, confidence=confidence, tempered_confidence=False, logits_soft_cap=None)
+        yield f"step {confidence} L={length}", lambda f=step, a=arguments, r=ruled: jax.eval_shape(f, *a, **r)
 
 
 def launches(function):

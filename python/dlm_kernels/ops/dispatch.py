@@ -64,14 +64,16 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Choice:
-    """Which implementation a call takes on each platform, and why not the others."""
+    """Which implementation a call takes on each platform, and why not the others; within: where it is part of another kernel."""
 
     kernel: str
     implementations: dict[str, str]
     refused: dict[str, str]
+    within: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __repr__(self):
-        lines = [f"{self.kernel}: " + ", ".join(f"{i} on {p}" for p, i in self.implementations.items())]
+        within = {platform: f" (in {kernel})" for platform, kernel in self.within.items()}
+        lines = [f"{self.kernel}: " + ", ".join(f"{i} on {p}{within.get(p, '')}" for p, i in self.implementations.items())]
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
@@ -106,6 +108,42 @@ def call(leaf, implementation, operands, **static):
     # Under vmap the call for all entries has recorded itself too, and in a vmap around that one another: the last is what runs.
     choices[recorded:] = choices[recorded:][-1:]
     return results
+
+
+def call_fused(leaf, parts, implementation, operands, **static):
+    """`call` where an implementation has this leaf, which is several in one; parts(implementation, operands, **static), which calls
+    these, elsewhere.
+    """
+    check(implementation)
+    if implementation is not None:
+        if _refusal(leaf, implementation, operands, static):
+            return parts(implementation, operands, **static)
+        return call(leaf, implementation, operands, **static)
+    fused = {platform: name for platform, name in PLATFORM_KERNELS.items() if not _refusal(leaf, name, operands, static)}
+    # Under vmap JAX cannot choose by platform between functions of arrays that explicit axes split.
+    if not fused or sharding.explicit_mesh([array for array in operands.values() if array is not None]):
+        return parts(None, operands, **static)
+    if (choices := _recorder.get()) is None:
+        return _call_fused(leaf, parts, tuple(fused.items()), operands, tuple(static.items()))
+    recorded = len(choices)
+    results = parts(None, operands, **static)
+    within = dict.fromkeys(fused, leaf.name)
+    choices[recorded:] = [dataclasses.replace(choice, within=within) for choice in choices[recorded:]]
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
+def _call_fused(leaf, parts, fused, operands, static):
+    static = dict(static)
+    kernels = {platform: functools.partial(call, leaf, name, **static) for platform, name in fused}
+    present = tuple(name for name, array in operands.items() if array is not None)
+
+    def run(*arrays):
+        chosen = operands | dict(zip(present, arrays))
+        return jax.lax.platform_dependent(chosen, **kernels, default=functools.partial(parts, None, **static))
+
+    anew = functools.partial(call_fused, leaf, parts, None, **static)
+    return _batched(leaf, anew, run, present)(*(operands[name] for name in present))
 
 
 # One program: outside of any, JAX would copy the logits to reshape them, which takes longer than the kernel.
@@ -181,8 +219,6 @@ def _choose(leaf, implementation, operands, static):
 
 def _refusal(leaf, implementation, operands, static):
     """The reason this implementation cannot run the call, or None."""
-    if implementation == "xla":
-        return None
     built = {"cpu": cpu_kernels, "triton": triton_kernels}.get(implementation)
     if built and (reason := built.unavailable()):
         return reason
@@ -222,7 +258,8 @@ def _function(leaf, implementation, implementations, present, axes, groups, stat
     def anywhere(*arrays):
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=partitioned)
 
-    return _without_derivative(leaf, _batched(leaf, implementation, anywhere, present, static))
+    anew = functools.partial(call, leaf, implementation, **static)
+    return _without_derivative(leaf, _batched(leaf, anew, anywhere, present))
 
 
 def _kernel(leaf, implementation, present, static):
@@ -256,7 +293,8 @@ def _without_derivative(leaf, function):
     return function
 
 
-def _batched(leaf, implementation, function, present, static):
+def _batched(leaf, anew, function, present):
+    """`function` of the `present` operands under vmap: for all entries at once it calls anew(operands)."""
     axes = [dict(leaf.operands)[name] for name in present]
     batched_function = custom_vmap(function)
 
@@ -283,7 +321,7 @@ def _batched(leaf, implementation, function, present, static):
         )
         folded = [_fold(x, letters.find(leaf.fold), b, size, rows) for x, letters, b in zip(arrays, axes, batched)]
         operands = {name: None for name, _ in leaf.operands} | dict(zip(present, folded))
-        results = call(leaf, implementation, operands, **static)
+        results = anew(operands)
         return tuple(
             _unfold(x, letters.index(leaf.fold), size, rows) for x, letters in zip(results, leaf.results)
         ), every_result

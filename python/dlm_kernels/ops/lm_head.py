@@ -120,7 +120,8 @@ def lm_head_scores(
         guidance_scale = checks.per_row("guidance_scale", guidance_scale, b, length)
         hidden = guidance.mix_guidance(hidden, unconditional_hidden, guidance_scale, implementation=implementation)
     soft_cap, logits_dtype = checks.soft_cap(logits_soft_cap), checks.float_dtype("logits_dtype", logits_dtype)
-    operands = unmask.sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
+    sampling = dict(temperature=temperature, key=key, noise=noise, active=active, banned_tokens=banned_tokens)
+    operands = unmask.sampling_operands(b, length, v, confidence, **sampling)
     operands |= dict(hidden=hidden, weight=head.array)
     if hidden.size == 0:
         return unmask.empty_scores(b, length)

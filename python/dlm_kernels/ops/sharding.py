@@ -77,7 +77,7 @@ def by_parts(function, arrays, axes, results, sharded):
 
     `axes` and `results` are the letters of the arrays and of what the function returns; those in `sharded` may be split.
     """
-    if (mesh := _explicit_mesh(arrays)) is None:
+    if (mesh := explicit_mesh(arrays)) is None:
         return function(*arrays)
     axes = axis_names(axes, [array.shape for array in arrays])
     described = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
@@ -90,7 +90,7 @@ def by_parts(function, arrays, axes, results, sharded):
 
 def on_whole_arrays(function, arrays):
     """function(*arrays) on every device of their mesh, where explicit axes of it split any; of a split array none can map."""
-    if (mesh := _explicit_mesh(arrays)) is None:
+    if (mesh := explicit_mesh(arrays)) is None:
         return function(*arrays)
     spec = PartitionSpec()
     function = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
@@ -121,7 +121,7 @@ def _split(sharded, axes, mesh, operands, terms):
     return tuple(NamedSharding(mesh, PartitionSpec(*(spec.get(letter) for letter in names))) for names in terms)
 
 
-def _explicit_mesh(arrays):
+def explicit_mesh(arrays):
     """The mesh by whose explicit axes any of these arrays is split, or None."""
     shardings = [jax.typeof(array).sharding for array in arrays]
     split = any(axis is not None for sharding in shardings for axis in sharding.spec)

@@ -41,6 +41,18 @@ TOPK = dispatch.Leaf(
     fold="b",
     sharded="b",
 )
+# Both in one: each row's tokens need the scores of all its positions, so logits that are split along L are brought together.
+STEP = dispatch.Leaf(
+    "unmask",
+    "unmask_step",
+    (
+        *((name, letters.replace("r", "bl")) for name, letters in SCORE.operands),
+        *((name, letters) for name, letters in TOPK.operands if name not in ("proposal", "confidence", "entropy")),
+    ),
+    TOPK.results,
+    fold="b",
+    sharded="b",
+)
 CONFIDENCES = ("probability", "margin", "neg_entropy", "random")
 
 
@@ -113,13 +125,35 @@ def score_tokens(
     Raises ValueError for arguments that do not fit each other. Source: LLaDA generate.py, Dream generation_utils.py.
     """
     dispatch.check(implementation)
+    operands, static = _score_operands(
+        logits,
+        unconditional=unconditional,
+        guidance_scale=guidance_scale,
+        confidence=confidence,
+        temperature=temperature,
+        tempered_confidence=tempered_confidence,
+        key=key,
+        noise=noise,
+        active=active,
+        banned_tokens=banned_tokens,
+        logits_soft_cap=logits_soft_cap,
+    )
+    b, length, _ = operands["logits"].shape
+    if 0 in (b, length):
+        return empty_scores(b, length)
+    return token_scores(dispatch.call(SCORE, implementation, operands, **static), confidence, key, active)
+
+
+def _score_operands(logits, *, unconditional=None, guidance_scale=None, confidence="probability", tempered_confidence=False,
+                    logits_soft_cap=None, **sampling):  # fmt: skip
+    """SCORE's operands and static arguments, of those of `score_tokens`, which it checks."""
     logits = checks.floats("logits", logits, "BLV")
     b, length, v = logits.shape
     if v == 0:
         raise ValueError("logits: expected a vocabulary of at least 1, got shape " + str(list(logits.shape)))
     if (unconditional is None) != (guidance_scale is None):
         raise ValueError("unconditional, guidance_scale: expected both or neither")
-    operands = sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v)
+    operands = sampling_operands(b, length, v, confidence, **sampling)
     operands |= dict(logits=logits, unconditional=None, guidance_scale=None)
     if unconditional is not None:
         unconditional = checks.floats("unconditional", unconditional, "BLV")
@@ -128,21 +162,14 @@ def score_tokens(
             raise ValueError(f"unconditional: expected dtype {logits.dtype} of logits, got {unconditional.dtype}")
         operands["unconditional"] = unconditional
         operands["guidance_scale"] = checks.per_row("guidance_scale", guidance_scale, b, length)
-    soft_cap = checks.soft_cap(logits_soft_cap)
-    if logits.size == 0:
-        return empty_scores(b, length)
-    results = dispatch.call(
-        SCORE,
-        implementation,
-        operands,
+    return operands, dict(
         confidence="probability" if confidence == "random" else confidence,
         tempered_confidence=bool(tempered_confidence),
-        logits_soft_cap=soft_cap,
+        logits_soft_cap=checks.soft_cap(logits_soft_cap),
     )
-    return token_scores(results, confidence, key, active)
 
 
-def sampling_operands(b, length, temperature, key, noise, active, banned_tokens, confidence, v):
+def sampling_operands(b, length, v, confidence, *, temperature=0.0, key=None, noise=None, active=None, banned_tokens=None):
     """Checks what `score_tokens` and `lm_head_scores` share, and gives what of it the kernels take."""
     checks.one_of("confidence", confidence, CONFIDENCES)
     operands = dict.fromkeys(dict(SAMPLING))
@@ -261,16 +288,29 @@ def unmask_topk(
     """
     dispatch.check(implementation)
     tokens = checks.ints("tokens", tokens, "BL")
-    b, length = tokens.shape
     if not isinstance(scores, TokenScores):
         raise ValueError(f"scores: expected TokenScores, got {type(scores).__name__}")
     for name, array in scores._asdict().items():
         checks.shaped(f"scores.{name}", checks.array(f"scores.{name}", array), tokens.shape, "the shape of tokens")
     proposal = checks.ints("scores.token", scores.token, "BL")
     rules = dict(num_unmask=num_unmask, threshold=threshold, factor=factor, entropy_budget=entropy_budget)
+    operands = _topk_operands(tokens, mask_id, candidates, rules, edit_threshold)
+    if tokens.size == 0:
+        return _nothing_unmasked(tokens)
+    operands |= dict(
+        proposal=proposal,
+        confidence=scores.confidence.astype(jnp.float32),
+        entropy=None if entropy_budget is None else scores.entropy.astype(jnp.float32),
+    )
+    return UnmaskResult(*dispatch.call(TOPK, implementation, operands))
+
+
+def _topk_operands(tokens, mask_id, candidates, rules, edit_threshold):
+    """TOPK's operands but for the scores, of arguments of `unmask_topk`, which it checks."""
+    b, length = tokens.shape
     if all(rule is None for rule in rules.values()):
         raise ValueError(f"expected at least one of {', '.join(rules)}, got none")
-    if entropy_budget is not None and (threshold is not None or factor is not None):
+    if rules["entropy_budget"] is not None and (rules["threshold"] is not None or rules["factor"] is not None):
         raise ValueError("entropy_budget: goes by entropy, so expected no threshold and no factor beside it")
     dtypes = dict(num_unmask=jnp.int32)
     rules = {
@@ -279,17 +319,12 @@ def unmask_topk(
     }
     allowed = _candidates(candidates, b, length)
     masked = tokens == checks.integer("mask_id", mask_id)
-    if 0 in (b, length):
-        return UnmaskResult(tokens, masked, jnp.zeros((b,), jnp.int32))
-    operands = dict(
-        tokens=tokens,
-        proposal=proposal,
-        confidence=scores.confidence.astype(jnp.float32),
-        entropy=None if entropy_budget is None else scores.entropy.astype(jnp.float32),
-        eligible=masked & allowed,
-        editable=None if edit_threshold is None else ~masked & allowed,
-    )
-    return UnmaskResult(*dispatch.call(TOPK, implementation, operands | rules))
+    editable = None if edit_threshold is None else ~masked & allowed
+    return dict(tokens=tokens, eligible=masked & allowed, editable=editable, **rules)
+
+
+def _nothing_unmasked(tokens):
+    return UnmaskResult(tokens, jnp.zeros(tokens.shape, bool), jnp.zeros(tokens.shape[:1], jnp.int32))
 
 
 def _candidates(candidates, b, length):
@@ -327,24 +362,27 @@ def unmask_step(
     `unmask_topk` (the rules). `active` is the candidates that are masked, or with edit_threshold all candidates. Returns
     UnmaskResult. Raises ValueError as they do, and where `active` is given. Drop-in for the inner step of LLaDA's generate.py.
     """
+    dispatch.check(implementation)
     tokens = checks.ints("tokens", tokens, "BL")
     logits = checks.floats("logits", logits, "BLV")
     checks.shaped("tokens", tokens, logits.shape[:2], "batch and length of logits")
-    active = _candidates(candidates, *tokens.shape)
-    if edit_threshold is None:
-        active &= tokens == checks.integer("mask_id", mask_id)
     if "active" in scoring:
         raise ValueError("active: unmask_step derives it from tokens and candidates; narrow `candidates` instead")
-    scores = score_tokens(logits, active=active, implementation=implementation, **scoring)
-    return unmask_topk(
-        tokens,
-        scores,
-        mask_id=mask_id,
-        num_unmask=num_unmask,
-        threshold=threshold,
-        factor=factor,
-        entropy_budget=entropy_budget,
-        candidates=candidates,
-        edit_threshold=edit_threshold,
-        implementation=implementation,
-    )
+    rules = dict(num_unmask=num_unmask, threshold=threshold, factor=factor, entropy_budget=entropy_budget)
+    operands = _topk_operands(tokens, mask_id, candidates, rules, edit_threshold)
+    active = operands["eligible"] if edit_threshold is None else operands["eligible"] | operands["editable"]
+    of_scores, static = _score_operands(logits, active=active, **scoring)
+    if tokens.size == 0:
+        return _nothing_unmasked(tokens)
+    operands |= of_scores
+    if scoring.get("confidence") == "random":
+        operands["confidence"] = random_confidence(scoring["key"], *tokens.shape)
+        return UnmaskResult(*_score_and_unmask(implementation, operands, **static))
+    return UnmaskResult(*dispatch.call_fused(STEP, _score_and_unmask, implementation, operands, **static))
+
+
+def _score_and_unmask(implementation, operands, **static):
+    """A step of two kernels. operands: STEP's, and confidence where it is not that of the scores."""
+    token, sure, entropy, _ = dispatch.call(SCORE, implementation, {name: operands[name] for name, _ in SCORE.operands}, **static)
+    scores = dict(proposal=token, confidence=sure, entropy=None if operands["entropy_budget"] is None else entropy)
+    return dispatch.call(TOPK, implementation, {name: (scores | operands)[name] for name, _ in TOPK.operands})

@@ -214,14 +214,16 @@ def truncate_logits(logits, *, top_p=None, top_k=None, temperature=1.0):
 @torch.no_grad()
 def score_tokens(logits, **options):
     b, length, v = logits.shape
-    unconditional, scale = options.pop("unconditional", None), options.pop("guidance_scale", None)
+    source = _source(logits, options)
+    return _scores(functools.partial(unmask_kernels.score_tokens, *source), b, length, v, logits.device, **options)
+
+
+def _source(logits, options):
+    """The rows of logits and unconditional, and the scale of each, the last two out of the options."""
+    (b, length, v), unconditional, scale = logits.shape, options.pop("unconditional", None), options.pop("guidance_scale", None)
     if unconditional is not None:
         unconditional, scale = unconditional.reshape(-1, v), _rows(scale, (b, length), logits.device)
-
-    def score(*sampling, **static):
-        return unmask_kernels.score_tokens(logits.reshape(-1, v), unconditional, scale, *sampling, **static)
-
-    return _scores(score, b, length, v, logits.device, **options)
+    return logits.reshape(-1, v), unconditional, scale
 
 
 @_operation
@@ -249,11 +251,23 @@ def lm_head_scores(hidden, weight, **options):
     return _scores(score, b, length, weight.shape[0], hidden.device, **options)
 
 
-def _scores(score, b, length, v, device, *, confidence="probability", temperature=0.0, tempered_confidence=False,
-            key=None, noise=None, active=None, banned_tokens=None, logits_soft_cap=None):  # fmt: skip
+def _scores(score, b, length, v, device, *, confidence="probability", key=None, active=None, **options):
     """What the two scoring operations share: sampling's arguments by rows, and the results by [B, L]."""
     if b * length == 0:
         return dlm_kernels.TokenScores(*(torch.zeros((b, length), device=device, dtype=d) for d in _RESULTS))
+    random = confidence == "random"
+    confidence = "probability" if random else confidence
+    sampling, static = _sampling(b, length, v, device, confidence=confidence, key=key, active=active, **options)
+    scores = dlm_kernels.TokenScores(*(x.reshape(b, length) for x in score(*sampling, **static)))
+    if random:
+        sure = torch.from_numpy(np.array(ops.random_confidence(key, b, length))).to(device)
+        scores = scores._replace(confidence=sure if active is None else torch.where(active, sure, -torch.inf))
+    return scores
+
+
+def _sampling(b, length, v, device, *, confidence="probability", temperature=0.0, tempered_confidence=False,
+              key=None, noise=None, active=None, banned_tokens=None, logits_soft_cap=None):  # fmt: skip
+    """The kernels' operands of sampling by rows, in the order of `ops.SAMPLING`, and their static arguments."""
     key_data = counter_row = None
     if isinstance(temperature, numbers.Real) and temperature == 0:
         temperature = noise = None
@@ -266,16 +280,10 @@ def _scores(score, b, length, v, device, *, confidence="probability", temperatur
             noise = noise.float().reshape(-1, v)
     rows_active = None if active is None else active.reshape(-1).contiguous()
     banned = None if banned_tokens is None else _ints(torch.as_tensor(banned_tokens, device=device))
-    results = score(
-        temperature, key_data, counter_row, noise, rows_active, banned,
-        confidence="probability" if confidence == "random" else confidence,
-        tempered_confidence=bool(tempered_confidence), logits_soft_cap=_number(logits_soft_cap),
-    )  # fmt: skip
-    scores = dlm_kernels.TokenScores(*(x.reshape(b, length) for x in results))
-    if confidence == "random":
-        sure = torch.from_numpy(np.array(ops.random_confidence(key, b, length))).to(device)
-        scores = scores._replace(confidence=sure if active is None else torch.where(active, sure, -torch.inf))
-    return scores
+    static = dict(
+        confidence=confidence, tempered_confidence=bool(tempered_confidence), logits_soft_cap=_number(logits_soft_cap)
+    )
+    return (temperature, key_data, counter_row, noise, rows_active, banned), static
 
 
 _RESULTS = (torch.int32, torch.float32, torch.float32, torch.float32)
@@ -286,22 +294,29 @@ _RULES = ("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold
 @torch.no_grad()
 def unmask_topk(tokens, scores, *, mask_id, candidates=None, **rules):
     _refuse("unmask_topk", tokens.device, unmask_kernels.supports_unmask_topk(tokens))
-    tokens, device = _ints(tokens), tokens.device
-    allowed, masked = _candidates(candidates, tokens), _masked(tokens, mask_id)
+    tokens = _ints(tokens)
+    eligible, editable, rules = _rules(tokens, mask_id, candidates, rules)
     if tokens.numel() == 0:
-        return dlm_kernels.UnmaskResult(tokens, masked, tokens.new_zeros((tokens.shape[0],)))
-    values = {}
-    for name in _RULES:
-        rule = rules.get(name)
-        dtype = torch.int32 if name == "num_unmask" else torch.float32
-        values[name] = None if rule is None else _rows(rule, tokens.shape[:1], device, dtype)
-    entropy = None if values["entropy_budget"] is None else scores.entropy.float().contiguous()
-    editable = None if values["edit_threshold"] is None else ~masked & allowed
+        return _nothing_unmasked(tokens)
+    entropy = None if rules["entropy_budget"] is None else scores.entropy.float().contiguous()
     results = unmask_kernels.unmask_topk(
-        tokens, _ints(scores.token), scores.confidence.float().contiguous(), entropy, masked & allowed, editable,
-        *values.values(),
-    )  # fmt: skip
+        tokens, _ints(scores.token), scores.confidence.float().contiguous(), entropy, eligible, editable, **rules
+    )
     return dlm_kernels.UnmaskResult(*results)
+
+
+def _rules(tokens, mask_id, candidates, rules):
+    """The eligible and the editable positions, and every rule by row."""
+    allowed, masked, device = _candidates(candidates, tokens), _masked(tokens, mask_id), tokens.device
+    by_row = dict.fromkeys(_RULES)
+    for name, rule in rules.items():
+        if rule is not None:
+            by_row[name] = _rows(rule, tokens.shape[:1], device, torch.int32 if name == "num_unmask" else torch.float32)
+    return masked & allowed, None if by_row["edit_threshold"] is None else ~masked & allowed, by_row
+
+
+def _nothing_unmasked(tokens):
+    return dlm_kernels.UnmaskResult(tokens, torch.zeros_like(tokens, dtype=torch.bool), tokens.new_zeros(tokens.shape[:1]))
 
 
 @_operation
@@ -309,11 +324,17 @@ def unmask_topk(tokens, scores, *, mask_id, candidates=None, **rules):
 def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
     rules = {name: options.pop(name) for name in _RULES if name in options}
     tokens = _ints(tokens)
-    active = _candidates(candidates, tokens)
-    if rules.get("edit_threshold") is None:
-        active = active & _masked(tokens, mask_id)
-    scores = score_tokens(logits, active=active, **options)
-    return unmask_topk(tokens, scores, mask_id=mask_id, candidates=candidates, **rules)
+    if tokens.numel() == 0:
+        return _nothing_unmasked(tokens)
+    eligible, editable, by_row = _rules(tokens, mask_id, candidates, rules)
+    active = eligible if editable is None else eligible | editable
+    if options.get("confidence") == "random" or unmask_kernels.supports_unmask_step(logits):
+        scores = score_tokens(logits, active=active, **options)
+        return unmask_topk(tokens, scores, mask_id=mask_id, candidates=candidates, **rules)
+    source = _source(logits, options)
+    sampling, static = _sampling(*logits.shape, logits.device, active=active, **options)
+    results = unmask_kernels.unmask_step(*source, *sampling, tokens, eligible, editable, **static, **by_row)
+    return dlm_kernels.UnmaskResult(*results)
 
 
 # --- From torch's arguments to the kernels' ------------------------------------------------------------------------

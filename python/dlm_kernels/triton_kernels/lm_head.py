@@ -147,13 +147,5 @@ def lm_head_scores(
         num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
-    results = dict(zip(outputs, results))
-    return scores.merge(
-        {name: results[name] for name in scores.STATISTICS},
-        {name: results[name] for name in scores.CHOICES} if temperature is not None else None,
-        active,
-        rows=rows,
-        spans=spans,
-        vocabulary=vocabulary,
-        confidence=confidence,
-    )
+    statistics = dict(zip(outputs, results))
+    return scores.merge(statistics, active, rows=rows, spans=spans, vocabulary=vocabulary, confidence=confidence)

@@ -36,20 +36,75 @@ def second_of(value, place, axis: tl.constexpr):
 @triton.jit
 def merged(
     top, total,  # float32 [R, SPANS]
-    row,  # int64
+    row,  # int64, or int64 [N] with AXIS 1
     spans,  # SPANS
     BLOCK: tl.constexpr,
+    AXIS: tl.constexpr = 0,
 ):  # fmt: skip
     """Of a row's spans top, total and how much each counts, float32 [BLOCK]; of the row its greatest value, 0 for -inf, and the sum
-    of exp(value - that).
+    of exp(value - that). With AXIS 1 of N rows, [N, BLOCK] and [N].
     """
     lane = tl.arange(0, BLOCK)
-    tops = tl.load(top + row * spans + lane, mask=lane < spans, other=float("-inf"))
-    totals = tl.load(total + row * spans + lane, mask=lane < spans, other=0.0)
-    best = tl.max(tops, 0)
+    at = tl.expand_dims(row, AXIS) * spans + lane
+    tops = tl.load(top + at, mask=lane < spans, other=float("-inf"))
+    totals = tl.load(total + at, mask=lane < spans, other=0.0)
+    best = tl.max(tops, AXIS)
     base = tl.where(best == float("-inf"), 0.0, best)
-    share = exp(tops - base)
-    return tops, totals, share, base, tl.sum(totals * share, 0)
+    share = exp(tops - tl.expand_dims(base, AXIS))
+    return tops, totals, share, base, tl.sum(totals * share, AXIS)
+
+
+@triton.jit
+def merged_scores(
+    top, total, moment, second,  # float32 [R, SPANS]
+    token,  # int32 [R, SPANS]
+    choice,  # float32 [R, SPANS] | None
+    choice_token,  # int32 [R, SPANS] | None
+    picked,  # float32 [R, SPANS] | None
+    row,  # int64, or int64 [N] with AXIS 1
+    spans,  # SPANS
+    vocabulary,  # V
+    HAS_CHOICE: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AXIS: tl.constexpr = 0,
+):  # fmt: skip
+    """A row's token, confidence, entropy and logsumexp; with AXIS 1 of N rows, each [N]."""
+    tops, totals, share, base, whole = merged(top, total, row, spans, BLOCK, AXIS)
+    best = tl.max(tops, AXIS)
+    lane = tl.arange(0, BLOCK)
+    inside = lane < spans
+    at = tl.expand_dims(row, AXIS) * spans + lane
+    moments = tl.load(moment + at, mask=inside, other=0.0)
+    # A span of nothing but -inf has total 0 and an infinite distance: their product would be NaN.
+    moments = tl.where(totals == 0.0, 0.0, moments + (tops - tl.expand_dims(base, AXIS)) * totals)
+    mean = tl.sum(moments * share, AXIS) / whole
+    # Without NaN, compared with which each lane of a warp would find another winner, perhaps past the last span.
+    winner = tl.argmax(tl.where(tops == tops, tops, float("-inf")), AXIS)
+    if not HAS_CHOICE:
+        value = best
+        chosen = tl.load(token + row * spans + winner)
+    else:
+        choices = tl.load(choice + at, mask=inside, other=float("-inf"))
+        draw = tl.argmax(tl.where(choices == choices, choices, float("-inf")), AXIS)
+        value = tl.load(picked + row * spans + draw)
+        chosen = tl.load(choice_token + row * spans + draw)
+    entropy = tl.log(whole) - mean
+    if CONFIDENCE == "probability":
+        sure = exp(value - base) / whole
+    elif CONFIDENCE == "margin":
+        seconds = tl.load(second + at, mask=inside, other=float("-inf"))
+        others = tl.where(lane == tl.expand_dims(winner, AXIS), float("-inf"), tops)
+        after = tl.maximum(tl.max(seconds, AXIS), tl.max(others, AXIS))
+        sure = (1.0 - exp(after - base)) / whole
+    else:
+        sure = -entropy
+    defined = (best > float("-inf")) & (best < float("inf")) & (whole > 0.0)
+    sure = tl.where(defined, sure, float("nan"))
+    entropy = tl.where(defined, entropy, float("nan"))
+    # log(0) + 0 for a row that is all -inf; +inf stays +inf, NaN stays NaN.
+    logsumexp = tl.where(best == float("inf"), best, base + tl.log(whole))
+    return tl.minimum(tl.maximum(chosen, 0), vocabulary - 1), sure, entropy, logsumexp
 
 
 @triton.jit
@@ -74,41 +129,13 @@ def _merge_kernel(
     if HAS_ACTIVE:
         wanted = tl.load(active + row) != 0
     if wanted:
-        tops, totals, share, base, whole = merged(top, total, row, spans, BLOCK)
-        best = tl.max(tops, 0)
-        lane = tl.arange(0, BLOCK)
-        inside = lane < spans
-        at = row * spans + lane
-        moments = tl.load(moment + at, mask=inside, other=0.0)
-        # A span of nothing but -inf has total 0 and an infinite distance: their product would be NaN.
-        moments = tl.where(totals == 0.0, 0.0, moments + (tops - base) * totals)
-        mean = tl.sum(moments * share, 0) / whole
-        # Without NaN, compared with which each lane of a warp would find another winner, perhaps past the last span.
-        winner = tl.argmax(tl.where(tops == tops, tops, float("-inf")), 0)
-        if not HAS_CHOICE:
-            value = best
-            chosen = tl.load(token + row * spans + winner)
-        else:
-            choices = tl.load(choice + at, mask=inside, other=float("-inf"))
-            draw = tl.argmax(tl.where(choices == choices, choices, float("-inf")), 0)
-            value = tl.load(picked + row * spans + draw)
-            chosen = tl.load(choice_token + row * spans + draw)
-        entropy = tl.log(whole) - mean
-        if CONFIDENCE == "probability":
-            sure = exp(value - base) / whole
-        elif CONFIDENCE == "margin":
-            seconds = tl.load(second + at, mask=inside, other=float("-inf"))
-            after = tl.maximum(tl.max(seconds, 0), tl.max(tl.where(lane == winner, float("-inf"), tops), 0))
-            sure = (1.0 - exp(after - base)) / whole
-        else:
-            sure = -entropy
-        defined = (best > float("-inf")) & (best < float("inf")) & (whole > 0.0)
-        tl.store(out_token + row, tl.minimum(tl.maximum(chosen, 0), vocabulary - 1))
-        tl.store(out_confidence + row, tl.where(defined, sure, float("nan")))
-        tl.store(out_entropy + row, tl.where(defined, entropy, float("nan")))
-        # log(0) + 0 for a row that is all -inf; +inf stays +inf, NaN stays NaN.
-        logsumexp = base + tl.log(whole)
-        tl.store(out_logsumexp + row, tl.where(best == float("inf"), best, logsumexp))
+        chosen, sure, uncertain, logsumexp = merged_scores(
+            top, total, moment, second, token, choice, choice_token, picked, row, spans, vocabulary, HAS_CHOICE, CONFIDENCE, BLOCK
+        )
+        tl.store(out_token + row, chosen)
+        tl.store(out_confidence + row, sure)
+        tl.store(out_entropy + row, uncertain)
+        tl.store(out_logsumexp + row, logsumexp)
     else:
         tl.store(out_token + row, -1)
         tl.store(out_confidence + row, float("-inf"))
@@ -116,13 +143,13 @@ def _merge_kernel(
         tl.store(out_logsumexp + row, float("-inf"))
 
 
-def merge(statistics, choices, active, *, rows, spans, vocabulary, confidence):
-    """statistics, choices: arrays [R, SPANS] by the names above; choices may be None. Returns the four results, each [R]."""
+def merge(statistics, active, *, rows, spans, vocabulary, confidence):
+    """statistics: [R, SPANS] by the names of STATISTICS and CHOICES, which may be None. Returns the four results, each [R]."""
     block = max(16, triton.next_power_of_2(spans))
     return launch(
         _merge_kernel,
         (rows,),
-        inputs={**statistics, **(choices or dict.fromkeys(CHOICES)), "active": active},
+        inputs={**statistics, "active": active},
         outputs={
             "out_token": Out((rows,), "int32"),
             **{f"out_{name}": Out((rows,), "float32") for name in ("confidence", "entropy", "logsumexp")},

@@ -1,15 +1,14 @@
-"""Scores of tokens from logits, read once; and the unmasking of the most confident, by counting ranks."""
+"""Scores of tokens from logits, read once; and the unmasking of the most confident, of given scores or in the same step."""
 
 import triton
 import triton.language as tl
 
-from dlm_kernels.triton_kernels import scores
+from dlm_kernels.triton_kernels import ranks, scores
 from dlm_kernels.triton_kernels.launch import Out, launch, strides
 from dlm_kernels.triton_kernels.numerics import GREATEST_GUMBEL, gumbel, mixed, tanh
 
 _SPAN = 8192  # tokens per program, in registers
 _GROUP = tl.constexpr(4)  # tokens that are read again where the greatest of a span is among them
-_MAX_LENGTH = 8192  # positions of a row, in registers
 
 
 @triton.jit
@@ -191,24 +190,11 @@ def _draw_kernel(
             tl.store(picked + at, tl.max(tl.where(tl.arange(0, SPAN) == winner, value, float("-inf")), 0))
 
 
-def score_tokens(
-    logits,
-    unconditional,
-    guidance_scale,
-    temperature,
-    key_data,
-    counter_row,
-    noise,
-    active,
-    banned,
-    *,
-    confidence,
-    tempered_confidence,
-    logits_soft_cap,
-):
-    """logits, unconditional [R,V]; guidance_scale, temperature float32 [R]; key_data uint32 [R,2]; counter_row int32 [R];
-    noise float32 [R,V]; active bool [R]; banned int32 [M]. Returns token int32, confidence, entropy, logsumexp float32, each [R].
-    """
+def _statistics(
+    logits, unconditional, guidance_scale, temperature, key_data, counter_row, noise, active, banned,
+    *, confidence, tempered_confidence, logits_soft_cap,
+):  # fmt: skip
+    """Of every span of every row, [R,SPANS], by the names of STATISTICS and CHOICES; without a temperature these are None."""
     rows, vocabulary = logits.shape
     spans = triton.cdiv(vocabulary, _SPAN)
     source = {"logits": logits, "unconditional": unconditional, "guidance_scale": guidance_scale}
@@ -230,7 +216,7 @@ def score_tokens(
         num_warps=4,
     )
     statistics = dict(zip(per_span, statistics))
-    choices = None
+    choices = dict.fromkeys(scores.CHOICES)
     if temperature is not None:
         drawn = {name: Out((rows, spans), dtype) for name, dtype in scores.CHOICES.items()}
         choices = launch(
@@ -248,93 +234,39 @@ def score_tokens(
             num_warps=8,
         )  # fmt: skip
         choices = dict(zip(drawn, choices))
-    return scores.merge(
-        statistics, choices, active, rows=rows, spans=spans, vocabulary=vocabulary, confidence=confidence
+    return statistics | choices
+
+
+def score_tokens(
+    logits,
+    unconditional,
+    guidance_scale,
+    temperature,
+    key_data,
+    counter_row,
+    noise,
+    active,
+    banned,
+    *,
+    confidence,
+    tempered_confidence,
+    logits_soft_cap,
+):
+    """logits, unconditional [R,V]; guidance_scale, temperature float32 [R]; key_data uint32 [R,2]; counter_row int32 [R];
+    noise float32 [R,V]; active bool [R]; banned int32 [M]. Returns token int32, confidence, entropy, logsumexp float32, each [R].
+    """
+    source = logits, unconditional, guidance_scale, temperature, key_data, counter_row, noise, active, banned
+    statistics = _statistics(
+        *source, confidence=confidence, tempered_confidence=tempered_confidence, logits_soft_cap=logits_soft_cap
     )
-
-
-@triton.jit
-def _topk_kernel(
-    tokens, proposal,  # int32 [B, L]
-    confidence,  # float32 [B, L]
-    entropy,  # float32 [B, L] | None
-    eligible,  # bool [B, L]
-    editable,  # bool [B, L] | None
-    num_unmask,  # int32 [B] | None
-    threshold, factor, entropy_budget, edit_threshold,  # float32 [B] | None
-    out_tokens,  # int32 [B, L]
-    unmasked,  # bool [B, L]
-    count,  # int32 [B]
-    length,  # L
-    HAS_EDITABLE: tl.constexpr,
-    HAS_NUM_UNMASK: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    HAS_ENTROPY_BUDGET: tl.constexpr,
-    BLOCK: tl.constexpr,  # a power of two, at least L
-    OTHERS: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < length
-    row = b * length
-    open_ = (tl.load(eligible + row + at, mask=inside, other=0) != 0) & inside
-    raw = tl.load(confidence + row + at, mask=inside, other=float("-inf"))
-    sure = tl.where(raw != raw, float("-inf"), raw)
-    order = sure
-    if HAS_ENTROPY_BUDGET:
-        mine = tl.load(entropy + row + at, mask=inside, other=float("inf"))
-        order = tl.where(mine != mine, float("-inf"), -mine)
-    rank = tl.zeros([BLOCK], tl.int32)
-    spent = tl.zeros([BLOCK], tl.float32)
-    # Nothing outside is ranked, and a block is a small part of a long canvas: [first, last).
-    first = tl.min(tl.where(open_, at, BLOCK), 0)
-    last = tl.max(tl.where(open_, at + 1, 0), 0)
-    for start in range(first, last, OTHERS):
-        j = start + tl.arange(0, OTHERS)
-        there = j < last
-        there &= tl.load(eligible + row + j, mask=there, other=0) != 0
-        if not HAS_ENTROPY_BUDGET:
-            other = tl.load(confidence + row + j, mask=there, other=float("-inf"))
-            other = tl.where(other != other, float("-inf"), other)
-        else:
-            uncertain = tl.load(entropy + row + j, mask=there, other=0.0)
-            other = tl.where(uncertain != uncertain, float("-inf"), -uncertain)
-        before = other[None, :] > order[:, None]
-        before |= (other[None, :] == order[:, None]) & (j[None, :] < at[:, None])
-        before &= there[None, :]
-        rank += tl.sum(before.to(tl.int32), 1)
-        if HAS_ENTROPY_BUDGET:
-            spent += tl.sum(tl.where(before, uncertain[None, :], 0.0), 1)
-    all_open = tl.sum(open_.to(tl.int32), 0)
-    n = 0
-    if HAS_NUM_UNMASK:
-        n = tl.maximum(n, tl.load(num_unmask + b))
-    if HAS_THRESHOLD:
-        above = open_ & (sure > tl.load(threshold + b))
-        n = tl.maximum(n, tl.maximum(1, tl.sum(above.to(tl.int32), 0)))
-    if HAS_FACTOR:
-        failed = open_ & (rank > 0) & ~(sure >= 1.0 - tl.load(factor + b) / (rank + 2).to(tl.float32))
-        n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
-    if HAS_ENTROPY_BUDGET:
-        within = spent <= tl.load(entropy_budget + b)
-        failed = open_ & (rank > 0) & (within == 0)
-        n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
-    taken = open_ & (rank < n)
-    changed = taken
-    if HAS_EDITABLE:
-        may = (tl.load(editable + row + at, mask=inside, other=0) != 0) & inside
-        changed |= may & (raw > tl.load(edit_threshold + b))
-    old = tl.load(tokens + row + at, mask=inside, other=0)
-    new = tl.load(proposal + row + at, mask=inside, other=0)
-    tl.store(out_tokens + row + at, tl.where(changed, new, old), mask=inside)
-    tl.store(unmasked + row + at, taken, mask=inside)
-    tl.store(count + b, tl.minimum(tl.maximum(n, 0), all_open))
+    rows, vocabulary = logits.shape
+    spans = triton.cdiv(vocabulary, _SPAN)
+    return scores.merge(statistics, active, rows=rows, spans=spans, vocabulary=vocabulary, confidence=confidence)
 
 
 def supports_unmask_topk(tokens, *operands, **rules) -> str | None:
-    if tokens.shape[1] > _MAX_LENGTH:
-        return f"a row is ranked in registers, so at most {_MAX_LENGTH} positions, and tokens has {tokens.shape[1]}"
+    if tokens.shape[1] > ranks.MAX_LENGTH:
+        return f"a row is ranked in registers, so at most {ranks.MAX_LENGTH} positions, and tokens has {tokens.shape[1]}"
     return None
 
 
@@ -356,22 +288,51 @@ def unmask_topk(
 
     Returns tokens int32 [B,L], unmasked bool [B,L], count int32 [B].
     """
-    batch, length = tokens.shape
-    block = max(16, triton.next_power_of_2(length))
-    return launch(
-        _topk_kernel,
-        (batch,),
-        inputs={
-            "tokens": tokens, "proposal": proposal, "confidence": confidence,
-            "entropy": entropy, "eligible": eligible, "editable": editable, "num_unmask": num_unmask, "threshold": threshold,
-            "factor": factor, "entropy_budget": entropy_budget, "edit_threshold": edit_threshold,
-        },
-        outputs={
-            "out_tokens": Out((batch, length), "int32"),
-            "unmasked": Out((batch, length), "bool"),
-            "count": Out((batch,), "int32"),
-        },
-        scalars={"length": length},
-        constants={"BLOCK": block, "OTHERS": max(1, min(block, 8192 // block))},
-        num_warps=4 if block <= 1024 else 8,
+    rules = dict(zip(ranks.RULES, (num_unmask, threshold, factor, entropy_budget, edit_threshold)))
+    return ranks.unmask(tokens, eligible, editable, rules, scored=(proposal, confidence, entropy))
+
+
+def supports_unmask_step(logits, *operands, **options) -> str | None:
+    _, length, vocabulary = logits.shape
+    if not ranks.merges(length, spans := triton.cdiv(vocabulary, _SPAN)):
+        return f"a row's {length} positions of {spans} spans are more than one program merges: they are merged in a launch between"
+    return None
+
+
+def unmask_step(
+    logits,
+    unconditional,
+    guidance_scale,
+    temperature,
+    key_data,
+    counter_row,
+    noise,
+    active,
+    banned,
+    tokens,
+    eligible,
+    editable,
+    *,
+    confidence,
+    tempered_confidence,
+    logits_soft_cap,
+    **rules,
+):
+    """As `score_tokens` and `unmask_topk`, without a launch between them: that of the second merges the spans too.
+
+    The operands of `score_tokens` have the axes [B,L] for [R]; active is true where eligible or editable.
+    """
+
+    def rows(array, *width):
+        return None if array is None else array.reshape(-1, *width)
+
+    vocabulary = logits.shape[-1]
+    statistics = _statistics(
+        rows(logits, vocabulary), rows(unconditional, vocabulary), rows(guidance_scale), rows(temperature), rows(key_data, 2),
+        rows(counter_row), rows(noise, vocabulary), rows(active), banned,
+        confidence=confidence, tempered_confidence=tempered_confidence, logits_soft_cap=logits_soft_cap,
+    )  # fmt: skip
+    return ranks.unmask(
+        tokens, eligible, editable, rules,
+        statistics=statistics, spans=triton.cdiv(vocabulary, _SPAN), vocabulary=vocabulary, confidence=confidence,
     )  # fmt: skip
