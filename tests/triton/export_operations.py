@@ -56,6 +56,10 @@ def step(logits, unconditional, tokens, key):
     )
 
 
+def greedy_steps(logits, tokens):
+    return jax.vmap(lambda x, t: unmask_step(x[None], t[None], mask_id=V - 1, num_unmask=4, candidates=(0, 8)))(logits, tokens)
+
+
 def loss_gradient(hidden, weight, targets):
     return jax.grad(lambda *x: masked_cross_entropy(*x, targets, jnp.ones((B, L))), (0, 1))(hidden, weight)
 
@@ -80,6 +84,7 @@ OPERATIONS = {
     "score_tokens at a temperature": (lambda x, key: score_tokens(x, temperature=0.7, key=key), LOGITS, KEY),
     "unmask_topk": (lambda x, t: unmask_topk(t, score_tokens(x), mask_id=1, threshold=0.9, factor=1.0), LOGITS, TOKENS),
     "unmask_step": (step, LOGITS, LOGITS, TOKENS, KEY),
+    "unmask_step under vmap": (greedy_steps, LOGITS, TOKENS),
     "lm_head_scores": (lm_head_scores, HIDDEN, WEIGHT),
     "lm_head_scores at a temperature": (lambda h, w, key: lm_head_scores(h, w, temperature=1.0, key=key), HIDDEN, WEIGHT, KEY),
     "masked_cross_entropy gradient": (loss_gradient, HIDDEN, array(5 * CHUNK, D), TOKENS),

@@ -13,7 +13,7 @@ def explain(function, *args, **kwargs):
     function: an operation of this package, or any function that calls some; on JAX's arrays (tensors of torch take the same kernels
     on a CPU, and Triton's on a GPU). Arrays may be jax.ShapeDtypeStruct, as under jit.
     Returns a list of `Choice` (kernel, implementations by platform, refused with the reason), one per kernel call, in the order of
-    the calls. Raises what the call itself would raise.
+    the calls; `within` names, by platform, a kernel that does the work of several calls. Raises what the call itself would raise.
     """
     if not callable(function):
         raise ValueError(f"explain: expected an operation itself, such as dlm_kernels.attention, got {function!r}")
