@@ -169,6 +169,15 @@ def test_sharded_batch(name):
     assert "not pallas: within shard_map it takes check_vma=False" in str(dlm_kernels.explain(checked, *arrays))
 
 
+@pytest.mark.parametrize("name", ["score_tokens", "gradient of attention"])
+def test_a_shard_map_over_which_no_array_is_split(name):
+    """It checks what varies, which no array of the call does."""
+    function, arrays = OPERATIONS[name]
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+    same(jax.jit(mapped)(*arrays), function(*arrays))
+
+
 def test_sharded_batch_with_jax_set_to_gspmd():
     """It asks after the results' sharding; where none tells, it ends the process."""
     function, arrays = OPERATIONS["score_tokens"]

@@ -222,7 +222,7 @@ def _refusal(leaf, implementation, operands, static):
     built = {"cpu": cpu_kernels, "triton": triton_kernels}.get(implementation)
     if built and (reason := built.unavailable()):
         return reason
-    if implementation == "pallas" and any(sharding.varying(x) for x in operands.values() if x is not None):
+    if implementation == "pallas" and sharding.checked():
         return "within shard_map it takes check_vma=False"
     if not _installed(f"dlm_kernels.{PACKAGES[implementation]}.{leaf.module}"):
         return f"{PACKAGES[implementation]} has no {leaf.module}"

@@ -145,6 +145,13 @@ def varying(array):
     return jax.typeof(array).manual_axis_type.varying
 
 
+def checked():
+    """Whether a shard_map around the call checks over which of the mesh's axes arrays vary, be it none of the call's."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    known = jax.eval_shape(lambda: jax.lax.axis_index(axes[0])).manual_axis_type if axes else None
+    return known is not None and bool(known.varying)
+
+
 def varying_as(arrays, results):
     """The results, known to vary over the axes over which the arrays do."""
     over = frozenset().union(*map(varying, arrays))

@@ -75,7 +75,8 @@ def _attention_cannot(hidden, e, temperature, soft_cap):
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _by_attention(hidden, weight, embedding, scale, soft_cap, implementation):
-    rows = sharding.whole(hidden).reshape(-1, hidden.shape[-1])
+    # The batch stays split: on several TPUs attention takes its kernel only for arrays that explicit axes split.
+    rows = sharding.whole(hidden, 1).reshape(-1, hidden.shape[-1])
     query, key, value = (x[None, :, None] for x in (rows, weight, embedding))
     out = attention(query, key, value, scale=scale, logits_soft_cap=soft_cap, implementation=implementation)
     return out[0, :, 0].reshape(hidden.shape)
