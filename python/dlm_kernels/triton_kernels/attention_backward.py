@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dlm_kernels.triton_kernels.attention_tiles import bounds_stride, intervals, place, refuse
 from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiplies_by_warp, strides, tuned
-from dlm_kernels.triton_kernels.numerics import tanh
+from dlm_kernels.triton_kernels.numerics import gradient_dot, tanh
 
 
 @triton.jit
@@ -152,8 +152,8 @@ def _dkdv_kernel(
         sums = tl.load(lse + at, mask=real, other=0.0)
         change = tl.load(delta + at, mask=real, other=0.0)
         p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
-        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+        dv = gradient_dot(tl.trans(p), do, dv, PRECISION)
+        dk = gradient_dot(tl.trans(ds), q, dk, PRECISION)
     at = ((b * length + s) * kv_heads + kv_head)[:, None] * H + h[None, :]
     tl.store(dkey + at, dk.to(dkey.dtype.element_ty), mask=there)
     tl.store(dvalue + at, dv.to(dvalue.dtype.element_ty), mask=there)
@@ -217,7 +217,7 @@ def _dq_kernel(
                 p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
             # Zero times the NaN of a key that no row sees would be NaN.
             k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0).to(q.dtype)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = gradient_dot(ds, k, dq, PRECISION)
     at = ((b * queries + t) * heads + n)[:, None] * H + h[None, :]
     tl.store(dquery + at, dq.to(dquery.dtype.element_ty), mask=inside)
 
