@@ -235,7 +235,7 @@ def _tiles(dtype: str, h: int, pairs: int) -> tuple[dict, int, int]:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
     if h > 128 or multiplies_by_warp():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
-    num_stages = 1 if pairs == 2 and h > 64 and arch() >= 100 else 2
+    num_stages = 1 if pairs == 2 and h > 64 and (arch() >= 100 or dtype == "float16") else 2
     # Of 64 keys at once, in more than one stage, ptxas would have Hopper's products wait for one another.
     return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, num_stages
 

@@ -184,6 +184,8 @@ def _product(left, left_strides, right, seen, addend, m, n, k, dtype):
         tiles, num_warps, num_stages = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 32, "PRECISION": "tf32x3"}, 8, 2
     else:
         tiles, num_warps, num_stages = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PRECISION": "ieee"}, 8, 3
+        if dtype_name(left) == "float32":  # of which Ampere's shared memory holds two stages
+            num_stages = 2
     return launch(
         _product_kernel,
         # 128 programs in flight make a square of tiles, 8 by 16, which reads 24 blocks of the operands and not 129.
