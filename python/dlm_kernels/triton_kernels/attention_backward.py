@@ -141,14 +141,13 @@ def _dkdv_kernel(
         t = m // GROUPS
         visible = _visible(bounds, b * bounds_b + t.to(tl.int64) * (2 * PAIRS), real, s, length, PAIRS)
         inside = real[:, None] & (h < H)[None, :]
-        # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
-        wide, head = tl.cast(row // GROUPS, tl.int64), kv_head * GROUPS
-        near, g = (t - row // GROUPS)[:, None], (m % GROUPS)[:, None]
-        at = near * query_t + g * query_n + h[None, :] * query_h
-        q = tl.load(query + (b * query_b + wide * query_t + head * query_n) + at, mask=inside, other=0)
-        at = near * dout_t + g * dout_n + h[None, :] * dout_h
-        do = tl.load(dout + (b * dout_b + wide * dout_t + head * dout_n) + at, mask=inside, other=0)
-        at = (b * heads + head + m % GROUPS) * queries + t
+        # 64 bits for the rows alone: a tile of 64-bit offsets would fill the registers.
+        wide, n = t.to(tl.int64), kv_head * GROUPS + m % GROUPS
+        at = b * query_b + wide * query_t + n * query_n
+        q = tl.load(query + at[:, None] + h[None, :] * query_h, mask=inside, other=0)
+        at = b * dout_b + wide * dout_t + n * dout_n
+        do = tl.load(dout + at[:, None] + h[None, :] * dout_h, mask=inside, other=0)
+        at = (b * heads + n) * queries + t
         sums = tl.load(lse + at, mask=real, other=0.0)
         change = tl.load(delta + at, mask=real, other=0.0)
         p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
