@@ -1,4 +1,4 @@
-"""What several kernels compute alike: the guidance mixture, the product of a gradient, the exponential, the soft cap, JAX's Gumbel noise."""
+"""What several kernels compute alike: guidance, a gradient's product, the exponential, the soft cap, JAX's Gumbel noise."""
 
 import triton
 import triton.language as tl
