@@ -51,6 +51,11 @@ def attention_cases():
         ("bfloat16", 128, 2, 4, None, 1024),
         ("bfloat16", 128, 1, 1, None, 32),
         ("float16", 128, 1, 8, 30.0, 32),
+        ("float16", 64, 1, 1, None, 1024),
+        ("float16", 96, 2, 1, 50.0, 1024),
+        ("bfloat16", 96, 2, 1, 50.0, 1024),
+        ("float16", 128, 2, 4, 50.0, 1024),
+        ("float16", 256, 2, 8, 50.0, 1024),
         ("bfloat16", 256, 2, 8, 50.0, 1024),
         ("float32", 64, 1, 1, None, 1024),
         ("float32", 128, 2, 4, None, 1024),
@@ -117,6 +122,12 @@ def vocabulary_cases():
         limits = per_row, per_row, array(rows, dtype="int32")
         for name, chosen in (("top_p", (*limits[:2], None)), ("top_k", (limits[0], None, limits[2])), ("both", limits)):
             yield f"truncate {dtype}, {name}", lambda a=(logits, *chosen): truncation.truncate_logits(*a)
+    # Its gradients alone are compiled otherwise than bfloat16's.
+    hidden, weight = array(rows, d, dtype="float16"), array(v, d, dtype="float16")
+    gradient = hidden, weight, targets, active, per_row, per_row
+    yield "loss gradient float16", lambda a=gradient: jax.eval_shape(loss_gradient, *a)
+    of_rows = hidden, weight, hidden, weight, active, per_row, per_row, per_row
+    yield "divergence gradient float16", lambda a=of_rows: jax.eval_shape(divergence.masked_divergence_backward, *a)
     for length in (32, 256, 4096):
         tokens, sure = array(8, length, dtype="int32"), array(8, length)
         flags, number, bound = array(8, length, dtype="bool"), array(8, dtype="int32"), array(8)

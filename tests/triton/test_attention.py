@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import attention, masks
+from dlm_kernels.reference import attention as oracle
 from dlm_kernels.triton_kernels import attention as kernels
 from dlm_kernels.xla import attention as plain
 
@@ -119,6 +120,20 @@ def test_half_precision_within_one_and_a_half_times_the_plain_error():
     assert error[0] <= 1.5 * error[1]
 
 
+def test_float16_gradients_within_one_and_a_half_times_the_plain_error():
+    """Of a mean's loss: the gradient of the logits is below float16's least number."""
+    query, key, value, dout, dlse = inputs(17, S, 1, dtype="float16")
+    dout, dlse = (1e-4 * (1 + dout)).astype("float16"), np.zeros(dlse.shape, np.float32)
+    options = dict(scale=0.2, logits_soft_cap=None)
+    out, lse = plain.attention_forward(query, key, value, None, None, **options)
+    arguments = [np.asarray(x) if x is not None else None for x in (query, key, value, None, None, out, lse, dout, dlse)]
+    exact = oracle.attention_backward(*arguments, **options)
+    mine, other = (x.attention_backward(*arguments, **options) for x in (kernels, plain))
+    for want, *found in zip(exact, mine, other):
+        error = [np.linalg.norm(np.asarray(x, np.float64) - want) for x in found]
+        assert error[0] <= 1.5 * error[1]
+
+
 def test_through_the_operation_under_vmap_and_grad():
     query, key, value, dout, _ = (jnp.asarray(x) for x in inputs(9, 20, 1, 16))
     mask = masks.KeyIntervals(jnp.zeros((1, 9), jnp.int32), jnp.arange(9, dtype=jnp.int32)[None] * 2)
@@ -131,7 +146,8 @@ def test_through_the_operation_under_vmap_and_grad():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_offsets_beyond_32_bits(kv_heads):
     """Heads 2**30 elements apart, as those of long sequences in [B, N, T, H] are: a sparse array, and the third head's wraps."""
     # From the middle, where an offset that wraps around finds zeros and nobody else's memory.
     middle = np.zeros(2**32 + 4096, np.float16)[2**31 :]
@@ -143,7 +159,8 @@ def test_offsets_beyond_32_bits():
         view[...] = array
         return view
 
-    arrays = [x.reshape(1, 4, 3, 16) for x in inputs(3, 3, 1, 16, "float16")[:4]]
+    query, key, value, dout = (x.reshape(1, 4, 3, 16) for x in inputs(3, 3, 1, 16, "float16")[:4])
+    arrays = query, key[:, :, :kv_heads], value[:, :, :kv_heads], dout
     options = dict(scale=0.3, logits_soft_cap=None)
 
     def run(query, key, value, dout):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import masked_divergence
+from dlm_kernels.reference import divergence as oracle
 from dlm_kernels.triton_kernels import cross_entropy
 from dlm_kernels.triton_kernels import divergence as kernels
 from dlm_kernels.xla import divergence as plain
@@ -43,6 +44,18 @@ def test_an_inactive_row_is_neither_read_nor_written_whatever_the_weights(chunk,
     target_weight[299] = -np.inf
     dhidden, _ = kernels.masked_divergence_backward(*arrays, lse, target_lse, dloss)
     np.testing.assert_array_equal(dhidden[~active], 0)
+
+
+def test_float16_gradients_within_one_and_a_half_times_the_plain_error():
+    """Of the weights of a mean: the gradient of the logits is below float16's least number."""
+    arrays, dloss = operands()
+    arrays, dloss = (*(x.astype("float16") for x in arrays[:4]), np.ones(R, bool)), np.full(R, 1 / 4096, np.float32)
+    arguments = (*arrays, *map(np.asarray, plain.masked_divergence_forward(*arrays)[1:]), dloss)
+    exact = oracle.masked_divergence_backward(*arguments)
+    mine, other = (x.masked_divergence_backward(*arguments) for x in (kernels, plain))
+    for want, *found in zip(exact, mine, other):
+        error = [np.linalg.norm(np.asarray(x, np.float64) - want) for x in found]
+        assert error[0] <= 1.5 * error[1]
 
 
 def test_the_operation_differentiates_and_batches():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import masked_cross_entropy
+from dlm_kernels.reference import cross_entropy as oracle
 from dlm_kernels.triton_kernels import cross_entropy
 from dlm_kernels.triton_kernels import lm_head as kernels
 from dlm_kernels.xla import cross_entropy as plain_loss
@@ -77,6 +78,22 @@ def test_loss_and_gradients(cap, chunk, monkeypatch):
     want = plain_loss.masked_cross_entropy_backward(safe, weight, targets, active, lse, dloss, logits_soft_cap=cap)
     for mine, other in zip(got, want):
         assert np.linalg.norm(mine - other) <= 2e-6 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("size", [1 / 4096, 1e5])
+def test_float16_gradients_within_one_and_a_half_times_the_plain_error(size):
+    """Of the weights of a mean, and of those that a loss scale multiplies: the gradient of the logits leaves float16's range."""
+    hidden, weight, keys = operands("float16")
+    hidden, weight = (hidden / 10 if size > 1 else hidden + 1).astype("float16"), (weight / 8).astype("float16")
+    targets, active = np.arange(R, dtype=np.int32), np.ones(R, bool)
+    dloss, options = np.full(R, size, np.float32), dict(logits_soft_cap=None)
+    _, lse = plain_loss.masked_cross_entropy_forward(hidden, weight, targets, active, **options)
+    arguments = hidden, weight, targets, active, np.asarray(lse), dloss
+    exact = oracle.masked_cross_entropy_backward(*arguments, **options)
+    mine, other = (x.masked_cross_entropy_backward(*arguments, **options) for x in (cross_entropy, plain_loss))
+    for want, *found in zip(exact, mine, other):
+        error = [np.linalg.norm(np.asarray(x, np.float64) - want) for x in found]
+        assert error[0] <= 1.5 * error[1] < np.inf
 
 
 def test_a_target_outside_gives_nan_and_the_loss_differentiates():

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dlm_kernels.triton_kernels.attention_tiles import bounds_stride, intervals, place, refuse
 from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiplies_by_warp, strides, tuned
-from dlm_kernels.triton_kernels.numerics import tanh
+from dlm_kernels.triton_kernels.numerics import gradient_dot, tanh
 
 
 @triton.jit
@@ -141,19 +141,18 @@ def _dkdv_kernel(
         t = m // GROUPS
         visible = _visible(bounds, b * bounds_b + t.to(tl.int64) * (2 * PAIRS), real, s, length, PAIRS)
         inside = real[:, None] & (h < H)[None, :]
-        # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
-        wide, head = tl.cast(row // GROUPS, tl.int64), kv_head * GROUPS
-        near, g = (t - row // GROUPS)[:, None], (m % GROUPS)[:, None]
-        at = near * query_t + g * query_n + h[None, :] * query_h
-        q = tl.load(query + (b * query_b + wide * query_t + head * query_n) + at, mask=inside, other=0)
-        at = near * dout_t + g * dout_n + h[None, :] * dout_h
-        do = tl.load(dout + (b * dout_b + wide * dout_t + head * dout_n) + at, mask=inside, other=0)
-        at = (b * heads + head + m % GROUPS) * queries + t
+        # 64 bits for the rows alone: a tile of 64-bit offsets would fill the registers.
+        wide, n = t.to(tl.int64), kv_head * GROUPS + m % GROUPS
+        at = b * query_b + wide * query_t + n * query_n
+        q = tl.load(query + at[:, None] + h[None, :] * query_h, mask=inside, other=0)
+        at = b * dout_b + wide * dout_t + n * dout_n
+        do = tl.load(dout + at[:, None] + h[None, :] * dout_h, mask=inside, other=0)
+        at = (b * heads + n) * queries + t
         sums = tl.load(lse + at, mask=real, other=0.0)
         change = tl.load(delta + at, mask=real, other=0.0)
         p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
-        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+        dv = gradient_dot(tl.trans(p), do, dv, PRECISION)
+        dk = gradient_dot(tl.trans(ds), q, dk, PRECISION)
     at = ((b * length + s) * kv_heads + kv_head)[:, None] * H + h[None, :]
     tl.store(dkey + at, dk.to(dkey.dtype.element_ty), mask=there)
     tl.store(dvalue + at, dv.to(dvalue.dtype.element_ty), mask=there)
@@ -217,7 +216,7 @@ def _dq_kernel(
                 p, ds = _dlogits(q, do, k, v, sums, change, visible, scale, SOFT_CAP, PRECISION, 0)
             # Zero times the NaN of a key that no row sees would be NaN.
             k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0).to(q.dtype)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = gradient_dot(ds, k, dq, PRECISION)
     at = ((b * queries + t) * heads + n)[:, None] * H + h[None, :]
     tl.store(dquery + at, dq.to(dquery.dtype.element_ty), mask=inside)
 
@@ -235,7 +234,7 @@ def _tiles(dtype: str, h: int, pairs: int) -> tuple[dict, int, int]:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
     if h > 128 or multiplies_by_warp():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
-    num_stages = 1 if pairs == 2 and h > 64 and arch() >= 100 else 2
+    num_stages = 1 if pairs == 2 and h > 64 and (arch() >= 100 or dtype == "float16") else 2
     # Of 64 keys at once, in more than one stage, ptxas would have Hopper's products wait for one another.
     return {"BLOCK_M": 64, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, num_stages
 

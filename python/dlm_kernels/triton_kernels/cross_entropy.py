@@ -10,7 +10,7 @@ import triton.language as tl
 from dlm_kernels.triton_kernels import head, scores
 from dlm_kernels.triton_kernels.head import grouped_block, head_tile, place
 from dlm_kernels.triton_kernels.launch import Out, concatenate, dtype_name, launch, strides
-from dlm_kernels.triton_kernels.numerics import exp, tanh
+from dlm_kernels.triton_kernels.numerics import exp, gradient_dot, tanh
 
 CHUNK = 16384  # tokens whose logits' gradient is in memory at once
 
@@ -109,7 +109,7 @@ def _dlogits_kernel(
     active,  # bool [R]
     targets,  # int32 [R]; one outside 0 <= target < V is in another part of the vocabulary
     lse, dloss,  # float32 [R]
-    dlogits,  # [R, V] in hidden's dtype; inactive rows get zeros
+    dlogits,  # [R, V]; inactive rows get zeros
     rows, vocabulary, width,  # R, V, D
     hidden_r, hidden_d, weight_v, weight_d,
     SOFT_CAP: tl.constexpr,
@@ -168,7 +168,7 @@ def _product_kernel(
         if HAS_SEEN:
             inside &= tl.load(seen + start + inner, mask=inside, other=0) != 0
         b = tl.load(right_at, mask=inside[:, None] & (j < n)[None, :], other=0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = gradient_dot(a, b, total, PRECISION)
         left_at += step * left_k
         right_at += step * right_k
     at = i.to(tl.int64)[:, None] * n + j[None, :]
@@ -180,10 +180,12 @@ def _product_kernel(
 
 def _product(left, left_strides, right, seen, addend, m, n, k, dtype):
     """left [m, k] @ right [k, n] (+ addend) in `dtype`; left by its strides, so that it may be a transposed array."""
-    if dtype_name(left) == "float32":
+    if dtype_name(right) == "float32":
         tiles, num_warps, num_stages = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 32, "PRECISION": "tf32x3"}, 8, 2
     else:
         tiles, num_warps, num_stages = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PRECISION": "ieee"}, 8, 3
+        if dtype_name(left) == "float32":  # of which Ampere's shared memory holds two stages
+            num_stages = 2
     return launch(
         _product_kernel,
         # 128 programs in flight make a square of tiles, 8 by 16, which reads 24 blocks of the operands and not 129.
@@ -218,6 +220,8 @@ def head_gradients(kernel, hidden, weight, active, of_part, target_width=0, **co
     """
     (rows, width), vocabulary, dtype = hidden.shape, weight.shape[0], dtype_name(hidden)
     tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64, False)
+    # float16 has not the range, see `gradient_dot`.
+    dlogits_dtype = "float32" if dtype == "float16" else dtype
     dhidden, dweight = None, []
     for first in range(0, vocabulary, CHUNK):
         part = weight[first : first + CHUNK]
@@ -227,7 +231,7 @@ def head_gradients(kernel, hidden, weight, active, of_part, target_width=0, **co
             kernel,
             head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(chunk, tiles["BLOCK_V"]), target_width),
             inputs={"hidden": hidden, "weight": part, "active": active, **inputs},
-            outputs={"dlogits": Out((rows, chunk), dtype)},
+            outputs={"dlogits": Out((rows, chunk), dlogits_dtype)},
             scalars={**head.sizes(hidden, part), **scalars},
             constants={**tiles, **constants},
             num_warps=num_warps,

@@ -133,7 +133,7 @@ def _divergence_dlogits_kernel(
     target_hidden,  # [R, E]
     target_weight,  # [V, E]
     lse, target_lse, dloss,  # float32 [R]
-    dlogits,  # [R, V] in hidden's dtype; inactive rows get zeros
+    dlogits,  # [R, V]; inactive rows get zeros
     rows, vocabulary, width, target_width,  # R, V, D, E
     hidden_r, hidden_d, weight_v, weight_d,
     target_hidden_r, target_hidden_e, target_weight_v, target_weight_e,

@@ -1,4 +1,4 @@
-"""What several kernels compute alike: the guidance mixture, the exponential, the soft cap, JAX's Gumbel noise."""
+"""What several kernels compute alike: guidance, a gradient's product, the exponential, the soft cap, JAX's Gumbel noise."""
 
 import triton
 import triton.language as tl
@@ -37,6 +37,24 @@ def tanh(x):
     near = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
     # Not `< 0.3` turned around: a NaN must take a branch that keeps it.
     return tl.where(tl.abs(x) < 0.3, near, far)
+
+
+@triton.jit
+def gradient_dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b, of which a, float32 [M, K], is rounded to the dtype of b, [K, N]; total: float32 [M, N].
+
+    The gradients of a mean are below float16's least number, and those of a scaled loss above its greatest: of float16 each row of
+    a is multiplied by the power of two that brings its greatest to 2**14, and its products by the inverse.
+    """
+    if b.dtype == tl.float16:
+        a = a.to(tl.float32)
+        # An exponent of 253 at most: the inverse of the next power of two is no normal number.
+        exponent = tl.minimum(268 - (tl.max(tl.abs(a), 1).to(tl.int32, bitcast=True) >> 23), 253)[:, None]
+        a *= (exponent << 23).to(tl.float32, bitcast=True)
+        total += tl.dot(a.to(tl.float16), b) * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    else:
+        total = tl.dot(a.to(b.dtype), b, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
