@@ -3,6 +3,14 @@
 import os
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """XLA maps memory for each program that it keeps, and with more than 65530 mappings Linux lets the process crash."""
+    yield
+    jax.clear_caches()

@@ -21,13 +21,13 @@ def leaf(request, monkeypatch):
     monkeypatch.setattr(pallas, "pallas_call", functools.partial(pallas.pallas_call, interpret=True))
 
     def find(module, name):
-        function = getattr(importlib.import_module(f"dlm_kernels.{package}.{module}"), name)
+        # A partial is a function of its own to JAX: what it compiles for equal calls it keeps, but not for other tests.
+        function = functools.partial(getattr(importlib.import_module(f"dlm_kernels.{package}.{module}"), name))
 
         def run(*operands, **static):
             if request.param == "triton" and INTERPRETED:
                 results = function(*(None if x is None else np.array(x) for x in operands), **static)
             else:
-                # Not of a partial, which would be another function to JAX and compiled anew for every call.
                 results = jax.jit(function, static_argnames=tuple(static))(*operands, **static)
             return [np.asarray(result) for result in jax.tree.leaves(results)]
 
