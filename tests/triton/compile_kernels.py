@@ -53,7 +53,6 @@ def attention_cases():
         ("float16", 128, 1, 8, 30.0, 32),
         ("float16", 64, 1, 1, None, 1024),
         ("float16", 96, 2, 1, 50.0, 1024),
-        ("bfloat16", 96, 2, 1, 50.0, 1024),
         ("float16", 128, 2, 4, 50.0, 1024),
         ("float16", 256, 2, 8, 50.0, 1024),
         ("bfloat16", 256, 2, 8, 50.0, 1024),
@@ -135,7 +134,7 @@ def vocabulary_cases():
         second = (tokens, tokens, sure, sure, flags, None, None, None, None, bound, None)
         yield f"topk L={length}", lambda a=first: unmask.unmask_topk(*a)
         yield f"topk by entropy L={length}", lambda a=second: unmask.unmask_topk(*a)
-        if length <= 256:
+        if length == 256:
             yield from step_cases(length, first, second)
 
 
