@@ -1,6 +1,7 @@
 """Runs JAX on the CPU with four devices, so that sharding is tested where there is one machine."""
 
 import os
+import pathlib
 
 import jax
 import pytest
@@ -13,4 +14,6 @@ jax.config.update("jax_num_cpu_devices", 4)
 def few_programs():
     """XLA maps memory for each program that it keeps, and with more than 65530 mappings Linux lets the process crash."""
     yield
-    jax.clear_caches()
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
