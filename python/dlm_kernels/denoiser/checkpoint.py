@@ -109,9 +109,11 @@ def save_state(path, state, progress):
 
 def load_progress(path):
     """The dict that `save_state` wrote."""
-    read(path)
-    with safetensors.safe_open(path, framework="numpy") as file:
-        progress = (file.metadata() or {}).get("progress")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            progress = (file.metadata() or {}).get("progress")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
     if progress is None:
         raise ValueError(f"{path}: expected a state of training, got a safetensors file of something else")
     return json.loads(progress)

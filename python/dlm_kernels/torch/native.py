@@ -23,6 +23,7 @@ from dlm_kernels.triton_kernels import cross_entropy as cross_entropy_kernels
 from dlm_kernels.triton_kernels import divergence as divergence_kernels
 from dlm_kernels.triton_kernels import guidance as guidance_kernels
 from dlm_kernels.triton_kernels import lm_head as head_kernels
+from dlm_kernels.triton_kernels import ranks
 from dlm_kernels.triton_kernels import truncation as truncation_kernels
 from dlm_kernels.triton_kernels import unmask as unmask_kernels
 
@@ -287,7 +288,6 @@ def _sampling(b, length, v, device, *, confidence="probability", temperature=0.0
 
 
 _RESULTS = (torch.int32, torch.float32, torch.float32, torch.float32)
-_RULES = ("num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold")
 
 
 @_operation
@@ -308,7 +308,7 @@ def unmask_topk(tokens, scores, *, mask_id, candidates=None, **rules):
 def _rules(tokens, mask_id, candidates, rules):
     """The eligible and the editable positions, and every rule by row."""
     allowed, masked, device = _candidates(candidates, tokens), _masked(tokens, mask_id), tokens.device
-    by_row = dict.fromkeys(_RULES)
+    by_row = dict.fromkeys(ranks.RULES)
     for name, rule in rules.items():
         if rule is not None:
             by_row[name] = _rows(rule, tokens.shape[:1], device, torch.int32 if name == "num_unmask" else torch.float32)
@@ -322,7 +322,7 @@ def _nothing_unmasked(tokens):
 @_operation
 @torch.no_grad()
 def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
-    rules = {name: options.pop(name) for name in _RULES if name in options}
+    rules = {name: options.pop(name) for name in ranks.RULES if name in options}
     tokens = _ints(tokens)
     if tokens.numel() == 0:
         return _nothing_unmasked(tokens)
