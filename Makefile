@@ -17,6 +17,10 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h)
 demo: $(VENV)/.installed
 	$(BIN)/dlm-kernels generate "def binary_search(" --steps 16 --block 64
 
+# XLA compiles a test's program for one instruction set of ours, and finds it here for the others and the sanitized copy.
+test test-sanitize: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/build/jax-cache
+test test-sanitize: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2

@@ -10,6 +10,12 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 4)
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Tests compile for seconds and compute for milliseconds. One file has XLA optimise its programs as it does for users."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem != "test_properties")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """XLA maps memory for each program that it keeps, and with more than 65530 mappings Linux lets the process crash."""

@@ -15,14 +15,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """These tests compile for seconds and compute for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def config():
     # Two layers: with one a key would depend on its own token alone, and no cache could be stale.
