@@ -12,8 +12,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-    """Tests compile for seconds and compute for milliseconds. One file has XLA optimise its programs as it does for users."""
-    jax.config.update("jax_disable_most_optimizations", request.path.stem != "test_properties")
+    """Tests compile for seconds and compute for milliseconds. What these compare, and a GPU, XLA optimises as it does for users."""
+    optimised = request.path.stem == "test_properties" or request.path.parent.name == "torch"
+    optimised |= os.environ.get("TRITON_INTERPRET") == "0"
+    jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
 @pytest.fixture(scope="module", autouse=True)
