@@ -10,7 +10,7 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 4)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
     """Tests compile for seconds and compute for milliseconds. What these compare, and a GPU, XLA optimises as it does for users."""
     optimised = request.path.stem == "test_properties" or request.path.parent.name == "torch"

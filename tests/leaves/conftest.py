@@ -66,13 +66,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _parameters(item):
-    return getattr(item, "callspec", None) and item.callspec.params
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def _is_the_same_of_any_product(item):
     """What the margin or the entropy is, of more rows or more depth. The CPU kernels share these out, and a GPU runs them all."""
     parameters = _parameters(item)
-    if not parameters or parameters.get("leaf") == "cpu" or not INTERPRETED:
+    if parameters.get("leaf") == "cpu" or not INTERPRETED:
         return False
     large = parameters.get("shape") in ((200, 300, 260), (250, 1101, 40))
     return large and parameters.get("confidence", "probability") != "probability"
@@ -81,7 +81,7 @@ def _is_the_same_of_any_product(item):
 def _is_not_for_the_tpu(item):
     """Which refuses float16; and to whose tiles one token is what 33 are."""
     parameters = _parameters(item)
-    if not parameters or parameters.get("leaf") != "pallas":
+    if parameters.get("leaf") != "pallas":
         return False
     return parameters.get("dtype") == "float16" or (item.path.stem == "test_truncation" and parameters.get("v") == 1)
 
@@ -89,7 +89,7 @@ def _is_not_for_the_tpu(item):
 def _is_not_for_tritons_interpreter(item):
     """Its bfloat16 products and roundings are wrong; and it takes a minute for what tests/triton has in small."""
     parameters = _parameters(item)
-    if not INTERPRETED or not parameters or parameters.get("leaf") != "triton":
+    if not INTERPRETED or parameters.get("leaf") != "triton":
         return False
     reads_only = item.originalname in ("test_greedy", "test_every_option", "test_the_most_likely_are_kept")
     slow = "test_keys_nobody_sees_change_no_bit", "test_rows_do_not_depend_on_the_batch"
