@@ -41,8 +41,25 @@ FAST_DLLM = dict(
     layer_types=["full_attention"] * LAYERS, sliding_window=131072, use_sliding_window=False, eos_token_id=1, bd_size=8,
     mask_token_id=2,
 )  # fmt: skip
-GIVEN = {"llada": LLADA, "dream": DREAM, "sdar": SDAR, "fast_dllm": FAST_DLLM}
+SDAR_MOE = SDAR | dict(
+    model_type="sdar_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True,
+    decoder_sparse_step=1, mlp_only_layers=[],
+)  # fmt: skip
+# Half of a head turns; one layer is dense, the other has 3 groups of 4 experts, 2 of them kept, and a shared one.
+LLADA2 = dict(
+    model_type="llada2_moe", hidden_size=D, head_dim=8, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2,
+    intermediate_size=FFN, vocab_size=VOCAB, rope_theta=600000, rms_norm_eps=1e-6, tie_word_embeddings=False, hidden_act="silu",
+    rope_scaling=None, use_sliding_window=False, partial_rotary_factor=0.5, use_qk_norm=True, use_qkv_bias=False, use_bias=False,
+    norm_head=False, num_experts=12, num_experts_per_tok=3, moe_intermediate_size=12, num_shared_experts=2, n_group=3,
+    topk_group=2, first_k_dense_replace=1, routed_scaling_factor=2.5, score_function="sigmoid", norm_topk_prob=True,
+    moe_router_enable_expert_bias=True, block_size=8, pad_token_id=1, mask_token_id=2,
+)  # fmt: skip
+GIVEN = {
+    "llada": LLADA, "dream": DREAM, "sdar": SDAR, "fast_dllm": FAST_DLLM, "sdar_moe": SDAR_MOE, "llada2": LLADA2
+}  # fmt: skip
 BIASES, SHIFTED = ("dream", "fast_dllm"), ("dream", "fast_dllm")
+NORMS = {"sdar": ("self_attn.q_norm", "self_attn.k_norm"), "sdar_moe": ("self_attn.q_norm", "self_attn.k_norm")}
+NORMS["llada2"] = ("attention.query_layernorm", "attention.key_layernorm")
 BLOCK = {
     "llada": dict(
         prefix="model.transformer.blocks.{}.", norm="attn_norm", q="q_proj", k="k_proj", v="v_proj", o="attn_out",
@@ -52,13 +69,18 @@ BLOCK = {
         prefix="model.layers.{}.", norm="input_layernorm", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj",
         o="self_attn.o_proj", norm2="post_attention_layernorm", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
     ),
+    "llada2": dict(
+        prefix="model.layers.{}.", norm="input_layernorm", qkv="attention.query_key_value", o="attention.dense",
+        norm2="post_attention_layernorm", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
+    ),
 }  # fmt: skip
 ENDS = {
     "llada": ("model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out"),
     "qwen": ("model.embed_tokens", "model.norm", "lm_head"),
+    "llada2": ("model.word_embeddings", "model.norm", "lm_head"),
 }
 bidirectional = pytest.mark.parametrize("published", ["llada", "dream"], indirect=True)
-by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm"], indirect=True)
+by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm", "sdar_moe", "llada2"], indirect=True)
 
 
 def names_of(kind):
@@ -70,22 +92,73 @@ def tensors(kind, random):
     names, (embed, norm, head) = names_of(kind)
     size = GIVEN[kind].get("head_dim", D // HEADS)
     queries, keys = HEADS * size, (HEADS if kind == "llada" else 2) * size
-    shapes = dict(q=(queries, D), k=(keys, D), v=(keys, D), o=(D, queries), gate=(FFN, D), up=(FFN, D), down=(D, FFN))
+    attention = dict(q=(queries, D), k=(keys, D), v=(keys, D), o=(D, queries))
+    if kind == "llada2":
+        attention = dict(qkv=(queries + 2 * keys, D), o=(D, queries))
     found = {}
     for i in range(LAYERS):
         prefix = names["prefix"].format(i)
-        for part, shape in shapes.items():
+        for part, shape in (attention | (_swiglu(FFN) if is_dense(kind, i) else {})).items():
             found[f"{prefix}{names[part]}.weight"] = random.normal(size=shape) * 2 * shape[1] ** -0.5
             if kind in BIASES and part in "qkv":
                 found[f"{prefix}{names[part]}.bias"] = random.normal(size=shape[0])
         for part in ("norm", "norm2"):
             found[f"{prefix}{names[part]}.weight"] = random.uniform(0.5, 1.5, D)
-        if kind == "sdar":
-            found |= {f"{prefix}self_attn.{name}_norm.weight": random.uniform(0.5, 1.5, size) for name in "qk"}
+        found |= {f"{prefix}{name}.weight": random.uniform(0.5, 1.5, size) for name in NORMS.get(kind, ())}
+        if not is_dense(kind, i):
+            found |= mixture(GIVEN[kind], f"{prefix}mlp.", random)
     untied = [] if GIVEN[kind].get("tie_word_embeddings") else [head]
     found |= {f"{name}.weight": random.normal(size=(VOCAB, D)) for name in [embed, *untied]}
     found[f"{norm}.weight"] = random.uniform(0.5, 1.5, D)
     return {name: x.astype(np.float32) for name, x in found.items()}
+
+
+def _swiglu(width):
+    return dict(gate=(width, D), up=(width, D), down=(D, width))
+
+
+def is_dense(kind, layer):
+    return layer < GIVEN[kind].get("first_k_dense_replace", 0 if kind == "sdar_moe" else LAYERS)
+
+
+def mixture(config, prefix, random):
+    """A layer's experts, all of them parameters of their own."""
+    count, width, shared = (config.get(name, 0) for name in ("num_experts", "moe_intermediate_size", "num_shared_experts"))
+    named = {f"experts.{e}": width for e in range(count)} | ({"shared_experts": shared * width} if shared else {})
+    found = {f"{prefix}gate.weight": random.normal(size=(count, D)) * 2 * D**-0.5}
+    if shared:
+        found[f"{prefix}gate.expert_bias"] = random.normal(size=count) * 0.2
+    for name, of_one in named.items():
+        for part, shape in _swiglu(of_one).items():
+            found[f"{prefix}{name}.{part}_proj.weight"] = random.normal(size=shape) * 2 * shape[1] ** -0.5
+    return found
+
+
+def mixed(config, w, prefix, h):
+    """h [L, D] through a layer's experts, token by token, as modeling_llada2_moe.py and Qwen3's mixtures have it."""
+
+    def swiglu(x, name):
+        gate, up, down = (w[f"{prefix}{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        y = gate @ x
+        return down @ (y / (1 + np.exp(-y)) * (up @ x))
+
+    out = np.zeros_like(h)
+    for at, x in enumerate(h):
+        found = w[f"{prefix}gate.weight"] @ x
+        if "n_group" in config:
+            scores = 1 / (1 + np.exp(-found))
+            rank = (scores + w[f"{prefix}gate.expert_bias"]).reshape(config["n_group"], -1)
+            best = np.argsort(-np.sort(rank)[:, -2:].sum(-1))[: config["topk_group"]]
+            rank = np.where(np.isin(np.arange(len(rank)), best)[:, None], rank, -np.inf).reshape(-1)
+        else:
+            scores = rank = np.exp(found - found.max()) / np.exp(found - found.max()).sum()
+        chosen = np.argsort(-rank)[: config["num_experts_per_tok"]]
+        for e in chosen:
+            share = scores[e] / scores[chosen].sum() * config.get("routed_scaling_factor", 1)
+            out[at] += share * swiglu(x, f"experts.{e}")
+        if config.get("num_shared_experts"):
+            out[at] += swiglu(x, "shared_experts")
+    return out
 
 
 def logits(kind, config, weights, tokens):
@@ -105,19 +178,25 @@ def logits(kind, config, weights, tokens):
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
-    angle = np.arange(len(tokens))[:, None] * theta ** (-np.arange(0, size, 2) / size)
+    turned = int(size * config.get("partial_rotary_factor", 1))
+    angle = np.arange(len(tokens))[:, None] * theta ** (-np.arange(0, turned, 2) / turned)
     cos, sin = (np.concatenate([f(angle)] * 2, -1)[:, None] for f in (np.cos, np.sin))
 
     def rope(x):
-        return x * cos + np.concatenate([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin
+        x, rest = x[..., :turned], x[..., turned:]
+        x = x * cos + np.concatenate([-x[..., turned // 2 :], x[..., : turned // 2]], -1) * sin
+        return np.concatenate([x, rest], -1)
 
     x = w[f"{embed}.weight"][tokens]
     for i in range(LAYERS):
         part = {name: names["prefix"].format(i) + theirs for name, theirs in names.items()}
         h = rms(x, part["norm"])
-        q, k, v = (linear(h, part[name]).reshape(len(tokens), -1, size) for name in "qkv")
-        if kind == "sdar":
-            q, k = (rms(y, f"{names['prefix'].format(i)}self_attn.{name}_norm") for y, name in ((q, "q"), (k, "k")))
+        if "qkv" in part:
+            q, k, v = np.split(linear(h, part["qkv"]).reshape(len(tokens), -1, size), [HEADS, HEADS + 2], axis=1)
+        else:
+            q, k, v = (linear(h, part[name]).reshape(len(tokens), -1, size) for name in "qkv")
+        if kind in NORMS:
+            q, k = (rms(y, names["prefix"].format(i) + name) for y, name in zip((q, k), NORMS[kind]))
         q, k = rope(q), rope(k)
         k, v = (np.repeat(y, HEADS // y.shape[1], axis=1) for y in (k, v))
         scores = np.where(block[:, None] >= block, np.einsum("tnh,snh->nts", q, k) * size**-0.5, -np.inf)
@@ -125,8 +204,11 @@ def logits(kind, config, weights, tokens):
         p /= p.sum(-1, keepdims=True)
         x = x + linear(np.einsum("nts,snh->tnh", p, v).reshape(len(tokens), -1), part["o"])
         h = rms(x, part["norm2"])
-        gate = linear(h, part["gate"])
-        x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, part["up"]), part["down"])
+        if is_dense(kind, i):
+            gate = linear(h, part["gate"])
+            x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, part["up"]), part["down"])
+        else:
+            x = x + mixed(config, w, f"{names['prefix'].format(i)}mlp.", h)
     found = linear(rms(x, norm), head)
     return np.concatenate([found[:1], found[:-1]]) if kind in SHIFTED else found
 
@@ -265,7 +347,7 @@ def test_blocks_are_decoded_as_published(published):
         expected, _ = decoded_by_blocks(kind, given, weights, tokens[row, begin:], 4, 0.5, [])
         np.testing.assert_array_equal(plain.tokens[row, begin:], expected)
     np.testing.assert_array_equal(sampler.decode(config, params, tokens, cache=True, **options).tokens, plain.tokens)
-    if kind == "sdar":  # two blocks at once
+    if kind in ("sdar", "sdar_moe"):  # two blocks at once
         options["block"] = 8
     else:
         unconditional = dict(unconditional=np.where(tokens == 1, 1, 2), unconditional_start=start)
@@ -285,7 +367,7 @@ def test_generation_is_the_projects_own_by_default(published):
     board = made.board.tokens[0, made.board.start[0] :]
     size = given.get("block_size", given.get("bd_size"))
     assert len(board) % size == 0 and 9 <= made.tokens < 9 + size
-    part, threshold = (4, 0.85) if kind == "sdar" else (8, 0.9)
+    part, threshold = {"fast_dllm": (8, 0.9), "llada2": (8, 0.95)}.get(kind, (4, 0.85))
     expected, passes = decoded_by_blocks(kind, given, weights, board, part, threshold, [1])
     np.testing.assert_array_equal(made.decoded.tokens[0, made.board.start[0] :], expected)
     assert made.passes == passes
@@ -302,7 +384,7 @@ def test_drafts_in_blocks_are_lossless(published):
     np.testing.assert_array_equal(drafted.tokens[0], expected)
     assert drafted.passes < passes == drafted.steps[0] == 9
 def test_sizes_and_ids_that_a_config_leaves_out():
-    """As published: neither config.json has the mask, and SDAR's has no block size."""
+    """As published: none of the config.json has the mask, and SDAR's and LLaDA2's have no block size."""
     published = {name: x for name, x in (SDAR | dict(vocab_size=151936)).items() if name not in ("block_size", "mask_token_id")}
     config = pretrained.described("there", published | dict(eos_token_id=151643))
     assert (config.block_size, config.mask_id, config.pad_id, config.eos_id) == (4, 151669, 151643, 151643)
@@ -311,6 +393,10 @@ def test_sizes_and_ids_that_a_config_leaves_out():
     config = pretrained.described("there", published | dict(eos_token_id=151645, layer_types=None))
     assert (config.block_size, config.mask_id, config.pad_id, config.eos_id) == (32, 151665, 151645, 151645)
     assert config.shifted and config.qkv_bias and not config.qk_norm
+    left_out = ("block_size", "mask_token_id", "norm_topk_prob", "use_qkv_bias", "norm_head")
+    published = {name: x for name, x in (LLADA2 | dict(vocab_size=157184)).items() if name not in left_out}
+    config = pretrained.described("there", published | dict(pad_token_id=156892))
+    assert (config.block_size, config.mask_id, config.pad_id, config.eos_id) == (32, 156895, 156892, 156892)
 
 
 @by_blocks
@@ -368,15 +454,26 @@ def test_what_is_not_computed_is_refused(published, tmp_path):
     kind, given, weights, folder = published
     wrong = {
         "llada": ("block_type", "sequential"), "dream": ("use_sliding_window", True), "sdar": ("attention_bias", True),
-        "fast_dllm": ("layer_types", ["full_attention", "sliding_attention"]),
+        "fast_dllm": ("layer_types", ["full_attention", "sliding_attention"]), "sdar_moe": ("norm_topk_prob", False),
+        "llada2": ("expert_capacity", 48),
     }[kind]  # fmt: skip
     with pytest.raises(ValueError, match=f"config.json: {wrong[0]}: expected .* got {re.escape(str(wrong[1]))}"):
         pretrained.load(folder, given | dict([wrong]))
     with pytest.raises(ValueError, match="config.json: expected 'rope_theta'"):
         pretrained.load(folder, {name: x for name, x in given.items() if name != "rope_theta"})
-    theta = "mlp_hidden_size" if kind == "llada" else "intermediate_size"
-    with pytest.raises(ValueError, match=r"layers.0.gate: expected shape \(24, 41\), got \(24, 40\)"):
-        pretrained.load(folder, given | {theta: 41})
+    width = "mlp_hidden_size" if kind == "llada" else "intermediate_size"
+    expected = r"layers.0.gate: expected shape \(24, 41\), got \(24, 40\)"
+    if kind == "sdar_moe":
+        width, expected = "moe_intermediate_size", r"layers.0.expert_gate: expected shape \(6, 24, 41\), got \(6, 24, 12\)"
+    with pytest.raises(ValueError, match=expected):
+        pretrained.load(folder, given | {width: 41})
+    if kind == "llada2":
+        with pytest.raises(ValueError, match=r"query_key_value.weight: expected 64 \+ 2 x 32 rows, got 64"):
+            pretrained.load(folder, given | dict(head_dim=16))
+        with pytest.raises(ValueError, match="num_experts_per_tok: expected at least 2, .* got 1"):
+            pretrained.load(folder, given | dict(num_experts_per_tok=1))
+        with pytest.raises(ValueError, match=r"experts.chosen: expected no more than .* got 9"):
+            pretrained.load(folder, given | dict(num_experts_per_tok=9))
     fewer = {"n_layers" if kind == "llada" else "num_hidden_layers": 1, "layer_types": ["full_attention"]}
     with pytest.raises(ValueError, match=r"expected what config.json tells of, got \d+ more, such as model.*\.1\.\w+"):
         pretrained.load(folder, given | fewer)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from dlm_kernels.denoiser import limits
+from dlm_kernels.denoiser.experts import Experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,9 @@ class DenoiserConfig:
     head_size: int = 64
     ffn: int = 704  # width inside SwiGLU
     vocab: int = 4096
+    experts: Experts | None = None  # in the place of the SwiGLU
     rope_theta: float = 10000.0
+    rotary_size: int | None = None  # RoPE turns so many of the head_size, the first ones; None: all
     rms_norm_eps: float = 1e-5
     qk_norm: bool = True  # RMSNorm of each query and key head, before RoPE
     qkv_bias: bool = False
@@ -24,6 +27,7 @@ class DenoiserConfig:
     self_conditioning: bool = False  # has learnt to read the soft embedding of the pass before, see `model.self_conditioned`
     shifted: bool = False  # the state of position i - 1 predicts token i, as Dream's does; position 0 its own
     block_size: int | None = None  # attends to its own block of so many positions, counted from 0, and those before; None: to all
+    threshold: float = 0.85  # above which a model with a block_size is decoded by default
     pad_id: int = 0
     eos_id: int = 1
     mask_id: int = 2
@@ -35,10 +39,14 @@ class DenoiserConfig:
             raise ValueError(f"kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size: expected an even number, for RoPE, got {self.head_size}")
+        if self.rotary_size is not None:
+            limits.counts(rotary_size=self.rotary_size)
+            if self.rotary_size % 2 or self.rotary_size > self.head_size:
+                raise ValueError(f"rotary_size: expected an even number up to head_size {self.head_size}, got {self.rotary_size}")
         if self.block_size is not None:
             limits.counts(block_size=self.block_size)
         limits.numbers(1, rope_theta=self.rope_theta)
-        limits.numbers(0, rms_norm_eps=self.rms_norm_eps)
+        limits.numbers(0, rms_norm_eps=self.rms_norm_eps, threshold=self.threshold)
         for name in ("qk_norm", "qkv_bias", "tie_embeddings", "self_conditioning", "shifted"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
@@ -54,8 +62,14 @@ class DenoiserConfig:
 
     @classmethod
     def from_dict(cls, values):
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            raise ValueError(f"config: expected the fields {sorted(known)}, got also {unknown}")
-        return cls(**values)
+        if values.get("experts") is not None:
+            values = values | {"experts": _fields(Experts, "config: experts", values["experts"])}
+        return _fields(cls, "config", values)
+
+
+def _fields(kind, name, values):
+    known = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(values, dict) or values.keys() - known:
+        got = sorted(values.keys() - known) if isinstance(values, dict) else values
+        raise ValueError(f"{name}: expected the fields {sorted(known)}, got also {got}")
+    return kind(**values)

@@ -144,19 +144,19 @@ def generate(
 
     model: (config, params, tokenizer) as `checkpoint.load` gives. prompts: a list of texts, with `<mask:n>` in all of them or in
     none: such are filled there with exactly n tokens each, others continued by at most `length` tokens, until end-of-text or the
-    end of a turn; an instruction-tuned model answers a prompt of `chat.turn`. block, steps and options
-    (threshold, top_p, cache, ...): see `sampler.decode`; by default block is 64, and with no rule at all steps is block / 4. A
-    model that attends by blocks fills its last one, and is decoded by default as in its project: SDAR a whole block at once and
-    above a threshold of 0.85, Fast-dLLM v2, whose logits are shifted, by 8 tokens and 0.9. temperature: 0, the default, is
-    greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given
-    `adaptive`, with that share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of
-    their own. style: text that is read before each prompt and is no part of the result; under guidance,
-    what it draws away from is the prompt without it. banned: token ids. required: texts that are written where they are likeliest
-    before anything else, one after the other, see `control.require`; then the length is exact. logit_bias: {token id: what to add
-    to its logit}; eos_bias: likewise for end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before
-    `length`. drafts, drafter: speculate, see `speculative.decode`; it goes with steps alone. noise_budget: decode from random
-    tokens, see `renoise.decode`, in 48 steps unless they are given, from temperature, then above 0 and by default 0.8, to half of
-    it. Returns Generation; the first, compiling run is not in its seconds. Raises ValueError for options that do not fit.
+    end of a turn; an instruction-tuned model answers a prompt of `chat.turn`. block, steps and options (threshold, top_p, cache,
+    ...): see `sampler.decode`; by default block is 64, and with no rule at all steps is block / 4. A model that attends by blocks
+    fills its last one, and is decoded by default as in its project: SDAR and LLaDA2 a whole block at once and above a threshold of
+    0.85 and 0.95, Fast-dLLM v2, whose logits are shifted, by 8 tokens and 0.9. temperature: 0, the default, is greedy. guidance: a
+    scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given `adaptive`, with that
+    share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of their own. style: text
+    that is read before each prompt and is no part of the result; under guidance, what it draws away from is the prompt without it.
+    banned: token ids. required: texts that are written where they are likeliest before anything else, one after the other, see
+    `control.require`; then the length is exact. logit_bias: {token id: what to add to its logit}; eos_bias: likewise for
+    end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before `length`. drafts, drafter: speculate,
+    see `speculative.decode`; it goes with steps alone. noise_budget: decode from random tokens, see `renoise.decode`, in 48 steps
+    unless they are given, from temperature, then above 0 and by default 0.8, to half of it. Returns Generation; the first,
+    compiling run is not in its seconds. Raises ValueError for options that do not fit.
     """
     config, params, tokenizer = model
     _check(prompts, required, options)
@@ -183,7 +183,7 @@ def generate(
     block = block if marked or by_blocks else min(block, length)
     if steps is None and all(options.get(rule) is None for rule in ALL):
         if by_blocks and drafts is None:
-            options["threshold"] = 0.9 if config.shifted else 0.85
+            options["threshold"] = config.threshold
         else:
             steps = max(block // 4, 1)
     away = None if negative_prompt is None else encode(config, tokenizer, "negative_prompt", negative_prompt)

@@ -7,10 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels import attention, masks
+from dlm_kernels.denoiser import experts
 
 
 def parameter_shapes(config):
     """Name -> shape of every parameter. Matrices are [in, out], except the embedding and the head, both [vocab, d_model]."""
+    c = config
+    shapes = {"embed": (c.vocab, c.d_model), "final_norm": (c.d_model,)}
+    if not c.tie_embeddings:
+        shapes["head"] = (c.vocab, c.d_model)
+    if c.self_conditioning:
+        shapes |= {f"soft.{name}": shape for name, shape in ({"ffn_norm": (c.d_model,)} | _swiglu_shapes(c)).items()}
+    for i in range(c.layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in _layer_shapes(c, i).items()}
+    return shapes
+
+
+def _layer_shapes(config, i):
     c = config
     queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
     layer = {
@@ -20,22 +33,18 @@ def parameter_shapes(config):
         "value": (c.d_model, keys),
         "out": (queries, c.d_model),
         "ffn_norm": (c.d_model,),
-        "gate": (c.d_model, c.ffn),
-        "up": (c.d_model, c.ffn),
-        "down": (c.ffn, c.d_model),
     }
+    mixed = c.experts is not None and i >= c.experts.dense_layers
+    layer |= experts.parameter_shapes(c.experts, c.d_model) if mixed else _swiglu_shapes(c)
     if c.qk_norm:
         layer |= {"query_norm": (c.head_size,), "key_norm": (c.head_size,)}
     if c.qkv_bias:
         layer |= {"query_bias": (queries,), "key_bias": (keys,), "value_bias": (keys,)}
-    shapes = {"embed": (c.vocab, c.d_model), "final_norm": (c.d_model,)}
-    if not c.tie_embeddings:
-        shapes["head"] = (c.vocab, c.d_model)
-    if c.self_conditioning:
-        shapes |= {f"soft.{name}": layer[name] for name in ("ffn_norm", "gate", "up", "down")}
-    for i in range(c.layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
+    return layer
+
+
+def _swiglu_shapes(config):
+    return {"gate": (config.d_model, config.ffn), "up": (config.d_model, config.ffn), "down": (config.ffn, config.d_model)}
 
 
 def init(config, key, dtype=jnp.float32):
@@ -51,8 +60,8 @@ def init(config, key, dtype=jnp.float32):
         elif name.endswith("bias") or name == "soft.down":
             params[name] = jnp.zeros(shape, dtype)
         else:
-            fan_in = shape[1] if name in ("embed", "head") else shape[0]
-            if name.endswith((".out", ".down")):
+            fan_in = shape[1] if name in ("embed", "head") else shape[-2]
+            if name.endswith((".out", "down")):
                 fan_in = fan_in * 2 * config.layers
             params[name] = (jax.random.normal(jax.random.fold_in(key, i), shape) * fan_in**-0.5).astype(dtype)
     return params
@@ -156,19 +165,20 @@ def rms_norm(x, weight, eps):
     return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope(positions, head_size, theta):
-    """cos and sin of every position's angles, float32 [B or 1, L, 1, head_size / 2] each."""
-    frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+def rope(positions, size, theta):
+    """cos and sin of every position's angles, float32 [B or 1, L, 1, size / 2] each; size: how much of a head turns."""
+    frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
     # The barrier keeps XLA from computing them anew for every head of every row of every layer.
     return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
 
 
 def rotate(x, rotation):
-    """Rotates x [B, L, heads, head_size] by its positions; the first half of a head pairs with the second."""
+    """Rotates x [B, L, heads, head_size] by its positions; of the part that turns the first half pairs with the second."""
     cos, sin = rotation
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    half = cos.shape[-1]
+    a, b, still = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, still], axis=-1).astype(x.dtype)
 
 
 def _by_blocks(config, mask, column, positions):
@@ -187,17 +197,17 @@ def _by_blocks(config, mask, column, positions):
 def _states(config, params, tokens, positions, attend, embedded=None):
     """The layers; attend(i, query, key, value) is layer i's attention, [B, L, heads, head_size]."""
     b, length = tokens.shape
-    rotation = rope(positions, config.head_size, config.rope_theta)
+    rotation = rope(positions, config.rotary_size or config.head_size, config.rope_theta)
     x = look_up(params["embed"], tokens) if embedded is None else embedded
     # Two axes, not three: XLA's CPU compiler takes half as long again over the gradients of products of [B, L, D].
     x = x.reshape(b * length, -1)
     for i in range(config.layers):
-        p = {name: params[f"layers.{i}.{name}"] for name in _layer_names(config)}
+        p = {name: params[f"layers.{i}.{name}"] for name in _layer_shapes(config, i)}
         h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
         mixed = attend(i, *_query_key_value(config, p, h, (b, length), rotation))
         x = x + product(mixed.reshape(b * length, -1), p["out"])
         h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
-        x = x + product(jax.nn.silu(product(h, p["gate"])) * product(h, p["up"]), p["down"])
+        x = x + (_mixture(config.experts, p, h) if "router" in p else _swiglu(p, h))
     x = x.reshape(b, length, -1)
     if config.shifted:
         x = jnp.where(positions[..., None] == 0, x, jnp.concatenate([x[:, :1], x[:, :-1]], axis=1))
@@ -215,9 +225,16 @@ def product(x, weight):
     return jax.lax.platform_dependent(x, weight, cpu=on_a_cpu, default=jnp.matmul)
 
 
-def _layer_names(config):
-    prefix = "layers.0."
-    return [name.removeprefix(prefix) for name in parameter_shapes(config) if name.startswith(prefix)]
+def _swiglu(p, h, prefix=""):
+    gate, up, down = (p[prefix + name] for name in ("gate", "up", "down"))
+    return product(jax.nn.silu(product(h, gate)) * product(h, up), down)
+
+
+def _mixture(shape, p, h):
+    logits = h.astype(jnp.float32) @ p["router"].astype(jnp.float32)
+    expert, weight = experts.choose(shape, logits, p.get("router_bias"))
+    mixed = experts.mix(h, p["expert_gate"], p["expert_up"], p["expert_down"], expert, weight)
+    return mixed + _swiglu(p, h, "shared_") if shape.shared_ffn else mixed
 
 
 def _query_key_value(config, p, h, shape, rotation):

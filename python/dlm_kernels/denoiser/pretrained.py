@@ -1,19 +1,22 @@
-"""Published checkpoints, read from their own safetensors under their own names: LLaDA's, Dream's, SDAR's and Fast-dLLM v2's.
+"""Published checkpoints, read from their own safetensors under their own names: LLaDA's, LLaDA2's, Dream's, SDAR's, Fast-dLLM v2's.
 
 To add an architecture: its names, and a function from its config.json to a DenoiserConfig that refuses what `model` does not
 compute.
 """
 
+import dataclasses
 import json
 import pathlib
 
 import jax.numpy as jnp
+import numpy as np
 import safetensors
 
 from dlm_kernels.denoiser import model
 from dlm_kernels.denoiser.config import DenoiserConfig
+from dlm_kernels.denoiser.experts import Experts
 
-# Our name -> theirs; {i} is the layer. Their matrices are [out, in], ours [in, out].
+# Our name -> theirs; {i} is the layer, {e} the expert. Their matrices are [out, in], ours [in, out].
 LLADA = {
     "embed": "model.transformer.wte.weight",
     "final_norm": "model.transformer.ln_f.weight",
@@ -50,6 +53,24 @@ QWEN = {
     "gate": "model.layers.{i}.mlp.gate_proj.weight",
     "up": "model.layers.{i}.mlp.up_proj.weight",
     "down": "model.layers.{i}.mlp.down_proj.weight",
+}
+# SDAR's mixtures of experts.
+QWEN_EXPERTS = QWEN | {
+    "router": "model.layers.{i}.mlp.gate.weight",
+    "expert_gate": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+    "expert_up": "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+    "expert_down": "model.layers.{i}.mlp.experts.{e}.down_proj.weight",
+}
+LLADA2 = QWEN_EXPERTS | {
+    "embed": "model.word_embeddings.weight",
+    **dict.fromkeys(("query", "key", "value"), "model.layers.{i}.attention.query_key_value.weight"),  # one below the other
+    "query_norm": "model.layers.{i}.attention.query_layernorm.weight",
+    "key_norm": "model.layers.{i}.attention.key_layernorm.weight",
+    "out": "model.layers.{i}.attention.dense.weight",
+    "router_bias": "model.layers.{i}.mlp.gate.expert_bias",
+    "shared_gate": "model.layers.{i}.mlp.shared_experts.gate_proj.weight",
+    "shared_up": "model.layers.{i}.mlp.shared_experts.up_proj.weight",
+    "shared_down": "model.layers.{i}.mlp.shared_experts.down_proj.weight",
 }
 
 
@@ -95,17 +116,56 @@ def sdar_config(given):
     return _qwen_config(given, qk_norm=True, qkv_bias=False, **ids)
 
 
+def sdar_moe_config(given):
+    """The config.json of SDAR's mixtures of experts. Source: JetLM/SDAR-30B-A3B-Chat, whose layers are Qwen3's."""
+    _refuse(given, dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[]))
+    experts = Experts(count=given["num_experts"], chosen=given["num_experts_per_tok"], ffn=given["moe_intermediate_size"])
+    return dataclasses.replace(sdar_config(given), experts=experts)
+
+
+def llada2_config(given):
+    """LLaDA2's config.json, a dict, as a DenoiserConfig. Source: inclusionAI/LLaDA2.0-mini and -flash, LLaDA2.1's.
+
+    Where the config does not say them, the ids and the size of the blocks are those of their own code. LLaDA2.2, which has an
+    expert_capacity, chooses the experts of a block together, which is not computed here.
+    """
+    fixed = dict(
+        use_qk_norm=True, use_qkv_bias=False, use_bias=False, norm_head=False, norm_topk_prob=True, score_function="sigmoid",
+        moe_router_enable_expert_bias=True, use_linear_attention=False, expert_capacity=None, rope_parameters=None,
+    )  # fmt: skip
+    _refuse(given, fixed)
+    if given["num_experts_per_tok"] < 2:
+        raise ValueError("config.json: num_experts_per_tok: expected at least 2, whose weights are shares of 1, got 1")
+    width = given["moe_intermediate_size"]
+    experts = Experts(
+        count=given["num_experts"],
+        chosen=given["num_experts_per_tok"],
+        ffn=width,
+        router="sigmoid",
+        groups=given["n_group"],
+        kept=given["topk_group"],
+        scale=given["routed_scaling_factor"],
+        shared_ffn=width * (given.get("num_shared_experts") or 0),
+        dense_layers=given["first_k_dense_replace"],
+    )
+    size = given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
+    ids = dict(block_size=given.get("block_size", 32), mask_id=given.get("mask_token_id", 156895), threshold=0.95)
+    given = dict(eos_token_id=given["pad_token_id"]) | given
+    turned = int(size * given["partial_rotary_factor"])
+    return _qwen_config(given, qk_norm=True, qkv_bias=False, experts=experts, rotary_size=turned, **ids)
+
+
 def fast_dllm_config(given):
     """Fast-dLLM v2's config.json, a dict, as a DenoiserConfig. Source: Efficient-Large-Model/Fast_dLLM_v2_7B and _1.5B.
 
     The defaults are those of their own code, as the mask's id is only there.
     """
-    ids = dict(block_size=given.get("bd_size", 32), mask_id=given.get("mask_token_id", 151665))
+    ids = dict(block_size=given.get("bd_size", 32), mask_id=given.get("mask_token_id", 151665), threshold=0.9)
     return _qwen_config(given, qk_norm=False, qkv_bias=True, shifted=True, **ids)
 
 
 def _qwen_config(given, **own):
-    """What the config.json of models that come from Qwen have in common, and what each adds of its own."""
+    """What the config.json of models that come from Qwen, or are written like it, have in common, and what each adds of its own."""
     kinds = sorted(set(given.get("layer_types") or ["full_attention"]))
     only = dict(hidden_act="silu", rope_scaling=None, use_sliding_window=False, layer_types=["full_attention"])
     _refuse(given | dict(layer_types=kinds), only)
@@ -132,6 +192,8 @@ ARCHITECTURES = {
     "llada": (llada_config, LLADA),
     "dream": (dream_config, QWEN),
     "sdar": (sdar_config, QWEN),
+    "sdar_moe": (sdar_moe_config, QWEN_EXPERTS),
+    "llada2_moe": (llada2_config, LLADA2),
     "fast_dllm_qwen": (fast_dllm_config, QWEN),
 }
 
@@ -157,26 +219,42 @@ def load(directory, config, *, dtype=None):
     where the config does not fit, or a parameter is missing, unknown or of another shape.
     """
     directory, (_, names) = pathlib.Path(directory), architecture(config)
-    shapes = model.parameter_shapes(described(directory, config))
-    theirs = {name: _their_name(names, name) for name in shapes}
+    ours = described(directory, config)
+    shapes = model.parameter_shapes(ours)
+    theirs = {name: _their_names(names, ours, name) for name in shapes}
     (stored, tensor), params = _tensors(directory), {}
     # Some files hold the embedding once more as the head that it is, and the frequencies that follow from the config.
     beside = {names["head"], *(name for name in stored if name.endswith(".rotary_emb.inv_freq"))}
-    unknown = sorted(stored - beside - set(theirs.values()))
+    unknown = sorted(stored - beside - {name for of_one in theirs.values() for name in of_one})
     if unknown:  # a bias, say, or one more layer, without which the model would be another
         raise ValueError(f"{directory}: expected what config.json tells of, got {len(unknown)} more, such as {unknown[0]}")
     for name, shape in shapes.items():
-        array = jnp.asarray(tensor(theirs[name]), dtype)
-        params[name] = array.T if array.ndim == 2 and name.startswith("layers.") else array
-        if params[name].shape != shape:
-            raise ValueError(f"{directory}: {name}: expected shape {shape}, got {params[name].shape}")
+        arrays = [_own_rows(ours, one, name, tensor(one)) for one in theirs[name]]
+        array = jnp.asarray(np.stack(arrays) if ".expert_" in name else arrays[0], dtype)
+        if name.startswith("layers.") and array.ndim > 1:
+            array = array.swapaxes(-1, -2)
+        if array.shape != shape:
+            raise ValueError(f"{directory}: {name}: expected shape {shape}, got {array.shape}")
+        params[name] = array
     return params
 
 
-def _their_name(names, name):
-    """Of one of our parameters the name in their files."""
+def _their_names(names, config, name):
+    """Of one of our parameters the names in their files: one, or that of every expert."""
     _, i, part = name.split(".") if name.startswith("layers.") else (None, None, name)
-    return names[part].format(i=i)
+    many = range(config.experts.count if "{e}" in names[part] else 1)
+    return [names[part].format(i=i, e=e) for e in many]
+
+
+def _own_rows(config, theirs, name, array):
+    """Of a matrix that holds the queries, the keys and the values one below the other those of `name`; of others all."""
+    if not theirs.endswith(".query_key_value.weight"):
+        return array
+    queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
+    if len(array) != queries + 2 * keys:
+        raise ValueError(f"{theirs}: expected {queries} + 2 x {keys} rows, got {len(array)}")
+    parts = np.split(array, [queries, queries + keys])
+    return dict(zip(("query", "key", "value"), parts))[name.split(".")[-1]]
 
 
 def _tensors(directory):
