@@ -85,6 +85,15 @@ def test_turns_of_qwen_and_its_kin(mask, before, texts):
     assert chat.ends(CONFIG, tokenizer) == [1, tokenizer.token_to_id("<|im_end|>")]
 
 
+def test_turns_of_llada2(texts):
+    tokenizer = data.train_tokenizer([text for _, text, _ in texts], 300)
+    tokenizer.add_special_tokens([AddedToken(token) for token in ("<role>", "</role>", "<|role_end|>")])
+    ids = tokenizer.encode(chat.turn(tokenizer, "add {two}")).ids
+    assert tokenizer.decode(ids) == "SYSTEMdetailed thinking offHUMANadd {two}ASSISTANT"
+    assert ids.count(tokenizer.token_to_id("<|role_end|>")) == 2 and ids.count(tokenizer.token_to_id("<role>")) == 3
+    assert chat.ends(CONFIG, tokenizer) == [1, tokenizer.token_to_id("<|role_end|>")]
+
+
 def test_an_answer_ends_with_its_turn(answering):
     """Of a model that would write nothing but the end of a turn: it ends the row, unless a length is asked for."""
     tokenizer = answering[2]
@@ -157,10 +166,10 @@ def test_the_command_answers(answering, tmp_path, capsys):
 
 def test_broken_files_are_named(answering, tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llada2_moe"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffusion_gemma"}))
     (tmp_path / "tokenizer.json").write_text(pointer)
     with pytest.raises(ValueError, match=f"{tmp_path}: its tokenizer cannot be read"):
         checkpoint.load(tmp_path)
     answering[2].save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="model_type: expected one of llada, dream, sdar, fast_dllm_qwen, got llada2_moe"):
+    with pytest.raises(ValueError, match="model_type: expected one of llada, .*, llada2_moe, .*, got diffusion_gemma"):
         checkpoint.load(tmp_path)

@@ -45,6 +45,14 @@ SDAR_MOE = SDAR | dict(
     model_type="sdar_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True,
     decoder_sparse_step=1, mlp_only_layers=[],
 )  # fmt: skip
+LLADA_MOE = dict(
+    model_type="llada", hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2,
+    dense_intermediate_size=FFN, expert_intermediate_size=12, shared_expert_intermediate_size=None, vocab_size=VOCAB,
+    rope_theta=50000, rms_norm_eps=1e-5, tie_word_embeddings=False, hidden_act="silu", rope_scaling=None, attention_bias=False,
+    clip_qkv=None, num_experts=8, num_experts_per_tok=3, norm_topk_prob=None, qk_layernorm=True, moe_layer_freq=[1] * LAYERS,
+    moe_router_enable_expert_bias=False, moe_router_score_function="softmax", partial_rotary_factor=1, routed_scaling_factor=1,
+    router_num_group=None, router_topk_group=None, pad_token_id=1, eos_token_id=1, mask_token_id=2,
+)  # fmt: skip
 # Half of a head turns; one layer is dense, the other has 3 groups of 4 experts, 2 of them kept, and a shared one.
 LLADA2 = dict(
     model_type="llada2_moe", hidden_size=D, head_dim=8, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2,
@@ -55,10 +63,12 @@ LLADA2 = dict(
     moe_router_enable_expert_bias=True, block_size=8, pad_token_id=1, mask_token_id=2,
 )  # fmt: skip
 GIVEN = {
-    "llada": LLADA, "dream": DREAM, "sdar": SDAR, "fast_dllm": FAST_DLLM, "sdar_moe": SDAR_MOE, "llada2": LLADA2
+    "llada": LLADA, "llada_moe": LLADA_MOE, "dream": DREAM, "sdar": SDAR, "fast_dllm": FAST_DLLM, "sdar_moe": SDAR_MOE,
+    "llada2": LLADA2,
 }  # fmt: skip
+MIXED = {"llada_moe": 0, "sdar_moe": 0, "llada2": 1}  # how many layers are dense
 BIASES, SHIFTED = ("dream", "fast_dllm"), ("dream", "fast_dllm")
-NORMS = {"sdar": ("self_attn.q_norm", "self_attn.k_norm"), "sdar_moe": ("self_attn.q_norm", "self_attn.k_norm")}
+NORMS = dict.fromkeys(("llada_moe", "sdar", "sdar_moe"), ("self_attn.q_norm", "self_attn.k_norm"))
 NORMS["llada2"] = ("attention.query_layernorm", "attention.key_layernorm")
 BLOCK = {
     "llada": dict(
@@ -118,12 +128,13 @@ def _swiglu(width):
 
 
 def is_dense(kind, layer):
-    return layer < GIVEN[kind].get("first_k_dense_replace", 0 if kind == "sdar_moe" else LAYERS)
+    return layer < MIXED.get(kind, LAYERS)
 
 
 def mixture(config, prefix, random):
     """A layer's experts, all of them parameters of their own."""
-    count, width, shared = (config.get(name, 0) for name in ("num_experts", "moe_intermediate_size", "num_shared_experts"))
+    width = config.get("moe_intermediate_size", config.get("expert_intermediate_size"))
+    count, shared = config["num_experts"], config.get("num_shared_experts", 0)
     named = {f"experts.{e}": width for e in range(count)} | ({"shared_experts": shared * width} if shared else {})
     found = {f"{prefix}gate.weight": random.normal(size=(count, D)) * 2 * D**-0.5}
     if shared:
@@ -135,7 +146,7 @@ def mixture(config, prefix, random):
 
 
 def mixed(config, w, prefix, h):
-    """h [L, D] through a layer's experts, token by token, as modeling_llada2_moe.py and Qwen3's mixtures have it."""
+    """h [L, D] through a layer's experts, token by token, as modeling_llada2_moe.py, modeling_lladamoe.py and Qwen3's have it."""
 
     def swiglu(x, name):
         gate, up, down = (w[f"{prefix}{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
@@ -154,7 +165,9 @@ def mixed(config, w, prefix, h):
             scores = rank = np.exp(found - found.max()) / np.exp(found - found.max()).sum()
         chosen = np.argsort(-rank)[: config["num_experts_per_tok"]]
         for e in chosen:
-            share = scores[e] / scores[chosen].sum() * config.get("routed_scaling_factor", 1)
+            share = scores[e] * config.get("routed_scaling_factor", 1)
+            if config["norm_topk_prob"]:
+                share = share / scores[chosen].sum()
             out[at] += share * swiglu(x, f"experts.{e}")
         if config.get("num_shared_experts"):
             out[at] += swiglu(x, "shared_experts")
@@ -273,7 +286,7 @@ def test_decoding_agrees_with_the_published_logits(published):
 
 
 def test_confidence_at_a_temperature_is_as_in_the_published_code(published):
-    """Of the tempered distribution, but LLaDA's of the model's own."""
+    """Of the tempered distribution, but LLaDA's and LLaDA-MoE's of the model's own."""
     kind, given, weights, folder = published
     config, params, _ = checkpoint.load(folder)
     tokens = np.full((1, 8), 2, np.int32)
@@ -282,7 +295,7 @@ def test_confidence_at_a_temperature_is_as_in_the_published_code(published):
         config, params, tokens, block=4, first=4, steps=4, temperature=0.5, key=jax.random.split(jax.random.key(0), 1)
     )
     (at,) = np.flatnonzero(decoded.revealed[0] == 0)
-    found = logits(kind, given, weights, tokens[0])[at] / (1.0 if kind == "llada" else 0.5)
+    found = logits(kind, given, weights, tokens[0])[at] / (1.0 if kind in ("llada", "llada_moe") else 0.5)
     found[2] = -np.inf
     p = np.exp(found - found.max())
     np.testing.assert_allclose(decoded.confidence[0, at], (p / p.sum())[decoded.tokens[0, at]], rtol=1e-4)
@@ -455,7 +468,7 @@ def test_what_is_not_computed_is_refused(published, tmp_path):
     wrong = {
         "llada": ("block_type", "sequential"), "dream": ("use_sliding_window", True), "sdar": ("attention_bias", True),
         "fast_dllm": ("layer_types", ["full_attention", "sliding_attention"]), "sdar_moe": ("norm_topk_prob", False),
-        "llada2": ("expert_capacity", 48),
+        "llada2": ("expert_capacity", 48), "llada_moe": ("moe_layer_freq", [0, 1]),
     }[kind]  # fmt: skip
     with pytest.raises(ValueError, match=f"config.json: {wrong[0]}: expected .* got {re.escape(str(wrong[1]))}"):
         pretrained.load(folder, given | dict([wrong]))
@@ -463,8 +476,9 @@ def test_what_is_not_computed_is_refused(published, tmp_path):
         pretrained.load(folder, {name: x for name, x in given.items() if name != "rope_theta"})
     width = "mlp_hidden_size" if kind == "llada" else "intermediate_size"
     expected = r"layers.0.gate: expected shape \(24, 41\), got \(24, 40\)"
-    if kind == "sdar_moe":
-        width, expected = "moe_intermediate_size", r"layers.0.expert_gate: expected shape \(6, 24, 41\), got \(6, 24, 12\)"
+    if MIXED.get(kind) == 0:
+        width = "moe_intermediate_size" if kind == "sdar_moe" else "expert_intermediate_size"
+        expected = r"layers.0.expert_gate: expected shape \(\d, 24, 41\), got \(\d, 24, 12\)"
     with pytest.raises(ValueError, match=expected):
         pretrained.load(folder, given | {width: 41})
     if kind == "llada2":
@@ -475,6 +489,7 @@ def test_what_is_not_computed_is_refused(published, tmp_path):
         with pytest.raises(ValueError, match=r"experts.chosen: expected no more than .* got 9"):
             pretrained.load(folder, given | dict(num_experts_per_tok=9))
     fewer = {"n_layers" if kind == "llada" else "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    fewer |= dict(moe_layer_freq=[1])
     with pytest.raises(ValueError, match=r"expected what config.json tells of, got \d+ more, such as model.*\.1\.\w+"):
         pretrained.load(folder, given | fewer)
     safetensors.numpy.save_file({name: x for name, x in weights.items() if "up_proj" not in name}, tmp_path / "model.safetensors")

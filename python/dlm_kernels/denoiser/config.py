@@ -17,9 +17,7 @@ class DenoiserConfig:
     head_size: int = 64
     ffn: int = 704  # width inside SwiGLU
     vocab: int = 4096
-    experts: Experts | None = None  # in the place of the SwiGLU
     rope_theta: float = 10000.0
-    rotary_size: int | None = None  # RoPE turns so many of the head_size, the first ones; None: all
     rms_norm_eps: float = 1e-5
     qk_norm: bool = True  # RMSNorm of each query and key head, before RoPE
     qkv_bias: bool = False
@@ -27,10 +25,12 @@ class DenoiserConfig:
     self_conditioning: bool = False  # has learnt to read the soft embedding of the pass before, see `model.self_conditioned`
     shifted: bool = False  # the state of position i - 1 predicts token i, as Dream's does; position 0 its own
     block_size: int | None = None  # attends to its own block of so many positions, counted from 0, and those before; None: to all
-    threshold: float = 0.85  # above which a model with a block_size is decoded by default
     pad_id: int = 0
     eos_id: int = 1
     mask_id: int = 2
+    rotary_size: int | None = None  # RoPE turns so many of the head_size, the first ones; None: all
+    experts: Experts | None = None  # in the place of the SwiGLU
+    threshold: float = 0.85  # above which a model with a block_size is decoded by default
 
     def __post_init__(self):
         sizes = ("layers", "d_model", "heads", "kv_heads", "head_size", "ffn", "vocab")

@@ -18,6 +18,7 @@ class Experts:
     chosen: int  # of them for each token
     ffn: int  # width inside each
     router: str = "softmax"  # of the router's logits; "sigmoid" has a bias, which chooses but does not weigh
+    normalized: bool = True  # the weights of the chosen ones add up to 1
     groups: int = 1  # experts are chosen from the `kept` best of so many equal groups
     kept: int = 1
     scale: float = 1.0  # of what the chosen ones give together
@@ -28,6 +29,8 @@ class Experts:
         limits.counts(**{f"experts.{name}": getattr(self, name) for name in ("count", "chosen", "ffn", "groups", "kept")})
         limits.counts(0, **{f"experts.{name}": getattr(self, name) for name in ("shared_ffn", "dense_layers")})
         limits.numbers(0, **{"experts.scale": self.scale})
+        if not isinstance(self.normalized, bool):
+            raise ValueError(f"experts.normalized: expected true or false, got {self.normalized!r}")
         if self.router not in ROUTERS:
             raise ValueError(f"experts.router: expected one of {ROUTERS}, got {self.router!r}")
         if self.count % self.groups or self.kept > self.groups or (self.groups > 1 and self.count // self.groups < 2):
@@ -63,7 +66,8 @@ def choose(experts, logits, bias=None):
         weight = scores[expert] / scores[expert].sum() * scale
 
     logits float32 [N, count]; bias [count] or None. With groups the experts outside of the `kept` best are left out: a group is as
-    good as its two best experts together. Sources: SDAR's MoE, which is Qwen3's, and LLaDA2's modeling_llada2_moe.py.
+    good as its two best experts together. Not normalized, nothing is divided by the sum. Sources: SDAR's MoE, which is Qwen3's,
+    LLaDA-MoE's modeling_lladamoe.py and LLaDA2's modeling_llada2_moe.py.
     """
     scores = jax.nn.softmax(logits, axis=-1) if experts.router == "softmax" else jax.nn.sigmoid(logits)
     rank = scores if bias is None else scores + bias.astype(jnp.float32)
@@ -74,7 +78,9 @@ def choose(experts, logits, bias=None):
         rank = jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(rank.shape)
     _, expert = jax.lax.top_k(rank, experts.chosen)
     weight = jnp.take_along_axis(scores, expert, axis=-1)
-    return expert, weight / (weight.sum(-1, keepdims=True) + 1e-20) * experts.scale
+    if experts.normalized:
+        weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
+    return expert, weight * experts.scale
 
 
 def mix(x, gate, up, down, expert, weight):

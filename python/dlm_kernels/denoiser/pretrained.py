@@ -1,4 +1,4 @@
-"""Published checkpoints, read from their own safetensors under their own names: LLaDA's, LLaDA2's, Dream's, SDAR's, Fast-dLLM v2's.
+"""Published checkpoints, read from their own safetensors under their own names: of the LLaDAs, Dream, SDAR, Fast-dLLM v2.
 
 To add an architecture: its names, and a function from its config.json to a DenoiserConfig that refuses what `model` does not
 compute.
@@ -54,7 +54,7 @@ QWEN = {
     "up": "model.layers.{i}.mlp.up_proj.weight",
     "down": "model.layers.{i}.mlp.down_proj.weight",
 }
-# SDAR's mixtures of experts.
+# LLaDA-MoE's, and SDAR's mixtures of experts.
 QWEN_EXPERTS = QWEN | {
     "router": "model.layers.{i}.mlp.gate.weight",
     "expert_gate": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
@@ -98,6 +98,24 @@ def llada_config(given):
         eos_id=given["eos_token_id"],
         mask_id=given["mask_token_id"],
     )
+
+
+def llada_moe_config(given):
+    """LLaDA-MoE's config.json, a dict, as a DenoiserConfig. Source: inclusionAI/LLaDA-MoE-7B-A1B-Base and -Instruct.
+
+    Its own code does not read norm_topk_prob: the weights of the chosen experts are never made to add up to 1.
+    """
+    given = {name: x for name, x in given.items() if x is not None}
+    freely = dict(moe_layer_freq=[1] * given["num_hidden_layers"], moe_router_score_function="softmax", partial_rotary_factor=1)
+    absent = ("clip_qkv", "shared_expert_intermediate_size", "router_num_group", "router_topk_group")
+    fixed = dict(attention_bias=False, qk_layernorm=True, moe_router_enable_expert_bias=False, routed_scaling_factor=1)
+    _refuse(given, fixed | freely | dict.fromkeys(absent))
+    experts = Experts(
+        count=given["num_experts"], chosen=given["num_experts_per_tok"], ffn=given["expert_intermediate_size"], normalized=False
+    )
+    given = dict(num_key_value_heads=given["num_attention_heads"], intermediate_size=given["dense_intermediate_size"]) | given
+    mask_id = given.get("mask_token_id", 156895)
+    return _qwen_config(given, qk_norm=True, qkv_bias=False, experts=experts, mask_id=mask_id)
 
 
 def dream_config(given):
@@ -190,6 +208,7 @@ def _qwen_config(given, **own):
 
 ARCHITECTURES = {
     "llada": (llada_config, LLADA),
+    "llada_moe": (llada_moe_config, QWEN_EXPERTS),
     "dream": (dream_config, QWEN),
     "sdar": (sdar_config, QWEN),
     "sdar_moe": (sdar_moe_config, QWEN_EXPERTS),
@@ -200,7 +219,9 @@ ARCHITECTURES = {
 
 def architecture(config):
     """The entry of ARCHITECTURES that a config.json names, or None for one of this package's own."""
-    return ARCHITECTURES.get(str(config.get("model_type")).lower())
+    name = str(config.get("model_type")).lower()
+    # Both call themselves so.
+    return ARCHITECTURES.get("llada_moe" if name == "llada" and "num_experts" in config else name)
 
 
 def described(directory, config):
