@@ -69,6 +69,7 @@ def _parser():
     add("--factor", type=float, help="commit by Fast-dLLM's factor rule")
     add("--entropy-budget", type=float, help="commit the most certain while their entropies sum to this")
     add("--edit-threshold", type=float, help="replace committed tokens where the model is this sure of another")
+    add("--edit-passes", type=int, help="with --edit-threshold: passes more over a full block, at most, until one edits nothing")
     add("--remask", type=float, metavar="SHARE", help="mask this share of doubtful tokens anew after each pass")
     rules = ("least", "cap", "rescale", "confidence")
     add("--remask-rule", choices=rules, help="the least certain, or ReMDM's rules of strength --remask")

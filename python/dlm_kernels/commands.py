@@ -35,8 +35,8 @@ from dlm_kernels.denoiser.config import DenoiserConfig
 
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
 GENERATE_OPTIONS = (
-    "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "remask", "remask_rule", "confidence",
-    "temperature", "top_p", "top_k", "seed", "guidance", "negative_prompt", "style", "adaptive", "guidance_final",
+    "block", "steps", "threshold", "factor", "entropy_budget", "edit_threshold", "edit_passes", "remask", "remask_rule",
+    "confidence", "temperature", "top_p", "top_k", "seed", "guidance", "negative_prompt", "style", "adaptive", "guidance_final",
     "guidance_interval", "guidance_refresh", "eos_bias", "exact", "attend", "cache", "refresh", "drafts", "noise_budget",
     "implementation",
 )  # fmt: skip

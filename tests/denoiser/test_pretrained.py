@@ -316,13 +316,15 @@ def test_caches_are_exact(options, published):
     )
 
 
-def decoded_by_blocks(kind, config, weights, board, part, threshold, banned):
+def decoded_by_blocks(kind, config, weights, board, part, threshold, banned, edit_threshold=np.inf, edit_passes=0):
     """`board` [L] as SDAR's and Fast-dLLM v2's own loops fill it, greedily, and the forward passes they take but for SDAR's of a
     finished block, which a block's first pass here is too.
 
-    Both go through the model's blocks, within them through parts of `part`, and write all above the threshold, at least one; to
-    Fast-dLLM v2 a finished block tells the first token of the next.
+    They go through the model's blocks, within them through parts of `part`, and write all above the threshold, at least one; to
+    Fast-dLLM v2 a finished block tells the first token of the next. LLaDA2.1 also edits what an earlier pass wrote, and goes on
+    when the block is full.
     """
+    written = board == 2
     board, passes, size = board.copy(), 0, config.get("block_size", config.get("bd_size"))
 
     def guess(end):
@@ -334,14 +336,43 @@ def decoded_by_blocks(kind, config, weights, board, part, threshold, banned):
     for begin in range(0, len(board), part):
         if kind == "fast_dllm" and begin % size == 0 and board[begin] == 2:
             board[begin], passes = guess(begin + 1)[0][begin], passes + 1
-        places = np.arange(len(board)) // part == begin // part
-        while (places & (board == 2)).any():
+        places, more = np.arange(len(board)) // part == begin // part, edit_passes
+        open_before = (places & (board == 2)).any()
+        while open_before and ((places & (board == 2)).any() or more > 0):
             token, sure = guess(begin // size * size + size)
             token, sure = (np.pad(x, (0, len(board) - len(x))) for x in (token, sure))
-            sure = np.where(places & (board == 2), sure, -1)
-            chosen = (sure > threshold) | (np.arange(len(board)) == sure.argmax())
-            board[chosen], passes = token[chosen], passes + 1
+            todo = places & (board == 2)
+            edited = places & written & ~todo & (sure > edit_threshold) & (token != board)
+            chosen = todo & ((sure > threshold) | (np.arange(len(board)) == np.where(todo, sure, -1).argmax()))
+            if not todo.any():
+                more = more - 1 if edited.any() else 0
+            board, passes = np.where(chosen | edited, token, board), passes + 1
     return board, passes
+
+
+@pytest.mark.parametrize("published", ["llada2"], indirect=True)
+@pytest.mark.parametrize("cache", [False, True])
+def test_edits_go_on_when_a_block_is_full(cache, published):
+    """LLaDA2.1's loop: one row runs into the end of its passes in a block, in the other all edits end before."""
+    kind, given, weights, folder = published
+    config, params, _ = checkpoint.load(folder)
+    tokens = np.full((2, 24), 2, np.int32)
+    for row, seed in enumerate((0, 7)):
+        tokens[row, :7] = np.random.default_rng(seed).integers(3, VOCAB, 7)
+    options = dict(block=8, threshold=0.5, edit_threshold=0.8, first=7, cache=cache)
+
+    def looped(row, edit_passes):
+        return decoded_by_blocks(kind, given, weights, tokens[row], 8, 0.5, [], 0.8, edit_passes)
+
+    expected, passes = zip(looped(0, 3), looped(1, 3))
+    assert looped(0, 30)[1] > passes[0] and looped(1, 30)[1] == passes[1]
+    edited = sampler.decode(config, params, tokens, edit_passes=3, **options)
+    np.testing.assert_array_equal(edited.tokens, expected)
+    for row in range(2):  # beside a row that is given
+        alone = np.where(np.arange(2)[:, None] == row, tokens, expected)
+        assert sampler.decode(config, params, alone, edit_passes=3, **options).passes == passes[row]
+    unedited = sampler.decode(config, params, tokens, **options).tokens
+    np.testing.assert_array_equal(unedited, [looped(row, 0)[0] for row in range(2)])
 
 
 @by_blocks

@@ -295,7 +295,7 @@ def test_numbers_are_data(run, config, board):
         run(place, unconditional=other, key=keys, cache=True, **numbers)
 
     numbers = dict(
-        steps=3, threshold=0.9, factor=0.5, edit_threshold=0.9, remask=0.1, temperature=0.5, refresh=2,
+        steps=3, threshold=0.9, factor=0.5, edit_threshold=0.9, edit_passes=2, remask=0.1, temperature=0.5, refresh=2,
         guidance_scale=2.0, guidance_final=1.0, guidance_interval=(0.0, 0.5), guidance_refresh=3,
     )  # fmt: skip
     once([0, 5, 3], [8, 8, 8], **numbers)
@@ -349,6 +349,8 @@ def test_nothing_to_do(run):
         (dict(steps=0), "steps: expected at least 1, got 0"),
         (dict(steps=2, block=0), "block: expected an int of at least 1, got 0"),
         (dict(threshold=0.5, remask=0.5), "remask: expected steps with it"),
+        (dict(threshold=0.5, edit_passes=2), "edit_passes: expected an edit_threshold with it, got none"),
+        (dict(threshold=0.5, edit_threshold=0.5, edit_passes=0), "edit_passes: expected at least 1, got 0"),
         (dict(steps=2, remask=0.5, remask_rule="most"), "remask_rule: expected one of"),
         (dict(steps=2, remask=0.5, remask_rule="cap"), "a key with a random remask_rule"),
         (dict(steps=2, confidence="random"), "a key with a random remask_rule or confidence"),

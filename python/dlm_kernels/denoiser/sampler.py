@@ -35,6 +35,7 @@ class _State(NamedTuple):
     step: jax.Array  # int32, passes made on it
     cache: list  # per layer (key, value), or empty
     other: tuple  # the unconditional stream's (hidden states of the window, cache) where it is not computed every pass, or empty
+    edits: jax.Array  # int32 [B], passes that may still edit that block, which is full; 0 where it is not
 
 
 def decode(
@@ -51,6 +52,7 @@ def decode(
     factor=None,
     entropy_budget=None,
     edit_threshold=None,
+    edit_passes=None,
     remask=None,
     remask_rule="least",
     confidence="probability",
@@ -95,6 +97,8 @@ def decode(
       threshold, factor, entropy_budget: see `unmask_topk`. At least one of the four;
         with several the one that unmasks most holds, so steps with threshold is "all above it, and done in time".
       edit_threshold: also replace tokens of the block committed in an earlier pass, where the model is this sure of another.
+      edit_passes: at most so many passes more over a block that is full, which only edit, until one changes nothing, as LLaDA2.1's
+        max_post_steps. Default: none.
       remask: after every pass but a block's last, mask anew this share (rounded down) of what earlier passes wrote in it, the least
         confident when written first; the passes left commit so much more. Needs steps.
       remask_rule: "least", that; or "cap", "rescale" or "confidence", where remask is the strength of ReMDM's random rules, see
@@ -141,7 +145,7 @@ def decode(
     rules = dict(threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     if steps is None and all(rule is None for rule in rules.values()):
         raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
-    limits.whole(1, steps=steps, guidance_refresh=guidance_refresh, refresh=refresh, top_k=top_k)
+    limits.whole(1, steps=steps, edit_passes=edit_passes, guidance_refresh=guidance_refresh, refresh=refresh, top_k=top_k)
     limits.numbers(0, 1, remask=remask, guidance_remask=guidance_remask)
     limits.numbers(0, 1, above=True, top_p=top_p)
     limits.numbers(0, factor=factor, entropy_budget=entropy_budget, temperature=temperature)
@@ -149,6 +153,8 @@ def decode(
         threshold=threshold, edit_threshold=edit_threshold, guidance_scale=guidance_scale, guidance_final=guidance_final,
         guidance_interval=guidance_interval, classifier_scale=classifier_scale,
     )  # fmt: skip
+    if edit_passes is not None and edit_threshold is None:
+        raise ValueError("edit_passes: expected an edit_threshold with it, got none")
     if remask is not None and steps is None:
         raise ValueError("remask: expected steps with it, which say when it has to end, got none")
     if remask_rule not in remasking.RULES:
@@ -220,6 +226,7 @@ def decode(
         top_k=whole(top_k),  # [] or [B]
         remask=real(remask),  # []
         edit_threshold=real(edit_threshold),  # [] or [B]
+        edit_passes=whole(edit_passes),  # []
         guidance_scale=real(guidance_scale),  # [], [B] or [B, L]
         guidance_final=real(guidance_final),  # [] or [B]
         guidance_interval=real(guidance_interval),  # a pair, each [] or [B]
@@ -249,8 +256,9 @@ def _decode(static, params, tokens, columns, data):
         return hole & (state.decoded.tokens == config.mask_id)
 
     def one_pass(state):
-        # The first block, over all rows, that still has a mask.
-        index = blocks.next_block(masked(state), columns["first"], block).min()
+        # The first block, over all rows, that still has a mask or is being edited.
+        following = blocks.next_block(masked(state), columns["first"], block)
+        index = jnp.where(state.edits > 0, state.block, following).min()
         step = jnp.where(index == state.block, state.step + 1, 0)
         at, inside = blocks.window(hole, columns["first"], block, index)
         hidden, cache, other = streams.both(static, params, columns, data, state, hole, index, step, at)
@@ -260,19 +268,25 @@ def _decode(static, params, tokens, columns, data):
             hidden += jnp.tile(towards, (hidden.shape[0] // b, 1, 1)).astype(hidden.dtype)
         # A row that waits for others must not be edited or masked anew meanwhile.
         todo = inside & (model.read_window(state.decoded.tokens, at, block) == config.mask_id)
-        inside &= todo.any(1, keepdims=True)
+        begun = todo.any(1)
+        inside &= (begun | (state.edits > 0))[:, None]
         may = blocks.opened(config, columns["start"], at, todo, inside)
         decoded = _commit(static, params, data, state.decoded, hidden, may, at, index, step)
         if data["remask"] is not None:
             decoded = remasking.remask(config, static.remask_rule, data, decoded, inside, at, index, step)
         decoded = decoded._replace(tokens=blocks.end_rows(config, data["stop_at"], decoded.tokens, hole))
+        edits = state.edits
+        if data["edit_passes"] is not None:
+            full = ~(inside & (model.read_window(decoded.tokens, at, block) == config.mask_id)).any(1)
+            changed = (decoded.tokens != state.decoded.tokens).any(1)
+            edits = jnp.where(begun, full * data["edit_passes"], changed * (edits - 1))
         if static.on_pass is not None:
             jax.debug.callback(lambda *fields: static.on_pass(blocks.Decoded(*fields)), *decoded, ordered=True)
-        return _State(decoded, index, step, cache, other)
+        return _State(decoded, index, step, cache, other, edits)
 
     # No block is the next after that.
-    before = _State(blocks.untouched(tokens), jnp.int32(-NEVER), jnp.int32(0), cache, other)
-    return jax.lax.while_loop(lambda state: masked(state).any(), one_pass, before).decoded
+    before = _State(blocks.untouched(tokens), jnp.int32(-NEVER), jnp.int32(0), cache, other, jnp.zeros(b, jnp.int32))
+    return jax.lax.while_loop(lambda state: masked(state).any() | (state.edits > 0).any(), one_pass, before).decoded
 
 
 def _commit(static, params, data, decoded, hidden, inside, at, index, step):
