@@ -105,11 +105,13 @@ def llada_moe_config(given):
 
     Its own code does not read norm_topk_prob: the weights of the chosen experts are never made to add up to 1.
     """
+    fixed = dict(
+        attention_bias=False, clip_qkv=None, qk_layernorm=True, partial_rotary_factor=1, routed_scaling_factor=1,
+        moe_layer_freq=[1] * given["num_hidden_layers"], moe_router_enable_expert_bias=False, moe_router_score_function="softmax",
+        shared_expert_intermediate_size=None, router_num_group=None, router_topk_group=None,
+    )  # fmt: skip
     given = {name: x for name, x in given.items() if x is not None}
-    freely = dict(moe_layer_freq=[1] * given["num_hidden_layers"], moe_router_score_function="softmax", partial_rotary_factor=1)
-    absent = ("clip_qkv", "shared_expert_intermediate_size", "router_num_group", "router_topk_group")
-    fixed = dict(attention_bias=False, qk_layernorm=True, moe_router_enable_expert_bias=False, routed_scaling_factor=1)
-    _refuse(given, fixed | freely | dict.fromkeys(absent))
+    _refuse(given, fixed)
     experts = Experts(
         count=given["num_experts"], chosen=given["num_experts_per_tok"], ffn=given["expert_intermediate_size"], normalized=False
     )
