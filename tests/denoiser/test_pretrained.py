@@ -90,7 +90,7 @@ ENDS = {
     "llada2": ("model.word_embeddings", "model.norm", "lm_head"),
 }
 bidirectional = pytest.mark.parametrize("published", ["llada", "dream"], indirect=True)
-by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm", "sdar_moe", "llada2"], indirect=True)
+by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm", "llada2"], indirect=True)
 
 
 def names_of(kind):
@@ -391,7 +391,7 @@ def test_blocks_are_decoded_as_published(published):
         expected, _ = decoded_by_blocks(kind, given, weights, tokens[row, begin:], 4, 0.5, [])
         np.testing.assert_array_equal(plain.tokens[row, begin:], expected)
     np.testing.assert_array_equal(sampler.decode(config, params, tokens, cache=True, **options).tokens, plain.tokens)
-    if kind in ("sdar", "sdar_moe"):  # two blocks at once
+    if kind == "sdar":  # two blocks at once
         options["block"] = 8
     else:
         unconditional = dict(unconditional=np.where(tokens == 1, 1, 2), unconditional_start=start)
@@ -411,7 +411,7 @@ def test_generation_is_the_projects_own_by_default(published):
     board = made.board.tokens[0, made.board.start[0] :]
     size = given.get("block_size", given.get("bd_size"))
     assert len(board) % size == 0 and 9 <= made.tokens < 9 + size
-    part, threshold = {"fast_dllm": (8, 0.9), "llada2": (8, 0.95)}.get(kind, (4, 0.85))
+    part, threshold = {"sdar": (4, 0.85), "fast_dllm": (8, 0.9), "llada2": (8, 0.95)}[kind]
     expected, passes = decoded_by_blocks(kind, given, weights, board, part, threshold, [1])
     np.testing.assert_array_equal(made.decoded.tokens[0, made.board.start[0] :], expected)
     assert made.passes == passes
