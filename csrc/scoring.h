@@ -336,16 +336,18 @@ inline void finish_logits(const Scoring& scoring, const RowScorer& scorer, const
 inline void write_scores(const Scoring& scoring, int64_t row, const Statistics& all) {
   const bool hot = samples(scoring, row);
   const double log_total = std::log(all.total), logsumexp = all.top + log_total;
+  // Not from logsumexp, which is no more than the top where the temperature makes logits huge.
+  const auto probability = [&](double logit) { return std::exp(logit - all.top - log_total); };
   const double entropy = log_total - all.moment / all.total;
   scoring.token[row] = hot ? all.sampled : all.token;
   scoring.logsumexp[row] = (float)logsumexp;
   scoring.entropy[row] = (float)entropy;
   switch (scoring.kind) {
     case Scoring::Confidence::kProbability:
-      scoring.confidence[row] = (float)std::exp((hot ? all.sampled_logit : all.top) - logsumexp);
+      scoring.confidence[row] = (float)probability(hot ? all.sampled_logit : all.top);
       break;
     case Scoring::Confidence::kMargin:
-      scoring.confidence[row] = (float)(std::exp(all.top - logsumexp) - std::exp(all.second - logsumexp));
+      scoring.confidence[row] = (float)(probability(all.top) - probability(all.second));
       break;
     case Scoring::Confidence::kNegEntropy:
       scoring.confidence[row] = (float)-entropy;

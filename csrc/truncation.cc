@@ -101,15 +101,16 @@ float least_kept(const T* logits, int64_t n, float top, float inverse, float top
         for (int table = 0; table < kTables; ++table) total[table] += bins[bin][table];
       limit[0] = top_p * (total[0] + total[1])[0];
     }
-    // From the greatest down, until the next would be too much. Where none is, by rounding or as all are kept, the last.
+    // From the greatest down, until it is enough. Where it never is, by rounding or as all are kept, the last bin decides.
     uint32_t deciding = 0;
+    Weight reached = above;
     for (int bin = kBins - 1; bin >= 0; --bin) {
       const Weight inside = bins[bin][0] + bins[bin][1];
       if (inside[1] == 0) continue;
       deciding = bin;
-      const Weight with = above + inside;
-      if (!(with[0] < limit[0] && with[1] < limit[1])) break;
-      above = with;
+      above = reached;
+      reached += inside;
+      if (!(reached[0] < limit[0] && reached[1] < limit[1])) break;
     }
     key |= deciding << shift;
     if (shift > 0) n = first ? copy_of_bin(logits, n, shift, key, list) : copy_of_bin(list, n, shift, key, list);

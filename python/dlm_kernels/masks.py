@@ -25,7 +25,8 @@ class KeyIntervals:
         visible |= (start2[..., None] <= keys) & (keys < stop2[..., None])
 
     int32 [B or 1, T] each; starts are inclusive, stops exclusive. start2 and stop2 come together or not at all. An interval
-    with start >= stop is empty; ends outside the keys are clipped; a key in both intervals counts once.
+    with start >= stop is empty; ends outside the keys are clipped; a key in both intervals counts once. Ends may be torch tensors,
+    for `dlm_kernels.torch`; the methods want arrays.
     """
 
     start: jax.Array
@@ -119,8 +120,9 @@ def block_causal(query_length, block_size, *, key_length=None, offset=0, segment
         segment_ids = checks.ints("segment_ids", segment_ids, "BL")
         checks.shaped("segment_ids", segment_ids, (segment_ids.shape[0], query_length), "batch, query_length")
         for name, value, absent in (("offset", offset, 0), ("key_length", key_length, None)):
-            if isinstance(value, jax.Array) or value != absent:
-                raise ValueError(f"{name}: expected {absent} with segment_ids, which start at a document, got {value!r}")
+            if not (value is absent or isinstance(value, (int, np.integer)) and value == absent):
+                got = checks.shown(value)
+                raise ValueError(f"{name}: expected {absent} with segment_ids, which start at a document, got {got}")
         first, last = _runs(segment_ids)
         stop = first + jnp.minimum(((position - first) // block_size + 1) * block_size, last - first)
         return KeyIntervals(first, jnp.where(segment_ids < 0, first, stop))
@@ -179,8 +181,8 @@ def sliding_window(query_length, left, right, *, key_length=None, offset=0):
     left, right = checks.integer("left", left), checks.integer("right", right)
     query_length, key_length = _sizes(query_length, key_length)
     position = jnp.arange(query_length, dtype=jnp.int32)[None, :] + _per_row("offset", offset)
-    # Not the least of two stops: a `right` that means every key may be the greatest int.
-    return KeyIntervals(position - left, position + 1 + jnp.minimum(right, key_length - 1 - position))
+    # Not the greater of two starts, nor the lesser of two stops: what means every key may be the greatest int.
+    return KeyIntervals(position - jnp.minimum(left, position), position + 1 + jnp.minimum(right, key_length - 1 - position))
 
 
 def _sizes(query_length, key_length):

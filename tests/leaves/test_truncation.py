@@ -97,6 +97,15 @@ def test_limits_past_their_bounds(leaf):
     np.testing.assert_array_equal(np.isfinite(got).sum(-1), [1, 1, 1, 130, 130, 130])
 
 
+def test_more_than_all_are_all(leaf):
+    """A limit just above the vocabulary, and the least numbers apart from each other in their last bits alone."""
+    for logits in ([[1.0, -5.0, -5.25, -5.5, -5.75]], [5 + np.arange(8) / 100], [1 + np.arange(9) * 2.0**-23]):
+        logits = np.array(logits, np.float32)
+        for more in range(4):
+            got = check(leaf, logits, top_k=[logits.size + more])
+            np.testing.assert_array_equal(got, logits)
+
+
 def test_the_whole_range_of_numbers(leaf):
     """Differences that overflow, numbers that differ in their last bits, and the smallest, but for those that XLA takes for 0."""
     logits = np.array(

@@ -47,6 +47,11 @@ CASES = {
         r"scale: expected a finite number, not traced, got .*Tracer",
     ),
     "scale past all floats": (lambda: dlm.attention(q, kv, kv, scale=10**400), r"scale: expected a finite number, .*got 1000"),
+    "scale past float32": (lambda: dlm.attention(q, kv, kv, scale=1e300), r"scale: expected a finite number, .*got 1e\+300"),
+    "offsets beside documents": (
+        lambda: masks.block_causal(3, 2, offset=np.array([0, 1]), segment_ids=tokens),
+        r"offset: expected 0 with segment_ids, .* got ndarray of int64, shape \[2\]",
+    ),
     "scale of no number": (lambda: dlm.attention(q, kv, kv, scale=np.nan), r"scale: expected a finite number, .*got nan"),
     "soft cap of text": (
         lambda: dlm.attention(q, kv, kv, logits_soft_cap="30"),
@@ -238,6 +243,13 @@ CASES = {
     "head packed for nobody": (
         lambda: dlm.pack_lm_head(weight, implementation="gpu"),
         r"implementation: expected one of .*got 'gpu'",
+    ),
+    "a packed head that was converted": (
+        lambda: dlm.lm_head_scores(
+            hidden.astype(jnp.bfloat16),
+            jax.tree.map(lambda x: x.astype(jnp.bfloat16), dlm.pack_lm_head(weight, implementation="cpu")),
+        ),
+        r"weight: expected panels that pack_lm_head made of bfloat16, got those of another dtype, converted since",
     ),
     "packed head of integers": (lambda: dlm.pack_lm_head(weight.astype(int)), r"weight: expected dtype float32"),
     "loss of a packed head": (

@@ -34,6 +34,37 @@ def test_no_temperature_chooses_what_is_banned(head, implementation):
         np.testing.assert_array_equal(sharp.confidence, 1)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_equal_tokens_share_a_probability_however_cold(implementation):
+    """Logits so great that their logsumexp is no more than the greatest of them."""
+    logits = jnp.zeros((1, 1, 9)).at[..., :4].set(3.0)
+    options = dict(key=jax.random.key(0), tempered_confidence=True, implementation=implementation)
+    for temperature in (1e-6, 1e-15, 1e-16, 1e-20):
+        for confidence, expected in (("probability", 0.25), ("margin", 0.0)):
+            found = dlm_kernels.score_tokens(logits, temperature=temperature, confidence=confidence, **options).confidence
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_of_no_token_has_no_random_confidence_either(implementation):
+    logits = jnp.zeros((1, 3, 5)).at[0, 1].set(jnp.nan)
+    options = dict(confidence="random", key=jax.random.key(0), implementation=implementation)
+    np.testing.assert_array_equal(jnp.isnan(dlm_kernels.score_tokens(logits, **options).confidence), [[False, True, False]])
+    found = dlm_kernels.unmask_step(logits, jnp.full((1, 3), 4), mask_id=4, num_unmask=2, **options)
+    np.testing.assert_array_equal(found.unmasked, [[True, False, True]])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strict_promotion_and_no_jit(implementation):
+    logits, tokens = jax.random.normal(jax.random.key(0), (1, 4, 9)), jnp.full((1, 4), 8)
+    with jax.numpy_dtype_promotion("strict"):
+        dlm_kernels.unmask_step(logits, tokens, mask_id=8, factor=1.0, implementation=implementation)
+        dlm_kernels.lm_head_scores(logits, jnp.eye(9), logits_dtype=jnp.float16, implementation=implementation)
+    expected = dlm_kernels.truncate_logits(logits, top_k=3, implementation=implementation)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(dlm_kernels.truncate_logits(logits, top_k=3, implementation=implementation), expected)
+
+
 def test_random_confidence_is_of_threefry_and_float32():
     """Whatever JAX's default generator and width are."""
     logits = jax.random.normal(jax.random.key(0), (2, 5, 7))

@@ -128,6 +128,7 @@ def test_masks_are_built_under_jit_from_traced_sizes():
 def test_the_greatest_int_is_every_key():
     all_keys = 2**31 - 1
     np.testing.assert_array_equal(dense(masks.sliding_window(3, all_keys, all_keys, key_length=9, offset=4), 9), True)
+    np.testing.assert_array_equal(dense(masks.sliding_window(3, all_keys, 2, key_length=9, offset=-2), 9)[0].sum(-1), [1, 2, 3])
     ids = np.array([[0, 0, 1, 1, 1]])
     got = dense(masks.block_causal(5, all_keys, segment_ids=ids), 5)
     np.testing.assert_array_equal(got, ids[:, :, None] == ids[:, None])

@@ -329,14 +329,34 @@ def test_an_array_of_no_mesh_beside_some_of_explicit_axes():
     same(function(query, *split), function(query, key, value))
 
 
+UNCHECKED = [export.DisabledSafetyCheck.custom_call(f"dlm_kernels_{kernel}") for kernel in _cpu.ffi_handlers()]
+
+
 @every_operation
 def test_export(name):
     function, arrays = OPERATIONS[name]
-    checks = [export.DisabledSafetyCheck.custom_call(f"dlm_kernels_{kernel}") for kernel in _cpu.ffi_handlers()]
-    exported = export.export(jax.jit(function), disabled_checks=checks)(*arrays)
+    exported = export.export(jax.jit(function), disabled_checks=UNCHECKED)(*arrays)
     assert "dlm_kernels_" in exported.mlir_module()
     assert exported.platforms == ("cpu",)
     same(jax.tree.leaves(exported.call(*arrays)), jax.tree.leaves(function(*arrays)))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_symbolic_sizes_are_exported(platform):
+    """By the CPU's kernels; the others' tiles are chosen for sizes that are known, so that XLA's code is exported there."""
+    rows, length = export.symbolic_shape("rows, length")
+
+    def denoise(logits, query, tokens):
+        attended = dlm_kernels.attention(query, query, query)
+        return attended, dlm_kernels.unmask_step(logits, tokens, mask_id=3, num_unmask=2)
+
+    shapes = ((rows, length, 9), jnp.float32), ((rows, length, 2, 16), jnp.float32), ((rows, length), jnp.int32)
+    sizes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    exported = export.export(jax.jit(denoise), platforms=[platform], disabled_checks=UNCHECKED)(*sizes)
+    assert ("dlm_kernels_attention" in exported.mlir_module()) == (platform == "cpu")
+    arrays = normal(1, 2, 5, 9), normal(2, 2, 5, 2, 16), jnp.full((2, 5), 3)
+    if platform == "cpu":
+        same(jax.tree.leaves(exported.call(*arrays)), jax.tree.leaves(denoise(*arrays)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,16 +10,19 @@ from dlm_kernels.cpu_kernels.unmask import scores
 PANEL = 32  # kPackedPanel in csrc/head.h
 
 
+def packed_shape(v, d, dtype):
+    """[ceil(V/32), ceil(D/G), 32, G]; G is 2 for bfloat16, of which one instruction multiplies two neighbours, else 1."""
+    together = 2 if dtype == jnp.bfloat16 else 1
+    return -(-v // PANEL), -(-d // together), PANEL, together
+
+
 @jax.jit  # step by step it would copy the weight three times
 def pack(weight):
-    """weight [V,D] -> [ceil(V/32), ceil(D/G), 32, G]: panels of 32 rows in the order in which the product reads them.
-
-    G is 2 for bfloat16, of which one instruction multiplies two neighbours, else 1. Zeros stand behind V and D.
-    """
+    """weight [V,D] in `packed_shape`: panels of 32 rows in the order in which the product reads them, zeros behind V and D."""
     v, d = weight.shape
-    together = 2 if weight.dtype == jnp.bfloat16 else 1
-    weight = jnp.pad(weight, ((0, -v % PANEL), (0, -d % together)))
-    return weight.reshape(-1, PANEL, weight.shape[1] // together, together).transpose(0, 2, 1, 3)
+    panels, groups, _, together = packed_shape(v, d, weight.dtype)
+    weight = jnp.pad(weight, ((0, panels * PANEL - v), (0, groups * together - d)))
+    return weight.reshape(panels, PANEL, groups, together).transpose(0, 2, 1, 3)
 
 
 def lm_head_scores(

@@ -1,6 +1,5 @@
 """Checks that the operations share. Each raises a ValueError that names the argument, what was expected and what came."""
 
-import math
 from numbers import Real
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+MOST = float(jnp.finfo(jnp.float32).max)
 
 
 def array(name, value):
@@ -27,6 +27,8 @@ def _of_32_bits(value):
     """An array's integers as int32, what 32 bits do not hold as the nearest that they do: wrapped, it would be another token, or a
     small count in the place of all. Other values as they are.
     """
+    if hasattr(value, "is_floating_point") and not value.is_floating_point():  # torch's, whose 64 bits JAX would wrap
+        value = value.numpy(force=True)
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or not jnp.issubdtype(value.dtype, jnp.integer):
         return value
     library = jnp if isinstance(value, jax.Array) else np
@@ -147,9 +149,9 @@ def size(name, value):
 
 
 def number(name, value):
-    """A finite number that kernels are compiled for, as a float."""
+    """A number that kernels are compiled for, finite in float32, as a float."""
     try:
-        if not isinstance(value, (str, bytes)) and math.isfinite(value):
+        if not isinstance(value, (str, bytes)) and abs(float(value)) <= MOST:
             return float(value)
     except (TypeError, ValueError, OverflowError):  # of a traced value too
         pass

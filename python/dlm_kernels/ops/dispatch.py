@@ -229,6 +229,9 @@ def _refusal(leaf, implementation, operands, static):
     module = _module(implementation, leaf.module)
     if not hasattr(module, leaf.name):
         return f"{PACKAGES[implementation]}.{leaf.module} has no {leaf.name}"
+    shapes = (operand.shape for operand in operands.values() if operand is not None)
+    if implementation in ("triton", "pallas") and not all(isinstance(size, int) for shape in shapes for size in shape):
+        return "its tiles want sizes that are known, not symbolic ones"
     supports = getattr(module, f"supports_{leaf.name}", None)  # missing where the kernel runs everything
     return supports and supports(**operands, **static)
 

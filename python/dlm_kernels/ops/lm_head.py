@@ -105,6 +105,10 @@ def lm_head_scores(
     checks.head("hidden", hidden, "weight", (v, head.width), head.array.dtype)
     leaf, packed = SCORES, {}
     if head.layout == "panels":
+        if head.array.shape != cpu_lm_head.packed_shape(v, head.width, head.array.dtype):
+            raise ValueError(
+                f"weight: expected panels that pack_lm_head made of {head.array.dtype}, got those of another dtype, converted since"
+            )
         leaf, packed = PACKED_SCORES, dict(vocabulary=v)
     if (unconditional_hidden is None) != (guidance_scale is None):
         raise ValueError("unconditional_hidden, guidance_scale: expected both or neither")

@@ -27,8 +27,9 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
       implementation: as in `attention`, which with hidden as queries and the vocabulary as keys and values computes this where D
         and E are equal, at most 256; where they are not, and for "xla", the vocabulary is streamed in chunks, by plain XLA.
 
-    Returns [B, L, E] in hidden's dtype; accumulates in float32. Differentiable. Raises ValueError for arguments that do not fit,
-    and where an explicit `implementation` cannot run the call. Source: DiffusionGemma's self-conditioning.
+    Returns [B, L, E] in hidden's dtype; accumulates in float32. Differentiable, in reverse and once, as `attention` is. Raises
+    ValueError for arguments that do not fit, and where an explicit `implementation` cannot run the call.
+    Source: DiffusionGemma's self-conditioning.
     """
     dispatch.check(implementation)
     hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")

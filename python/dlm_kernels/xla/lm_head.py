@@ -36,7 +36,7 @@ def lm_head_scores(
         normal = jax.lax.reduce_precision(logits, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
         # Below the least normal it gives 0, and a sum with this has the step of what is there.
         coarse = float(kept.smallest_subnormal) * 2**23
-        small = jnp.abs(logits) < kept.smallest_normal
+        small = jnp.abs(logits) < float(kept.smallest_normal)
         logits = jnp.where(small, (logits + coarse) - coarse, normal) if kept.nexp < 8 else normal
     return unmask.score_tokens(
         logits,

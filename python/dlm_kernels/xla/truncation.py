@@ -24,7 +24,7 @@ def truncate_logits(logits, inverse_temperature, top_p, top_k):
 
     def step(i, least):
         """`least` is 0 in the bits that are not known yet; where its next bit may be 0, all keys with that one 0 are above it."""
-        bit = (jnp.array(1, key.dtype) << (bits - 1 - i).astype(key.dtype)).astype(key.dtype)
+        bit = (jnp.array(1, key.dtype) << jnp.asarray(bits - 1 - i, key.dtype)).astype(key.dtype)
         return jnp.where(kept(least | (bit - 1)), least, least | bit)
 
     least = jax.lax.fori_loop(0, bits, step, jnp.zeros_like(key[:, 0]))

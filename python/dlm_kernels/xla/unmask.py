@@ -125,7 +125,7 @@ def unmask_topk(
     if threshold is not None:
         n = jnp.maximum(n, jnp.maximum(1, (eligible & (sure > threshold[:, None])).sum(-1)))
     if factor is not None:
-        failed = eligible & (rank > 0) & ~(sure >= 1 - factor[:, None] / (rank + 2))
+        failed = eligible & (rank > 0) & ~(sure >= 1 - factor[:, None] / (rank + 2).astype(jnp.float32))
         n = jnp.maximum(n, jnp.where(failed, rank, tokens.shape[1]).min(-1))
     if entropy_budget is not None:
         spent = jnp.where(before, entropy[:, None, :], 0).sum(-1)
