@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 
 
 def main(arguments=None):
@@ -21,10 +22,18 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as stopped:
-        print(f"dlm-kernels: {str(stopped) or 'stopped'}", file=sys.stderr)
+        print(f"dlm-kernels: {str(stopped) or 'stopped'}", file=sys.stderr, flush=True)
+        # Python's own end would take XLA down under the thread that computes.
+        if any(thread.name == "decoding" for thread in threading.enumerate()):
+            os._exit(128 + signal.SIGINT)
         return 128 + signal.SIGINT
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"dlm-kernels: {str(error) or 'not enough memory'}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"dlm-kernels: not enough memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 
@@ -142,14 +151,14 @@ def _parser():
 
     evaluate = command("evaluate", "measure held-out bits per byte and infilling")
     _model(evaluate)
-    evaluate.add_argument("--steps", type=int, default=4, help="passes to fill a hole (default: %(default)s)")
+    evaluate.add_argument("--steps", type=int, help="passes to fill a hole (default: 4)")
     instead = evaluate.add_mutually_exclusive_group()
     instead.add_argument("--decoding", action="store_true", help="compare ways to decode instead, on held-out headers")
     instead.add_argument("--by-steps", action="store_true", help="compare the model and --students at 32, 8 and 2 passes")
     instead.add_argument("--control", action="store_true", help="measure each mechanism of control, without and with it")
     evaluate.add_argument("--markdown", action="store_true", help="print a table of these in Markdown, row by row")
     evaluate.add_argument("--plot", metavar="FILE", help="draw --by-steps into an SVG file")
-    known = "of the model's tokenizer (default: student-8 and student-2, those that are of the model's shape too)"
+    known = "of --by-steps, of the model's tokenizer (default: student-8 and student-2, those that are of the model's shape too)"
     evaluate.add_argument("--students", nargs="*", metavar="DIR", help=known)
     evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s; 64 take minutes)")
     evaluate.add_argument("--files", type=int, default=None, help="held-out files to use (default: all)")

@@ -44,7 +44,7 @@ GENERATE_OPTIONS = (
 
 def _check_file(option, path):
     """Before the work whose result is to be in it."""
-    if path is not None and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+    if path is not None and (not path or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
         raise ValueError(f"{option}: expected a file in a folder that is there, got {path}")
 
 
@@ -64,7 +64,7 @@ def run_generate(options):
         raise ValueError("--length, --exact: expected none with holes such as <mask:20>, which say their length")
     _check_file("--html", options.html)
     model = _load(options.model)
-    if options.drafts is not None and options.html:
+    if options.drafts is not None and options.html is not None:
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")
     named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
     if options.drafts is None and options.noise_budget is None:
@@ -73,12 +73,12 @@ def run_generate(options):
     named["length"] = next(n for n in (options.length, options.block, 64) if n is not None)
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     named["required"] = options.require
-    if options.classifier:
+    if options.classifier is not None:
         scale = 10.0 if options.classifier_scale is None else options.classifier_scale
         named |= dict(classifier=classifier.load(options.classifier, model[0]), classifier_scale=scale)
     elif options.classifier_scale is not None:
         raise ValueError("--classifier-scale: expected a --classifier with it, got none")
-    if options.drafter:
+    if options.drafter is not None:
         drafter = _load(options.drafter)
         if drafter[0] != model[0]:
             theirs, ours = (dataclasses.asdict(config) for config in (drafter[0], model[0]))
@@ -88,16 +88,16 @@ def run_generate(options):
     console = rich.console.Console()
     if options.chat:
         prompt = chat.turn(model[2], prompt)
-    watched = console.is_terminal and not (options.json or options.html or options.drafts is not None)
+    watched = console.is_terminal and not options.json and options.html is None and options.drafts is None
     shown = view.View(model[0], model[2], console) if watched else None
     frames = []
-    on_pass = frames.append if options.html else shown and shown.on_pass
+    on_pass = shown and shown.on_pass if options.html is None else frames.append
 
     def work():
         return generate.generate(model, [prompt], on_pass=on_pass, **named)
 
-    result = shown.watch(work) if shown else work()
-    if options.html:
+    result = shown.watch(work) if shown else view.in_background(work).result()
+    if options.html is not None:
         html.write(options.html, model, prompt, result, frames, named)
     truncated = options.top_p is not None or options.top_k is not None
     used = implementations.taken(*model[:2], options.block or 64, truncated=truncated)
@@ -190,13 +190,20 @@ def run_distill(options):
 
 
 def run_evaluate(options):
-    limits.counts(steps=options.steps, prompts=options.prompts, **({} if options.files is None else {"files": options.files}))
+    compared = options.by_steps or options.decoding or options.control
+    if options.steps is not None and compared:
+        raise ValueError("--steps: expected none of --decoding, --by-steps and --control with it, which have their own")
+    steps = 4 if options.steps is None else options.steps
+    limits.counts(steps=steps, prompts=options.prompts, **({} if options.files is None else {"files": options.files}))
     _check_file("--plot", options.plot)
-    if options.plot and not options.by_steps:
-        raise ValueError("--plot: expected --by-steps with it, whose rows it draws")
+    for name, value in (("--plot", options.plot), ("--students", options.students)):
+        if value is not None and not options.by_steps:
+            raise ValueError(f"{name}: expected --by-steps with it, got none")
+    if options.markdown and not compared:
+        raise ValueError("--markdown: expected --decoding, --by-steps or --control with it, whose rows it prints")
     texts = [text for _, text, held_out in data.files() if held_out][: options.files]
-    if not (options.by_steps or options.decoding or options.control):
-        numbers = evaluate.report(_load(options.model), texts, steps=options.steps, implementation=options.implementation)
+    if not compared:
+        numbers = evaluate.report(_load(options.model), texts, steps=steps, implementation=options.implementation)
         print(json.dumps(numbers, indent=2))
         return
     teacher = _load(options.model)
@@ -213,7 +220,7 @@ def run_evaluate(options):
         models, texts, prompts=options.prompts, implementation=options.implementation,
         report=lambda row: print(line(row), file=to, flush=True),
     )  # fmt: skip
-    if options.plot:
+    if options.plot is not None:
         checkpoint.write_atomic(options.plot, plot.steps_svg(rows).encode())
     if not options.markdown:
         print(json.dumps(rows, indent=2))

@@ -345,6 +345,49 @@ def test_an_interrupt_is_one_line(message, command, monkeypatch):
     assert command("info") == (130, "", f"dlm-kernels: {message or 'stopped'}\n")
 
 
+def test_an_interrupt_does_not_wait_for_what_python_cannot_stop():
+    code = """
+import sys
+import numpy as np
+from dlm_kernels import cli, commands
+
+def compute(*_, **__):
+    print("computing", flush=True)
+    try:
+        np.linalg.svd(np.random.default_rng(0).normal(size=(4000, 4000)))
+    finally:
+        print("computed", flush=True)
+
+commands.generate.generate = compute
+sys.exit(cli.main(["generate", "x"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "computing\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130 and out == "" and err.endswith("dlm-kernels: stopped\n")
+
+
+def test_what_is_asked_for_and_never_done_is_refused(command, tmp_path):
+    evaluate = ["evaluate", "--files", "1"]
+    for arguments, expected in (
+        (["generate", "x", "--ban", "return None"], "banned: expected texts that a single token contains, got 'return None'"),
+        (["generate", "x", "--html", ""], "--html: expected a file in a folder that is there, got "),
+        (["generate", "x", "--drafts", "2", "--drafter", ""], "no checkpoint is there"),
+        ([*evaluate, "--students", "student-8"], "--students: expected --by-steps with it"),
+        ([*evaluate, "--decoding", "--students", "student-8"], "--students: expected --by-steps with it"),
+        ([*evaluate, "--markdown"], "--markdown: expected --decoding, --by-steps or --control with it"),
+        ([*evaluate, "--control", "--steps", "8"], "--steps: expected none of --decoding, --by-steps and --control with it"),
+    ):
+        status, _, err = command(*arguments)
+        assert status == 2 and expected in err, err
+
+
+def test_scores_of_nothing_are_an_error(command):
+    status, _, err = command("generate", "def f(", "--length", "8", "--guidance", "1e38")
+    assert status == 2 and "dlm-kernels: the model's scores are NaN" in err
+
+
 def test_a_reader_that_has_enough_is_no_error():
     """Neither where the pipe breaks while it is written to nor at the end, when what is buffered leaves."""
     package = str(pathlib.Path(cli.__file__).parents[1])

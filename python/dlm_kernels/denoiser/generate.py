@@ -21,6 +21,7 @@ MADE = {
     "unconditional": "negative_prompt", "unconditional_start": "negative_prompt", "guidance_scale": "guidance",
     "guidance_remask": "adaptive",
 }  # fmt: skip
+HEAT = 0.8  # the temperature of the first of the steps from random tokens
 BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
 
 
@@ -156,7 +157,8 @@ def generate(
     end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before `length`. drafts, drafter: speculate,
     see `speculative.decode`; it goes with steps alone. noise_budget: decode from random tokens, see `renoise.decode`, in 48 steps
     unless they are given, from temperature, then above 0 and by default 0.8, to half of it. Returns Generation; the first,
-    compiling run is not in its seconds. Raises ValueError for options that do not fit.
+    compiling run is not in its seconds. Raises ValueError for options that do not fit, FloatingPointError where the scores
+    of what was written are NaN.
     """
     config, params, tokenizer = model
     _check(prompts, required, options)
@@ -194,7 +196,7 @@ def generate(
         on_pass=on_pass, drafts=drafts, noise_budget=noise_budget, **options,
     )  # fmt: skip
     if noise_budget is not None and temperature is None:
-        temperature = 0.8
+        temperature = HEAT
     decode, its_own = _decoder(drafts, drafter, noise_budget, temperature, named)
     ends = chat.ends(config, tokenizer)
     banned = _banned(config, tokenizer, [*banned, *(ends if exact or required or marked else ())], bool(temperature))
@@ -213,7 +215,10 @@ def generate(
     options |= dict(block=block, start=board.start, first=board.first, stop_at=np.array(ends, np.int32))
     options |= dict(banned_tokens=np.array(banned, np.int32)) | its_own
     decoded, seconds, compile_seconds = _measured(functools.partial(decode, config, params, board.tokens), steps, on_pass, options)
-    made = (board.tokens == config.mask_id) & (decoded.tokens != config.pad_id)
+    hole = board.tokens == config.mask_id
+    if drafts is None and np.isnan(decoded.confidence[hole]).any():
+        raise FloatingPointError("the model's scores are NaN: by its weights, or by a guidance or a bias beyond all measure")
+    made = hole & (decoded.tokens != config.pad_id)
     return Generation(
         answers=[tokenizer.decode(row[hole:].tolist()) for hole, row in zip(board.first, decoded.tokens)],
         texts=[tokenizer.decode(row[begin + board.style :].tolist()) for begin, row in zip(board.start, decoded.tokens)],
@@ -337,4 +342,7 @@ def tokens_with(tokenizer, text):
     """Ids of the tokens whose text contains `text`: banning them keeps it out, unless two tokens spell it together."""
     if not text:
         raise ValueError("banned: expected texts of at least one character, got ''")
-    return [i for i in range(tokenizer.get_vocab_size()) if text in tokenizer.decode([i])]
+    found = [i for i in range(tokenizer.get_vocab_size()) if text in tokenizer.decode([i])]
+    if not found:
+        raise ValueError(f"banned: expected texts that a single token contains, got {text!r}, which only several spell together")
+    return found

@@ -78,12 +78,15 @@ def write(path, model, prompt, result, frames, options):
     """Writes the page of a generation of one prompt; `frames` are its passes' Decoded, `options` what `generate` was given.
 
     Decodes the prompt once more for the right column, one token a pass (block 1, block-causal, cached), with the same sampling and
-    the same control, but for what is about the passes of a block.
+    the same control, but for what is about the passes of a block; after random tokens too from masks, at the temperature that the
+    left column begins with.
     """
     kept = (
-        "length", "temperature", "seed", "banned", "required", "style", "exact", "guidance", "negative_prompt", "adaptive",
-        "classifier", "classifier_scale", "logit_bias", "eos_bias", "implementation",
+        "length", "temperature", "top_p", "top_k", "seed", "banned", "required", "style", "exact", "guidance", "negative_prompt",
+        "adaptive", "classifier", "classifier_scale", "logit_bias", "eos_bias", "implementation",
     )  # fmt: skip
+    if options.get("noise_budget") is not None:
+        options = dict(temperature=generate.HEAT) | options
     options = {name: options[name] for name in kept if name in options}
     singly = []
     one_by_one = generate.generate(

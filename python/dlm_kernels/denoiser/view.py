@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import queue
+import threading
 import time
 
 import numpy as np
@@ -13,6 +14,20 @@ from dlm_kernels.denoiser.text import words
 
 FRAME_SECONDS = 0.08  # a frame stays this long at least: a small model's passes are faster than the eye
 COLOURS = ((0.9, "green"), (0.6, "yellow"), (0.3, "dark_orange"), (0.0, "red"))  # by confidence, at least
+
+
+def in_background(work):
+    """A Future of work(), by a thread: within XLA the main one would not hear Ctrl-C. See `cli.main` for what ends it then."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(work())
+        except BaseException as error:  # of the caller, who asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="decoding", daemon=True).start()
+    return future
 
 
 class View:
@@ -27,11 +42,8 @@ class View:
 
     def watch(self, work):
         """Calls work() and shows its passes; returns its result when both are over."""
-        with (
-            concurrent.futures.ThreadPoolExecutor(1) as pool,
-            Live(Text("compiling"), console=self.console, auto_refresh=False, transient=True) as live,
-        ):
-            running = pool.submit(work)
+        running = in_background(work)
+        with Live(Text("compiling"), console=self.console, auto_refresh=False, transient=True) as live:
             while not (running.done() and self.frames.empty()):
                 try:
                     frame = self.frames.get(timeout=FRAME_SECONDS)
