@@ -32,6 +32,7 @@ DECODERS = {
     "32 passes, a fifth remasked": dict(steps=32, remask=0.2),
     "32 passes, ReMDM cap 0.1": dict(steps=32, remask=0.1, remask_rule="cap"),
     "8 passes": dict(steps=8),
+    "8 passes, then at most 16 that edit above 0.5": dict(steps=8, edit_threshold=0.5, edit_passes=16),
     "student-8, 8 passes": dict(steps=8, model="student-8"),
     "2 passes": dict(steps=2),
     "student-2, 2 passes": dict(steps=2, model="student-2"),
