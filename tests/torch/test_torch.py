@@ -1,6 +1,7 @@
 """The operations on torch tensors give what they give on JAX arrays. Needs the `torch` extra."""
 
 import contextlib
+import functools
 import importlib
 import pathlib
 import pickle
@@ -171,6 +172,50 @@ def test_what_was_written_since_has_no_gradient(changed):
         {"query": learnt, "out": out, "lse": lse}[changed].mul_(0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (out.sum() + lse.sum()).backward()
+
+
+@pytest.mark.parametrize("changed", ["key", "mask", "weights", "weight"])
+def test_what_has_no_gradient_and_was_written_since_is_seen_too(changed):
+    """A cache of keys, a buffer of weights, a frozen head: JAX keeps their memory as well."""
+    frozen = dict(key=torch.randn(1, 9, 2, 16), mask=torch.rand(1, 2, 9, 9) < 0.7)
+    frozen |= dict(weight=torch.randn(31, 8), weights=torch.ones(1, 6))
+    if changed in ("key", "mask"):
+        learnt = torch.randn(1, 9, 2, 16, requires_grad=True)
+        loss = adapter.attention(learnt, frozen["key"], torch.randn(1, 9, 2, 16), mask=frozen["mask"]).sum()
+    else:
+        learnt, targets = torch.randn(1, 6, 8, requires_grad=True), torch.zeros(1, 6, dtype=torch.int64)
+        loss = adapter.masked_cross_entropy(learnt, frozen["weight"], targets, frozen["weights"])
+    frozen[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_of_inference_mode_may_stand_beside_learnt_ones():
+    with torch.inference_mode():
+        key = torch.randn(1, 9, 2, 16)
+    query = key.clone().requires_grad_()
+    adapter.attention(query, key, key).sum().backward()
+    assert query.grad.abs().max() > 0
+
+
+def test_a_result_that_no_gradient_needs_may_be_written():
+    hidden, weight = torch.randn(1, 3, 8, requires_grad=True), torch.randn(31, 8)
+    run = functools.partial(adapter.masked_cross_entropy, hidden, weight, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
+    (whole,) = torch.autograd.grad(run(), hidden)
+    loss = run()
+    loss /= 4
+    torch.testing.assert_close(*torch.autograd.grad(loss, hidden), whole / 4)
+
+
+def test_the_gradients_beside_float64():
+    """JAX then counts its loops in int64."""
+    hidden, weight, embedding = torch.randn(1, 3, 8, requires_grad=True), torch.randn(5000, 8), torch.randn(5000, 6)
+    temperature = torch.tensor(0.7, dtype=torch.float64)
+    mine, other = (
+        torch.autograd.grad(adapter.soft_embedding(hidden, weight, embedding=embedding, temperature=x).sum(), hidden)
+        for x in (temperature, 0.7)
+    )
+    torch.testing.assert_close(mine, other)
 
 
 def test_torch_keeps_what_the_gradients_need():

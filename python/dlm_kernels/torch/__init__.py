@@ -57,7 +57,12 @@ def _to_jax(leaf):
         whole, leaf = leaf, narrow(leaf)
         if not torch.equal(leaf, whole):
             raise ValueError(f"dlm_kernels.torch: expected integers of 32 bits, got one of {whole.abs().max().item()}")
-    return jax.dlpack.from_dlpack(leaf.detach().contiguous())
+    return _shared(leaf)
+
+
+def _shared(tensor):
+    """A tensor as an array of JAX, of the same memory where it is contiguous."""
+    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
 
 
 def narrow(tensor):
@@ -76,18 +81,24 @@ def refuse_second_gradients():
 
 
 class _Gradients(torch.autograd.Function):
-    """function(*arrays) of `tensors`, an array or a tuple of arrays, with the gradients that JAX has for it."""
+    """function(*arrays) of `tensors`, an array or a tuple of arrays, with the gradients that JAX has for it.
+
+    frozen: a list of the other tensors whose memory `function` may read.
+    """
 
     @staticmethod
-    def forward(context, function, wide, *tensors):
+    def forward(context, function, wide, frozen, *tensors):
         with jax.enable_x64(wide):
             out, back = jax.vjp(function, *map(_to_jax, tensors))
         context.one, context.wide = isinstance(out, jax.Array), wide
         out = jax.tree.map(_to_torch, jax.block_until_ready(out))
-        # What JAX keeps for the gradients is torch's to keep, which frees it with the graph. It may be the memory of the inputs and
-        # of the results: they are read in `backward` for torch to raise where one of them was written since.
+        # What JAX keeps for the gradients is torch's to keep, which frees it with the graph. It may be the memory of what was given or
+        # is returned: these are read in `backward` for torch to raise where one of them was written since.
         kept, context.tree = jax.tree.flatten(back)
-        context.save_for_backward(*tensors, *jax.tree.leaves(out), *map(_to_torch, kept))
+        kept = [_to_torch(x) for x in kept]
+        memory = {x.data_ptr() for x in kept}
+        others = [x for x in (*frozen, *jax.tree.leaves(out)) if x.data_ptr() in memory and not x.is_inference()]
+        context.save_for_backward(*kept, *tensors, *others)
         context.kept = len(kept)
         return out
 
@@ -96,10 +107,10 @@ class _Gradients(torch.autograd.Function):
         refuse_second_gradients()
         saved = context.saved_tensors
         with jax.enable_x64(context.wide):
-            back = jax.tree.unflatten(context.tree, map(_to_jax, saved[len(saved) - context.kept :]))
+            back = jax.tree.unflatten(context.tree, map(_shared, saved[: context.kept]))
             cotangents = tuple(map(_to_jax, cotangents))
             gradients = back(cotangents[0] if context.one else cotangents)
-            return None, None, *map(_to_torch, jax.block_until_ready(gradients))
+            return None, None, None, *map(_to_torch, jax.block_until_ready(gradients))
 
 
 def _on_tensors(operation, *, differentiable=False):
@@ -125,7 +136,8 @@ def _on_tensors(operation, *, differentiable=False):
             return operation(*args, **kwargs)
 
         if learnt:
-            return _Gradients.apply(function, wide, *learnt.values())
+            frozen = [x for i, x in tensors.items() if i not in learnt]
+            return _Gradients.apply(function, wide, frozen, *learnt.values())
         with jax.enable_x64(wide):
             return jax.tree.map(_to_torch, jax.block_until_ready(function()))
 
