@@ -20,6 +20,7 @@ from dlm_kernels.denoiser.config import DenoiserConfig
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 adapter = importlib.import_module("dlm_kernels.torch")
+forward_ad = importlib.import_module("torch.autograd.forward_ad")
 FakeTensorMode = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode
 torch_llada = importlib.import_module("bench.torch_llada")
 
@@ -256,6 +257,50 @@ def test_integers_beyond_32_bits_are_refused():
         adapter.unmask_topk(torch.tensor([[3, 3]]), scores, mask_id=torch.tensor(2**32 + 3), num_unmask=2)
     with pytest.raises(ValueError, match=f"num_unmask: .* got {2**40}"):
         adapter.unmask_topk(torch.tensor([[3, 3]]), scores, mask_id=3, num_unmask=2**40)
+
+
+def test_tokens_of_a_dtype_too_narrow_for_the_vocabulary_are_refused():
+    """Token 300 would be 44."""
+    logits, tokens = torch.zeros(1, 2, 400), torch.full((1, 2), 200, dtype=torch.uint8)
+    logits[..., [255, 300]] = torch.tensor([4.0, 5.0])
+    with pytest.raises(ValueError, match="tokens: expected a dtype that holds 399, got torch.uint8"):
+        adapter.unmask_step(logits, tokens, mask_id=200, num_unmask=2)
+    scores = adapter.score_tokens(logits)
+    with pytest.raises(ValueError, match="tokens: expected a dtype that holds 300, got torch.uint8"):
+        adapter.unmask_topk(tokens=tokens, scores=scores, mask_id=200, num_unmask=2)
+    for made in (
+        adapter.unmask_step(logits[..., :256], tokens=tokens, mask_id=200, num_unmask=2).tokens,
+        adapter.unmask_topk(tokens, adapter.score_tokens(logits[..., :256]), mask_id=200, num_unmask=2).tokens,
+    ):
+        assert made.dtype == torch.uint8 and (made == 255).all()
+    assert (adapter.unmask_step(logits, tokens.short(), mask_id=200, num_unmask=2).tokens == 300).all()
+
+
+def test_the_negative_of_a_tensor_that_torch_has_not_computed():
+    logits = torch.randn(1, 3, 31)
+    assert torch._neg_view(logits).is_contiguous()
+    got, expected = (adapter.score_tokens(x).token for x in (torch._neg_view(logits), -logits))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_logits_that_nothing_truncates_are_a_copy():
+    logits = torch.randn(1, 3, 31)
+    out = adapter.truncate_logits(logits)
+    np.testing.assert_array_equal(out, logits)
+    assert out.data_ptr() != logits.data_ptr()
+
+
+def test_tangents_of_forward_mode_are_refused():
+    x = torch.randn(1, 5, 2, 16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(ValueError, match="expected tensors without tangents: attention has no forward mode"):
+            adapter.attention(x, dual, x)
+        with pytest.raises(ValueError, match="expected tensors without tangents: attention has no forward mode"):
+            torch.ops.dlm_kernels.attention(dual, x, x, [], None, None, None)
+        with pytest.raises(ValueError, match="expected tensors without tangents: score_tokens has no forward mode"):
+            adapter.score_tokens(dual[0])
+        adapter.attention(x, x, x)
 
 
 def test_tensors_without_memory_are_refused():

@@ -19,9 +19,11 @@ transforms take none of them.
 
 import functools
 import importlib
+import inspect
 
 import jax
 import torch
+from torch.autograd import forward_ad
 
 import dlm_kernels
 from dlm_kernels import triton_kernels
@@ -62,7 +64,7 @@ def _to_jax(leaf):
 
 def _shared(tensor):
     """A tensor as an array of JAX, of the same memory where it is contiguous."""
-    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+    return jax.dlpack.from_dlpack(tensor.detach().resolve_neg().contiguous())
 
 
 def narrow(tensor):
@@ -92,8 +94,8 @@ class _Gradients(torch.autograd.Function):
             out, back = jax.vjp(function, *map(_to_jax, tensors))
         context.one, context.wide = isinstance(out, jax.Array), wide
         out = jax.tree.map(_to_torch, jax.block_until_ready(out))
-        # What JAX keeps for the gradients is torch's to keep, which frees it with the graph. It may be the memory of what was given or
-        # is returned: these are read in `backward` for torch to raise where one of them was written since.
+        # What JAX keeps for the gradients is torch's to keep, which frees it with the graph. It may be the memory of what was given
+        # or is returned: these are read in `backward` for torch to raise where one of them was written since.
         kept, context.tree = jax.tree.flatten(back)
         kept = [_to_torch(x) for x in kept]
         memory = {x.data_ptr() for x in kept}
@@ -123,6 +125,8 @@ def _on_tensors(operation, *, differentiable=False):
         if learnt and not differentiable:
             name = operation.__name__
             raise ValueError(f"dlm_kernels.torch: {name} has no gradient: expected torch.no_grad(), or tensors that require none")
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors.values()):
+            raise ValueError(f"dlm_kernels.torch: expected tensors without tangents: {operation.__name__} has no forward mode")
         if any(x.is_cuda for x in list(tensors.values())[:1]):
             return getattr(_native(), operation.__name__)(*args, **kwargs)
         # Without 64 bits JAX would take float64 for float32, which the operation refuses where it matters.
@@ -145,14 +149,33 @@ def _on_tensors(operation, *, differentiable=False):
     return call
 
 
-def _of_their_dtype(operation, position):
+def _of_their_dtype(operation):
     """`operation`, whose tokens come back in the dtype of those given: torch's token ids are int64, the kernels' int32."""
+    names = list(inspect.signature(operation).parameters)
 
     @functools.wraps(operation)
     def call(*args, **kwargs):
         result = operation(*args, **kwargs)
-        given = kwargs["tokens"] if "tokens" in kwargs else args[position]
-        return result._replace(tokens=result.tokens.to(given.dtype)) if isinstance(given, torch.Tensor) else result
+        given = {**dict(zip(names, args)), **kwargs}
+        if not isinstance(given["tokens"], torch.Tensor):
+            return result
+        dtype = given["tokens"].dtype
+        if torch.iinfo(dtype).bits < 32:
+            most = given["logits"].shape[-1] - 1 if "logits" in given else max(result.tokens.flatten().tolist(), default=0)
+            if most > torch.iinfo(dtype).max:
+                raise ValueError(f"tokens: expected a dtype that holds {most}, got {dtype}")
+        return result._replace(tokens=result.tokens.to(dtype))
+
+    return call
+
+
+def _of_its_own(operation):
+    """`operation`, whose result is never the memory that was given, as that of an array which nobody writes may be."""
+
+    @functools.wraps(operation)
+    def call(logits, *, top_p=None, top_k=None, **options):
+        out = operation(logits, top_p=top_p, top_k=top_k, **options)
+        return out.clone() if top_p is None and top_k is None else out
 
     return call
 
@@ -203,6 +226,6 @@ mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
 pack_lm_head = _on_tensors(dlm_kernels.pack_lm_head)
 score_tokens = _of_int64(_on_tensors(dlm_kernels.score_tokens))
 soft_embedding = _on_tensors(dlm_kernels.soft_embedding, differentiable=True)
-truncate_logits = _on_tensors(dlm_kernels.truncate_logits)
-unmask_step = _of_their_dtype(_on_tensors(dlm_kernels.unmask_step), 1)
-unmask_topk = _of_their_dtype(_on_tensors(dlm_kernels.unmask_topk), 0)
+truncate_logits = _of_its_own(_on_tensors(dlm_kernels.truncate_logits))
+unmask_step = _of_their_dtype(_on_tensors(dlm_kernels.unmask_step))
+unmask_topk = _of_their_dtype(_on_tensors(dlm_kernels.unmask_topk))
