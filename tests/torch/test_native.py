@@ -6,6 +6,9 @@ layouts, masks, scalars, keys, autograd.
 
 import functools
 import os
+import subprocess
+import sys
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +237,91 @@ def test_arrays_of_numpy_and_jax_beside_tensors_are_taken(native):
     rows = dlm_kernels.pack_lm_head(jnp.asarray(draw(2, V, D)), implementation="xla")
     hidden = draw(3, B, L, D)
     same(native.lm_head_scores(torch.tensor(hidden), rows), dlm_kernels.lm_head_scores(jnp.asarray(hidden), rows))
+
+
+def test_arrays_of_jax_with_dtypes_that_numpy_and_torch_do_not_share(native):
+    """bfloat16, and uint32, which is the dtype of a key's words too."""
+    logits, other = (jnp.asarray(draw(i, B, L, V), jnp.bfloat16) for i in range(2))
+    options = dict(unconditional=other, guidance_scale=2.0, key=jax.random.PRNGKey(5), temperature=0.7)
+    got = native.score_tokens(torch.tensor(np.asarray(logits, np.float32)).bfloat16(), **options)
+    same(got, dlm_kernels.score_tokens(logits, **options, implementation="xla"))
+    tokens = jnp.full((B, L), 39, jnp.uint32)
+    scores = dlm_kernels.TokenScores(torch.ones(B, L, dtype=torch.int32), *[torch.zeros(B, L)] * 3)
+    assert (native.unmask_topk(tokens, scores, mask_id=39, num_unmask=L).tokens == 1).all()
+    with pytest.raises(ValueError, match="banned_tokens: expected an array, got set"):
+        native.score_tokens(torch.zeros(B, L, V), banned_tokens={1, 2})
+
+
+def test_numbers_are_not_of_torchs_default_dtype(native):
+    """To bfloat16 0.9 is 0.8984."""
+    tokens, scores = torch.zeros(1, 2, dtype=torch.int32), dlm_kernels.TokenScores(torch.ones(1, 2), *torch.zeros(3, 1, 2))
+    scores = scores._replace(token=torch.ones(1, 2).int(), confidence=torch.tensor([[0.9, 0.899]]))
+    streams = torch.tensor(draw(0, 2, B, L, V))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = native.unmask_topk(tokens, scores, mask_id=0, threshold=0.9)
+        mixed = native.combine_guidance(streams, [1.7, -0.7])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.unmasked.tolist() == [[True, False]]
+    same([mixed], [dlm_kernels.combine_guidance(jnp.asarray(streams.cpu()), jnp.array([1.7, -0.7]), implementation="xla")])
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_temperature_of_a_soft_embedding_has_a_gradient(native, cap):
+    hidden, weight = draw(0, B, L, D), draw(1, V, D)
+
+    def total(temperature):
+        out = dlm_kernels.soft_embedding(hidden, weight, temperature=temperature, logits_soft_cap=cap, implementation="xla")
+        return (out * jnp.arange(D)).sum()
+
+    temperature = torch.tensor(0.7, requires_grad=True)
+    out = native.soft_embedding(torch.tensor(hidden), torch.tensor(weight), temperature=temperature, logits_soft_cap=cap)
+    (out * torch.arange(D)).sum().backward()
+    np.testing.assert_allclose(temperature.grad.cpu(), jax.grad(total)(jnp.float32(0.7)), rtol=1e-4)
+
+
+def test_the_negative_of_a_tensor_that_torch_has_not_computed(native):
+    """Given, and as a gradient that comes in."""
+    query = torch.tensor(draw(0, B, L, 2, 16), requires_grad=True)
+    out = native.attention(torch._neg_view(query), query, query)
+    expected = native.attention(-query, query, query)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(x, query, g)[0] for x, g in ((out, torch._neg_view(out.detach())), (expected, -out.detach()))]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_several_threads(native):
+    """Of which the interpreter runs one after another."""
+    arrays = [torch.tensor(draw(i, 1, L + 16 * i, 1, 16)) for i in range(4)]
+    with futures.ThreadPoolExecutor() as pool:
+        for x, out in zip(arrays, pool.map(lambda x: native.attention(x, x, x), arrays)):
+            torch.testing.assert_close(out, native.attention(x, x, x), rtol=0, atol=0)
+
+
+def test_without_a_key_no_backend_of_jax_is_started(native):
+    """On a GPU it would take three quarters of the memory."""
+    code = f"""
+import torch
+from dlm_kernels.torch import native
+
+with torch.device({DEVICE!r}):
+    query = torch.ones(1, 2, 1, 16, requires_grad=True)
+    hidden, head, words = torch.ones(1, 2, 16, requires_grad=True), torch.ones(40, 16), torch.ones(1, 2, dtype=torch.int64)
+    native.attention(query, query, query).sum().backward()
+    native.masked_cross_entropy(hidden, head, words, torch.ones(1, 2)).backward()
+    native.masked_divergence(hidden, head, hidden, head, torch.ones(1, 2)).backward()
+    native.soft_embedding(hidden, head).sum().backward()
+    logits = torch.zeros(1, 2, 40)
+    native.mix_guidance(logits, logits, 1.5), native.combine_guidance(logits[None], [1.0])
+    native.truncate_logits(logits, top_p=0.5)
+    native.lm_head_scores(hidden.detach(), native.pack_lm_head(head))
+    scores = native.score_tokens(logits)
+    native.unmask_topk(words, scores, mask_id=1, num_unmask=1)
+    native.unmask_step(logits, words, mask_id=1, num_unmask=1)
+"""
+    known = {"DLM_KERNELS_CUDA_ARCH": "90"} if DEVICE == "cpu" else {}  # else JAX is asked where torch has no GPU
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_PLATFORMS": "nowhere", **known})
 
 
 @pytest.mark.parametrize("pairs", [1, 2])

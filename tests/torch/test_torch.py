@@ -359,6 +359,14 @@ def test_torch_compile_keeps_attention_in_its_graph(backend):
             np.testing.assert_array_equal(mine, other)
 
 
+def test_torch_compile_takes_a_scale_of_numpy():
+    def run(x):
+        return adapter.attention(x, x, x, scale=1 / np.sqrt(x.shape[-1] + 3))
+
+    x = torch.randn(1, 5, 1, 8)
+    np.testing.assert_array_equal(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
+
+
 def test_attention_is_an_operation_of_torchs_library():
     query, key, value = (torch.randn(1, 5, n, 8).requires_grad_() for n in (2, 1, 1))
     given = (query, key, value, [torch.arange(5) < 3], None, None, None)

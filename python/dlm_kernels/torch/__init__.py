@@ -5,16 +5,20 @@
 
 Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). Tensors on the CPU are handed to JAX and back
 through DLPack, without a copy where they are contiguous. On both attention, the losses and the soft embedding have gradients;
-the others refuse a tensor that requires one rather than detach it silently. Keys are JAX's (`jax.random.key(0)`).
+the others refuse a tensor that requires one rather than detach it silently, and all refuse forward mode.
+Keys are JAX's (`jax.random.key(0)`). Where JAX has the GPU too, a key starts it there, and it takes three quarters of the memory
+unless XLA_PYTHON_CLIENT_PREALLOCATE=false is set; without a key nothing starts it.
 Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given, those of scores int64.
 Integers of tensors are 32 bits to the kernels. What these do not hold is refused on the CPU; on a GPU, where to look would be to
 wait for it, it counts as the nearest that they do.
 The first call with new shapes compiles: on a GPU kernels, in seconds, which Triton keeps in TRITON_CACHE_DIR; on the CPU programs
 of XLA, in tenths of a second, which stay in memory, megabytes each. Lengths that grow are better padded to multiples of 64 or more.
 Masks may be those of scaled_dot_product_attention, boolean or of 0 and -inf: most are `masks.KeyIntervals`, which the kernels take,
-and become so at each call; the others go to XLA.
+and become so at each call; the others go to XLA on the CPU and are refused on a GPU.
 torch.compile takes `attention` into its graph as it is, with a mask of tensors, and breaks it around the others; torch.func's
 transforms take none of them.
+After a call on the CPU JAX hangs in processes that are forked: workers of a DataLoader which call an operation need
+multiprocessing_context="spawn".
 """
 
 import functools
@@ -63,7 +67,7 @@ def _to_jax(leaf):
 
 
 def _shared(tensor):
-    """A tensor as an array of JAX, of the same memory where it is contiguous."""
+    """A tensor as an array of JAX, of the same memory where it is contiguous and no negative of it."""
     return jax.dlpack.from_dlpack(tensor.detach().resolve_neg().contiguous())
 
 

@@ -70,7 +70,7 @@ def as_node(eager):
     def attention(
         query, key, value, *, mask=None, scale=None, logits_soft_cap=None, return_lse=False, implementation=None
     ):
-        parts = _parts(mask)
+        parts, scale = _parts(mask), None if scale is None else float(scale)
         out, lse = forward(query, key, value, parts, scale, logits_soft_cap, implementation)
         return (out, lse) if return_lse else out
 

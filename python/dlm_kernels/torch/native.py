@@ -6,6 +6,7 @@ these functions run on CPU tensors too, in Triton's interpreter; the tests do so
 
 import functools
 import numbers
+from collections.abc import Hashable
 
 import jax
 import numpy as np
@@ -38,10 +39,13 @@ def _operation(function):
             raise ValueError(f"implementation: expected 'triton' or None for tensors on a GPU, got {implementation!r}")
         leaves, tree = jax.tree.flatten((args, kwargs))
         abstract = tuple(map(_abstract, leaves))
-        _checked(operation, tree, abstract, tuple(map(type, abstract)))
+        # What no cache can hold, a set for one, no operation takes: the check says so.
+        check = _checked if all(isinstance(x, Hashable) for x in abstract) else _checked.__wrapped__
+        check(operation, tree, abstract, tuple(map(type, abstract)))
         device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+        key = {name: x for name, x in kwargs.items() if name == "key"}  # which stays JAX's
         args, kwargs = jax.tree.unflatten(tree, [_tensor(leaf, device) for leaf in leaves])
-        return function(*args, **kwargs)
+        return function(*args, **kwargs | key)
 
     return call
 
@@ -83,7 +87,7 @@ class _Attention(torch.autograd.Function):
             query, dout = (x.masked_fill(blind.transpose(1, 2)[..., None], 0) for x in (query, dout))
             dlse = dlse.masked_fill(blind, 0)
         gradients = attention_kernels.attention_backward(
-            query, key, value, bounds, None, out, lse, dout, dlse.contiguous(), **context.options
+            query, key, value, bounds, None, out, lse, dout.resolve_neg(), dlse.resolve_neg().contiguous(), **context.options
         )
         return *gradients, None, None, None
 
@@ -112,7 +116,7 @@ class _Loss(torch.autograd.Function):
     def backward(context, dloss):
         refuse_second_gradients()
         dhidden, dweight = cross_entropy_kernels.masked_cross_entropy_backward(
-            *context.saved_tensors, dloss.contiguous(), **context.options
+            *context.saved_tensors, dloss.resolve_neg().contiguous(), **context.options
         )
         return dhidden, dweight, None, None, None
 
@@ -139,7 +143,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(context, dloss):
         refuse_second_gradients()
-        dhidden, dweight = divergence_kernels.masked_divergence_backward(*context.saved_tensors, dloss.contiguous())
+        dhidden, dweight = divergence_kernels.masked_divergence_backward(*context.saved_tensors, dloss.resolve_neg().contiguous())
         return dhidden, dweight, None, None, None
 
 
@@ -147,9 +151,11 @@ class _Divergence(torch.autograd.Function):
 def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_soft_cap=None):
     embedding = weight if embedding is None else embedding
     (b, length, d), e = hidden.shape, embedding.shape[1]
-    temperature, cap = float(temperature), _number(logits_soft_cap)
+    # The attention kernel takes a number, which has no gradient.
+    cap, learnt = _number(logits_soft_cap), getattr(temperature, "requires_grad", False)
+    temperature = temperature.float().to(hidden.device) if learnt else float(temperature)
     rows = hidden.reshape(-1, d)
-    if d == e and d <= soft.HEAD_SIZE and rows.shape[0]:
+    if not learnt and d == e and d <= soft.HEAD_SIZE and rows.shape[0]:
         query, key, value = (x[None, :, None].contiguous() for x in (rows, weight, embedding))
         out = _Attention.apply(query, key, value, None, 1 / temperature, None if cap is None else cap / temperature)[0]
     else:
@@ -190,11 +196,11 @@ def mix_guidance(conditional, unconditional, scale):
 @_operation
 @torch.no_grad()
 def combine_guidance(logits, weights):
-    weights = torch.as_tensor(weights, device=logits.device)
+    weights = torch.as_tensor(weights, dtype=torch.float32, device=logits.device)
     if logits.numel() == 0:
         return logits.new_zeros(logits.shape[1:])
     streams, *lead, width = logits.shape
-    weights = weights.float().reshape(weights.shape + (1,) * (1 + len(lead) - weights.ndim)).expand(streams, *lead)
+    weights = weights.reshape(weights.shape + (1,) * (1 + len(lead) - weights.ndim)).expand(streams, *lead)
     mixed = guidance_kernels.combine_guidance(logits.reshape(streams, -1, width), weights.reshape(streams, -1).contiguous())
     return mixed.reshape(logits.shape[1:])
 
@@ -351,7 +357,8 @@ def _checked(operation, tree, leaves, types):
     def abstract(*traced):
         traced = iter(traced)
         args, kwargs = jax.tree.unflatten(tree, [next(traced) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves])
-        return operation(*args, **kwargs)
+        # It runs all calls; and to choose among the others would start JAX on the GPU, which takes most of the memory.
+        return operation(*args, **kwargs, implementation="xla")
 
     # Without 64 bits JAX would take float64 for float32.
     with jax.enable_x64(True):
@@ -368,10 +375,15 @@ def _abstract(leaf):
 
 
 def _tensor(leaf, device):
-    """An array of JAX or NumPy as a tensor; keys, and what is no array, as it is."""
+    """A tensor, or an array of JAX or NumPy, as a tensor that kernels can read; keys, and what is no array, as it is."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.resolve_neg()
     if not isinstance(leaf, (jax.Array, np.ndarray)) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
-    return leaf if leaf.dtype == np.uint32 else torch.as_tensor(np.array(leaf), device=device)
+    array = np.array(leaf)
+    if array.dtype.name == "bfloat16":  # of which torch knows none of NumPy's
+        return torch.as_tensor(array.view(np.int16), device=device).view(torch.bfloat16)
+    return torch.as_tensor(array, device=device)
 
 
 def _bounds(mask, length):
@@ -392,8 +404,10 @@ def _candidates(candidates, tokens):
 
 def _rows(value, shape, device, dtype=torch.float32):
     """A scalar, [B] or [B, L] as one value per row, [B] or [B * L]."""
-    value = torch.as_tensor(value, device=device)
-    value = _ints(value) if dtype == torch.int32 else value.to(dtype)
+    if dtype == torch.int32:
+        value = _ints(torch.as_tensor(value, device=device))
+    else:  # at once, or torch would round a number of Python to its default dtype first
+        value = torch.as_tensor(value, dtype=dtype, device=device)
     value = value.reshape(value.shape + (1,) * (len(shape) - value.ndim if value.ndim else 0))
     return value.expand(tuple(shape)).reshape(-1).contiguous()
 

@@ -277,7 +277,8 @@ def _launch_torch(call: _Call, values: list, torch) -> list:
     arguments = {**call.absent, **dict(zip(call.present, values)), **results, **dict(call.scalars), **dict(call.constants)}
     if interpreting():
         _let_numpy_count()
-        call.kernel[call.grid](**arguments)
+        with _INTERPRETER:
+            call.kernel[call.grid](**arguments)
         return list(results.values())
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(device):
@@ -287,7 +288,7 @@ def _launch_torch(call: _Call, values: list, torch) -> list:
     return list(results.values())
 
 
-_INTERPRETER = threading.Lock()  # which has one grid, and JAX a thread for each device
+_INTERPRETER = threading.Lock()  # which has one grid, and JAX a thread for each device, torch as many as call
 
 
 class _Memory:
