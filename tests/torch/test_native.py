@@ -146,6 +146,7 @@ def test_scores_at_a_temperature_with_guidance(native, keys):
 
 def test_the_head_with_guidance_and_random_confidence(native):
     hidden, other, weight = draw(0, B, L, D), draw(1, B, L, D), draw(2, V, D)
+    hidden[1, 2] = np.nan  # a row of no token, which random confidence must not commit
     options = dict(guidance_scale=2.0, confidence="random", key=jax.random.key(1))
     got = native.lm_head_scores(torch.tensor(hidden), torch.tensor(weight), unconditional_hidden=torch.tensor(other), **options)
     expected = dlm_kernels.lm_head_scores(

@@ -3,9 +3,12 @@
 import contextlib
 import functools
 import importlib
+import os
 import pathlib
 import pickle
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -385,3 +388,21 @@ def test_torch_compile_breaks_its_graph_around_the_other_operations():
 
     logits, tokens = torch.randn(2, 7, 31), torch.full((2, 7), 30)
     np.testing.assert_array_equal(torch.compile(step, backend="eager")(logits, tokens), step(logits, tokens))
+
+
+def test_results_are_where_the_tensors_are_whatever_the_default_of_jax():
+    """What JAX makes of no tensor, random confidence and the results of nothing; another CPU stands for JAX's GPU."""
+    code = """
+import jax, torch
+from dlm_kernels import torch as dlm
+
+made, taken = [], dlm._to_torch
+dlm._to_torch = lambda leaf: made.extend(leaf.devices()) or taken(leaf)
+with jax.default_device(jax.devices()[1]):
+    dlm.score_tokens(torch.randn(1, 3, 9), confidence="random", key=jax.random.key(0))
+    query = torch.randn(1, 3, 2, 8)
+    dlm.attention(query, query[:, :0], query[:, :0], return_lse=True)
+assert set(made) == {jax.devices()[0]}, made
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

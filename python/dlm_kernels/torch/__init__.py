@@ -21,6 +21,7 @@ After a call on the CPU JAX hangs in processes that are forked: workers of a Dat
 multiprocessing_context="spawn".
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -71,6 +72,13 @@ def _shared(tensor):
     return jax.dlpack.from_dlpack(tensor.detach().resolve_neg().contiguous())
 
 
+@contextlib.contextmanager
+def _on_the_cpu(wide):
+    """What JAX makes beside the tensors is to be where they are, though JAX's own default be a GPU; wide: with 64 bits."""
+    with jax.enable_x64(wide), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
 def narrow(tensor):
     """int64 as int32: what 32 bits do not hold as the nearest that they do, as the operations take JAX's and NumPy's arrays."""
     return tensor.clamp(-(2**31), 2**31 - 1).to(torch.int32)
@@ -94,7 +102,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(context, function, wide, frozen, *tensors):
-        with jax.enable_x64(wide):
+        with _on_the_cpu(wide):
             out, back = jax.vjp(function, *map(_to_jax, tensors))
         context.one, context.wide = isinstance(out, jax.Array), wide
         out = jax.tree.map(_to_torch, jax.block_until_ready(out))
@@ -112,7 +120,7 @@ class _Gradients(torch.autograd.Function):
     def backward(context, *cotangents):
         refuse_second_gradients()
         saved = context.saved_tensors
-        with jax.enable_x64(context.wide):
+        with _on_the_cpu(context.wide):
             back = jax.tree.unflatten(context.tree, map(_shared, saved[: context.kept]))
             cotangents = tuple(map(_to_jax, cotangents))
             gradients = back(cotangents[0] if context.one else cotangents)
@@ -135,7 +143,7 @@ def _on_tensors(operation, *, differentiable=False):
             return getattr(_native(), operation.__name__)(*args, **kwargs)
         # Without 64 bits JAX would take float64 for float32, which the operation refuses where it matters.
         wide = any(x.dtype == torch.float64 for x in tensors.values())
-        with jax.enable_x64(wide):
+        with _on_the_cpu(wide):
             arrays = [None if i in learnt else _to_jax(leaf) for i, leaf in enumerate(leaves)]
 
         def function(*given):
@@ -146,7 +154,7 @@ def _on_tensors(operation, *, differentiable=False):
         if learnt:
             frozen = [x for i, x in tensors.items() if i not in learnt]
             return _Gradients.apply(function, wide, frozen, *learnt.values())
-        with jax.enable_x64(wide):
+        with _on_the_cpu(wide):
             return jax.tree.map(_to_torch, jax.block_until_ready(function()))
 
     call.__module__ = __name__  # where pickle looks for it

@@ -267,7 +267,8 @@ def _scores(score, b, length, v, device, *, confidence="probability", key=None, 
     sampling, static = _sampling(b, length, v, device, confidence=confidence, key=key, active=active, **options)
     scores = dlm_kernels.TokenScores(*(x.reshape(b, length) for x in score(*sampling, **static)))
     if random:
-        sure = torch.from_numpy(np.array(ops.random_confidence(key, b, length))).to(device)
+        drawn = torch.from_numpy(np.array(ops.random_confidence(key, b, length))).to(device)
+        sure = torch.where(torch.isnan(scores.confidence), scores.confidence, drawn)  # as ops.random_or_nan
         scores = scores._replace(confidence=sure if active is None else torch.where(active, sure, -torch.inf))
     return scores
 
