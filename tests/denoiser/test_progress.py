@@ -42,3 +42,21 @@ def test_a_log_holds_each_step_once(tmp_path):
         bar({"step": 80, "loss": 3.0, "seconds": 5.0, "tokens": 100, "share": 0.05})
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [20, 40, 60, 80]
+
+
+@pytest.mark.parametrize("other", ['{"time": 1, "msg": "mine"}\n', '{"step": 5}\n', "not json\n", "[20]\n", "\x00\n", "mine"])
+def test_the_log_of_another_program_stays(other, tmp_path):
+    """And is refused before a step is made."""
+    (tmp_path / "log.jsonl").write_text(other)
+    with pytest.raises(ValueError, match="log.jsonl: expected the log of a run, got the line "), progress.Bar(tmp_path):
+        raise AssertionError
+    assert (tmp_path / "log.jsonl").read_text() == other
+
+
+def test_a_kill_while_the_log_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
+    lines = "".join(json.dumps({"step": step, "tokens_per_second": 1.0}) + "\n" for step in (20, 40))
+    (tmp_path / "log.jsonl").write_text(lines)
+    monkeypatch.setattr(progress.checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"), progress.Bar(tmp_path) as bar:
+        bar({"step": 21, "loss": 3.0, "seconds": 5.0, "tokens": 100, "share": 0.05})
+    assert (tmp_path / "log.jsonl").read_text() == lines

@@ -6,11 +6,14 @@ import pathlib
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dlm_kernels.denoiser import checkpoint
+
 LINE_EVERY = 20  # steps
+BEGIN = '{"step": '  # of every line
 
 
 class Bar:
-    """Call it with what `train.run` reports; use it in a `with` statement."""
+    """Call it with what `train.run` reports; use it in a `with` statement, which raises ValueError where another's log.jsonl is."""
 
     def __init__(self, out):
         self.out, self.log = pathlib.Path(out), None
@@ -25,6 +28,7 @@ class Bar:
         self.first = None
 
     def __enter__(self):
+        _lines(self.out / "log.jsonl")  # before the first step, which compiles
         self.bar.start()
         return self
 
@@ -52,15 +56,22 @@ class Bar:
         """log.jsonl, not before there is something to tell. A run that goes on from its last save comes by some steps again."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "log.jsonl"
-        before = path.read_text().splitlines(keepends=True) if path.exists() else []
-        log = open(path, "w")
-        log.writelines(line for line in before if _step(line) < step)
-        return log
+        before = _lines(path)
+        checkpoint.write_atomic(path, "".join(line + "\n" for line in before if json.loads(line)["step"] < step).encode())
+        return open(path, "a")
 
 
-def _step(line):
-    """Of a line of the log; infinity where a kill left a part of one."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+def _lines(path):
+    """Of the log there, but for a last one of which a kill left a part. ValueError where another program wrote one."""
+    content = path.read_bytes() if path.exists() else b""
+    *lines, part = content.decode(errors="replace").split("\n")
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or not {"step", "tokens_per_second"} <= values.keys():
+            raise ValueError(f"{path}: expected the log of a run, got the line {line[:80]!r}")
+    if not BEGIN.startswith(part[: len(BEGIN)]):
+        raise ValueError(f"{path}: expected the log of a run, got the line {part[:80]!r}")
+    return lines
