@@ -351,6 +351,34 @@ def test_what_a_run_would_destroy_or_ignore_is_refused(trained, copied, saved, t
     assert not new.exists()
 
 
+@pytest.mark.parametrize("others", [["config.json"], ["tokenizer.json"], ["config.json", "tokenizer.json"]])
+def test_what_describes_another_programs_model_stays(others, texts, tmp_path):
+    for name in others:
+        (tmp_path / name).write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="out: expected a directory without a model, or with a run's state beside it"):
+        train.run(SMALL, train.TrainConfig(**FEW), tmp_path, seed_texts=texts)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(others, '{"model_type": "bert"}')
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_run_that_was_killed_in_its_first_save_begins_anew(written, texts, tmp_path, monkeypatch):
+    """After one or two of its files, neither of them the state."""
+    write, paths = checkpoint.write_atomic, []
+
+    def killed(path, content):
+        if len(paths) == written:
+            raise OSError("killed")
+        paths.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomic", killed)
+    with pytest.raises(OSError, match="killed"):
+        train.run(SMALL, train.TrainConfig(**FEW), tmp_path, seed_texts=texts)
+    assert len(list(tmp_path.iterdir())) == written and not (tmp_path / "state.safetensors").exists()
+    monkeypatch.setattr(checkpoint, "write_atomic", write)
+    train.run(SMALL, train.TrainConfig(**FEW), tmp_path, seed_texts=texts)
+
+
 @pytest.mark.parametrize("name, began, other", [("rows", 2, 3), ("length", 16, 8), ("seed", 0, 1), ("uniform_share", 0.0, 1.0)])
 def test_a_run_goes_on_only_with_what_it_learns_from(name, began, other, copied, texts):
     before = (copied / "state.safetensors").read_bytes()

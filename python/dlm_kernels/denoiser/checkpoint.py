@@ -33,8 +33,17 @@ def describe(directory, config, tokenizer):
     """Writes what `described` reads: without it no array in the directory means anything."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / "tokenizer.json", tokenizer.to_str().encode())
+    # First what `may_describe` knows its own by.
     write_atomic(directory / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    write_atomic(directory / "tokenizer.json", tokenizer.to_str().encode())
+
+
+def may_describe(directory):
+    """Whether `describe` overwrites nothing there but what it wrote itself."""
+    directory = pathlib.Path(directory)
+    if not (directory / "config.json").exists():
+        return not (directory / "tokenizer.json").exists()
+    return _config(directory).keys() == DenoiserConfig().to_dict().keys()
 
 
 def save_parameters(directory, params, *, dtype=jnp.bfloat16):

@@ -322,7 +322,7 @@ def _start(config, train, out, initial, learns):
             before, now = began.get(name), learns.get(name)
             if before != now:
                 raise ValueError(f"{name}: expected {before}, with which the run in {out} began, got {now}")
-    elif any(out.glob("model*")):
+    elif any(out.glob("model*")) or not checkpoint.may_describe(out):
         raise ValueError(f"out: expected a directory without a model, or with a run's state beside it, got {out}")
     config = config or DEFAULT
     config = dataclasses.replace(config, self_conditioning=config.self_conditioning or train.uniform_share > 0)
