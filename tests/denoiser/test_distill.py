@@ -220,10 +220,21 @@ def test_a_student_learns_guidance(saved, tmp_path, texts):
     assert after < 0.9 * before
 
 
-@pytest.mark.parametrize("steps", [(8, 3), (8, 8), (2, 8), (8, 0)])
+@pytest.mark.parametrize("steps", [(8, 3), (8, 8), (2, 8)])
 def test_steps_must_divide(steps, saved, tmp_path):
     with pytest.raises(ValueError, match="teacher_steps: expected a multiple of student_steps"):
         distill.run(None, saved, tmp_path, teacher_steps=steps[0], student_steps=steps[1])
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [((8, 0), "student_steps: .* got 0"), ((0, 8), "teacher_steps: .* got 0"), ((-8, 8), "teacher_steps: .* got -8"),
+     ((16.0, 8), "teacher_steps: .* got 16.0"), ((8, 0.5), "student_steps: .* got 0.5")],
+)  # fmt: skip
+def test_steps_are_counts(steps, message, saved, tmp_path):
+    settings = train.TrainConfig(steps=1, rows=2, length=16)
+    with pytest.raises(ValueError, match=message.replace(".*", "expected an int of at least 1,")):
+        distill.run(settings, saved, tmp_path / "out", teacher_steps=steps[0], student_steps=steps[1])
 
 
 def test_a_student_is_of_its_teachers_shape_and_tokenizer(saved, tmp_path):

@@ -25,7 +25,8 @@ def run(
     `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not divide, a student differs from its
     teacher in its config or tokenizer, or the run in `out` began with another teacher or other numbers than these.
     """
-    if student_steps < 1 or teacher_steps % student_steps or (teacher_steps == student_steps and guidance == 1):
+    limits.counts(teacher_steps=teacher_steps, student_steps=student_steps)
+    if teacher_steps % student_steps or (teacher_steps == student_steps and guidance == 1):
         raise ValueError(
             f"teacher_steps: expected a multiple of student_steps {student_steps}, above it, got {teacher_steps}"
         )
