@@ -69,3 +69,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         checkpoint.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one(there, tmp_path):
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    if there:
+        target.write_bytes(b"old")
+    link.symlink_to(target)
+    checkpoint.write_atomic(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new" and list(target.parent.iterdir()) == [target]
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    checkpoint.write_atomic(tmp_path / "pipe", b"new")
+    assert os.read(reader, 9) == b"new" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+def test_partials_of_a_path_are_removed_and_nothing_else(tmp_path):
+    others = ["file", "file.partial", "file.0123.partial", "other.01234567.partial", "file.01234567.partial.txt"]
+    for name in ("file.01234567.partial", "file.89abcdef.partial", *others):
+        (tmp_path / name).write_bytes(b"")
+    checkpoint.remove_partials(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

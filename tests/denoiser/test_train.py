@@ -321,12 +321,16 @@ def copied(trained, tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_tokenizer_and_config(copied, texts):
-    """Whatever the texts have become, and with no config given."""
+    """Whatever the texts have become, and with no config given; it clears away what a killed save left."""
     before = (copied / "tokenizer.json").read_bytes(), (copied / "config.json").read_bytes()
+    files = [path.name for path in copied.iterdir()]
+    for name in ("state", "model"):
+        (copied / f"{name}.safetensors.0123abcd.partial").write_bytes(b"what a killed save left")
     other = [(name, text.replace("self", "this"), held_out) for name, text, held_out in texts]
     assert data.train_tokenizer([text for _, text, _ in other], 300).to_str().encode() != before[0]
     train.run(None, train.TrainConfig(**FEW | dict(steps=2)), copied, seed_texts=other)
     assert ((copied / "tokenizer.json").read_bytes(), (copied / "config.json").read_bytes()) == before
+    assert sorted(path.name for path in copied.iterdir()) == sorted(files)
     with pytest.raises(ValueError, match="config: expected the layers 1 of .*copied, got 7"):
         train.run(dataclasses.replace(SMALL, layers=7), train.TrainConfig(**FEW), copied, seed_texts=texts)
     (copied / "tokenizer.json").unlink()

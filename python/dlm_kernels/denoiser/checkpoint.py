@@ -1,5 +1,6 @@
 """Checkpoints: a directory of model.safetensors, config.json and tokenizer.json, and one file of training state."""
 
+import glob
 import json
 import os
 import pathlib
@@ -150,8 +151,12 @@ def read(path):
 
 
 def write_atomic(path, content):
-    """A kill at any moment leaves the old file or the new one, never a part of either."""
+    """A kill at any moment leaves the old file or the new one, never a part of either. A link stays, and what it names is written."""
     path = pathlib.Path(path)
+    if path.exists() and not path.is_file():  # a pipe or a device, which a file would take the place of
+        path.write_bytes(content)
+        return
+    path = pathlib.Path(os.path.realpath(path))
     # A name of its own, so that of two writers neither replaces the file by a part of the other's.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -167,3 +172,10 @@ def write_atomic(path, content):
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remove_partials(path):
+    """What `write_atomic` of this path left where it was killed."""
+    path = pathlib.Path(os.path.realpath(path))
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.partial"):
+        partial.unlink(missing_ok=True)

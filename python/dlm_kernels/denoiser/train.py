@@ -366,6 +366,8 @@ def run(
     state = {"params": params, "average": average, "optimizer": optimizer(train).init(params)}
     progress = {"step": 0, "seconds": 0.0, "tokens": 0, "loss": None}
     path = out / "state.safetensors"
+    for name in (path.name, "model.safetensors"):
+        checkpoint.remove_partials(out / name)
     if path.exists():
         state, progress = checkpoint.load_state(path, state), checkpoint.load_progress(path)
     saved = clock = time.monotonic()
