@@ -391,6 +391,25 @@ def test_a_run_goes_on_only_with_what_it_learns_from(name, began, other, copied,
     assert (copied / "state.safetensors").read_bytes() == before
 
 
+def test_a_run_goes_on_only_from_what_it_began_with(trained, texts, tmp_path):
+    """Wherever that lies. One that was begun before runs remembered it goes on with any."""
+    config, params, tokenizer = checkpoint.load(trained)
+    checkpoint.save(tmp_path / "other", config, {name: 2 * x for name, x in params.items()}, tokenizer)
+    shutil.copytree(trained, tmp_path / "moved")
+    few, more = (train.TrainConfig(**FEW | dict(steps=steps)) for steps in (1, 2))
+    out = tmp_path / "out"
+    train.run(None, few, out, initial=trained, seed_texts=texts)
+    for initial, got in ((tmp_path / "other", "one whose .*"), (None, "None")):
+        with pytest.raises(ValueError, match=f"^initial: expected one whose embedding's SHA-256 .* began, got {got}$"):
+            train.run(None, more, out, initial=initial, seed_texts=texts)
+    train.run(None, few, out, initial=tmp_path / "moved", seed_texts=texts)
+    state, progress = checkpoint.read(out / "state.safetensors"), checkpoint.load_progress(out / "state.safetensors")
+    del progress["learns"]["initial"]
+    safetensors.numpy.save_file(state, out / "state.safetensors", {"progress": json.dumps(progress)})
+    train.run(None, more, out, initial=tmp_path / "other", seed_texts=texts)
+    assert checkpoint.load_progress(out / "state.safetensors")["step"] == 2
+
+
 def test_a_foreign_state_is_refused(copied, texts):
     safetensors.numpy.save_file({"x": np.zeros(2)}, copied / "state.safetensors")
     with pytest.raises(ValueError, match="state.safetensors: expected a state of training"):

@@ -1,7 +1,6 @@
 """Step distillation: a student learns to do in one pass what its teacher does in several."""
 
 import functools
-import hashlib
 import pathlib
 
 import jax
@@ -43,11 +42,10 @@ def run(
     told = dict(
         teacher_steps=teacher_steps, student_steps=student_steps, temperature=temperature, guidance=guidance, on_policy=on_policy
     )  # fmt: skip
-    digest = hashlib.sha256(np.asarray(params["embed"]).tobytes()).hexdigest()[:16]
     return train.run(
         config, settings, out,
         initial=initial or teacher, objective=functools.partial(student_loss, **told), given=params,
-        told=told | {"teacher": f"one whose embedding's SHA-256 begins with {digest}"}, batches=Rows, seed_texts=seed_texts,
+        told=told | {"teacher": train.fingerprint(params)}, batches=Rows, seed_texts=seed_texts,
         report=report,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import pathlib
 import signal
@@ -301,8 +302,16 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def _start(config, train, out, initial, learns):
-    """(config, parameters, tokenizer) to begin with: what `out` holds a state of, else `initial`'s; None where neither has it."""
+def fingerprint(params):
+    """By which a run knows the parameters again that it was given."""
+    digest = hashlib.sha256(np.asarray(params["embed"]).tobytes()).hexdigest()[:16]
+    return f"one whose embedding's SHA-256 begins with {digest}"
+
+
+def _start(config, train, out, initial, told):
+    """(config, parameters, tokenizer, what it learns from) to begin with: of the run that `out` holds a state of, else `initial`'s;
+    None where neither has it.
+    """
     params = tokenizer = None
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a directory, got the file {out}")
@@ -311,12 +320,15 @@ def _start(config, train, out, initial, learns):
             raise ValueError(f"initial: expected another directory than the one that is written, got {out}")
         found, params, tokenizer = checkpoint.load(initial, dtype=jnp.float32)
         config = _agreed(config, found, initial)
+    learns = {name: getattr(train, name) for name in LEARNS} | (told or {})
+    learns["initial"] = params and fingerprint(params)
     if (out / "state.safetensors").exists():
         found, trained_with = checkpoint.described(out)
         if tokenizer is not None and tokenizer.to_str() != trained_with.to_str():
             raise ValueError(f"initial: expected the tokenizer of the run that goes on in {out}, got another in {initial}")
         config, tokenizer = _agreed(config, found, out), trained_with
         began = checkpoint.load_progress(out / "state.safetensors").get("learns", learns)
+        began.setdefault("initial", learns["initial"])  # of a run that did not remember it yet
         for name in began | learns:
             # What came out would be of both.
             before, now = began.get(name), learns.get(name)
@@ -326,7 +338,7 @@ def _start(config, train, out, initial, learns):
         raise ValueError(f"out: expected a directory without a model, or with a run's state beside it, got {out}")
     config = config or DEFAULT
     config = dataclasses.replace(config, self_conditioning=config.self_conditioning or train.uniform_share > 0)
-    return config, params, tokenizer
+    return config, params, tokenizer, learns
 
 
 def _agreed(config, found, where):
@@ -348,14 +360,13 @@ def run(
     with its arrays; told: the JSON values that make it what it is. batches(streams, rows, length, seed, eos_id): what gives a step
     its rows, in the place of `data.Batches`. report(progress: dict) is called after every step. On Ctrl-C or SIGTERM the step ends
     and is saved, then KeyboardInterrupt is raised. Raises ValueError, before anything is written, where `out` holds a model that is
-    not a run's, or a run that learns from something else (LEARNS, told), and FloatingPointError where the loss or an update is not
-    finite, which is not saved.
+    not a run's, or a run that learns from something else (LEARNS, told, initial), and FloatingPointError where the loss or an
+    update is not finite, which is not saved.
     """
     if not importlib.util.find_spec("optax"):
         raise ValueError("training needs the optax package: pip install 'dlm_kernels[train]'")
     out = pathlib.Path(out)
-    learns = {name: getattr(train, name) for name in LEARNS} | (told or {})
-    config, params, tokenizer = _start(config, train, out, initial, learns)
+    config, params, tokenizer, learns = _start(config, train, out, initial, told)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed)) | (params or {})
     tokenizer, streams, _ = prepare(config, seed_texts, tokenizer)
     if batches is None:
