@@ -84,6 +84,28 @@ def test_guidance_makes_what_is_written_more_wanted(guidance, loaded, fitted):
     assert written(10.0)[1].mean() > plain.mean() + 0.1 and written(-10.0)[1].mean() < plain.mean() - 0.1
 
 
+def test_rows_are_computed_some_at_a_time(loaded, monkeypatch):
+    """Of 16 tokens and 5 rows at most, as if all at once; and none before both lists are known to have some."""
+    taken, states = [], classifier._mean_states
+
+    def watched(config, implementation, params, tokens):
+        taken.append(len(tokens))
+        return states(config, implementation, params, tokens)
+
+    monkeypatch.setattr(classifier, "_mean_states", watched)
+    given = (16, 2, 0, None)
+    whole = classifier._features(loaded, WANTED, UNWANTED, *given)
+    assert min(taken) > 15
+    monkeypatch.setattr(classifier, "TOKENS", 5 * 16 + 9)
+    for ours, expected in zip(classifier._features(loaded, WANTED, UNWANTED, *given), whole):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    assert max(taken[4:]) == 5
+    taken.clear()
+    with pytest.raises(ValueError, match="^wanted: expected at least 16 tokens, got 0"):
+        classifier.fit(loaded, [], UNWANTED, length=16)
+    assert not taken
+
+
 def test_the_command_fits_saves_and_uses_it(saved, tmp_path, capsys):
     (tmp_path / "good.py").write_text(WANTED[0])
     (tmp_path / "bad.py").write_text(UNWANTED[0])

@@ -10,6 +10,8 @@ import safetensors.numpy
 
 from dlm_kernels.denoiser import checkpoint, data, limits, model, train
 
+TOKENS = 2**14  # whose hidden states `fit` and `accuracy` have in memory at once, or one row's
+
 
 class Classifier(NamedTuple):
     """log p(wanted | tokens) = log_sigmoid(mean(hidden_states(tokens)) @ weight + bias), of the tokens that are no padding."""
@@ -78,23 +80,32 @@ def _features(loaded, wanted, unwanted, length, maskings, seed, implementation):
     """Mean states of the masked rows, and a 1 after each: float64 [N, D + 1]; and which are wanted, [N] of 0 and 1."""
     limits.counts(length=length)
     config, params, tokenizer = loaded
-    features, labels = [], []
-    for label, (name, texts) in enumerate((("unwanted", unwanted), ("wanted", wanted))):
+    cut = []
+    for name, texts in (("unwanted", unwanted), ("wanted", wanted)):
         stream = data.stream(tokenizer, texts, config.eos_id) if texts else np.zeros(0, np.int32)
-        rows = stream[: len(stream) // length * length].reshape(-1, length)
-        if not len(rows):
+        cut.append(stream[: len(stream) // length * length].reshape(-1, length))
+        if not len(cut[-1]):
             raise ValueError(f"{name}: expected at least {length} tokens, got {len(stream)}")
+    features, labels, together = [], [], max(1, TOKENS // length)
+    for label, rows in enumerate(cut):
         for draw in range(maskings):
             key = jax.random.fold_in(jax.random.key(seed), draw)
-            features.append(np.asarray(_masked_states(config, implementation, params, rows, key), np.float64))
+            masked = _masked(rows, key, config.mask_id)
+            for first in range(0, len(rows), together):
+                states = _mean_states(config, implementation, params, masked[first : first + together])
+                features.append(np.asarray(states, np.float64))
             labels.append(np.full(len(rows), label))
     x = np.concatenate(features)
     return np.concatenate([x, np.ones((len(x), 1))], axis=1), np.concatenate(labels)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _masked(rows, key, mask_id):
+    return train.corrupt(rows, key, mask_id, rows.shape[1])[0]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _masked_states(config, implementation, params, rows, key):
-    tokens, *_ = train.corrupt(rows, key, config.mask_id, rows.shape[1])
+def _mean_states(config, implementation, params, tokens):
     return mean_state(model.hidden_states(config, params, tokens, implementation=implementation), jnp.ones(tokens.shape, bool))
 
 
