@@ -30,9 +30,9 @@ def test_a_required_phrase_goes_where_it_is_likeliest(config, params, random):
         expected = tokens[row].copy()
         expected[best : best + 3] = phrase
         np.testing.assert_array_equal(placed[row], expected)
-    with pytest.raises(ValueError, match="phrase: expected a run of 7 holes in every row, got none in row 0"):
+    with pytest.raises(ValueError, match="^required: expected a run of 7 holes in every row, got none in row 0"):
         control.require(config, params, tokens, [9] * 7, start=0 * tokens[:, 0])
-    with pytest.raises(ValueError, match="phrase: expected at least one token id"):
+    with pytest.raises(ValueError, match="^required: expected at least one token id"):
         control.require(config, params, tokens, [], start=0 * tokens[:, 0])
 
 
@@ -54,6 +54,24 @@ def test_a_required_phrase_leaves_room_for_those_that_follow(config, params, ran
     assert unlike
     with pytest.raises(ValueError, match=r"a run of 3 holes in every row, and after it of \[2, 2\], got none in row 0"):
         control.require(config, params, tokens, phrase, start=[0], later=[2, 2])
+
+
+def test_room_is_found_or_not_without_trying_every_order(random):
+    """As by trying them, where that is quick; and ten phrases for nine runs, none of which holds two, soon not."""
+
+    def tried(runs, lengths):
+        places = [i for i, run in enumerate(runs) if lengths and run >= lengths[0]]
+        return not lengths or any(tried([*runs[:i], runs[i] - lengths[0], *runs[i + 1 :]], lengths[1:]) for i in places)
+
+    found = set()
+    for _ in range(500):
+        runs, lengths = random.integers(0, 8, 3).tolist(), sorted(random.integers(1, 5, 4).tolist(), reverse=True)
+        found.add(control._room(tuple(runs), tuple(lengths)))
+        assert control._room(tuple(runs), tuple(lengths)) == tried(runs, lengths)
+    assert found == {True, False}
+    control._room.cache_clear()
+    assert not control._room(tuple(range(20, 29)), tuple(range(23, 13, -1)))
+    assert control._room.cache_info().misses < 2000
 
 
 def test_required_texts_may_fill_all(saved_model):

@@ -10,36 +10,36 @@ from dlm_kernels import lm_head_scores, masks
 from dlm_kernels.denoiser import limits, model
 
 
-def require(config, params, tokens, phrase, *, start, later=(), implementation=None):
-    """`tokens` with `phrase` written into each row's holes where the model finds it likeliest; decoding leaves it there.
+def require(config, params, tokens, required, *, start, later=(), implementation=None):
+    """`tokens` with `required` written into each row's holes where the model finds it likeliest; decoding leaves it there.
 
         log_p = log_softmax(head(hidden_states(tokens)))
-        at = argmax over begin of sum(log_p[begin + i, phrase[i]] for i)        # where begin, begin + 1, ... are all holes
-        tokens[at : at + len(phrase)] = phrase
+        at = argmax over begin of sum(log_p[begin + i, required[i]] for i)        # where begin, begin + 1, ... are all holes
+        tokens[at : at + len(required)] = required
 
-    tokens int32 [B, L], phrase: token ids, start int32 [B], each row's first column that is not padding. later: the lengths of
+    tokens int32 [B, L], required: token ids, start int32 [B], each row's first column that is not padding. later: the lengths of
     phrases that are to be written after this one, for all of which it leaves room. Ties go to the lower column. Raises ValueError
     where a row has no such place.
     """
-    tokens, phrase = np.array(tokens, np.int32), np.asarray(phrase, np.int32)
-    if phrase.ndim != 1 or not len(phrase):
-        raise ValueError(f"phrase: expected at least one token id, got shape {list(phrase.shape)}")
-    log_p = np.asarray(_log_p(config, params, tokens, phrase, np.asarray(start, np.int32), implementation), np.float64)
-    places = tokens.shape[1] - len(phrase) + 1
+    tokens, required = np.array(tokens, np.int32), np.asarray(required, np.int32)
+    if required.ndim != 1 or not len(required):
+        raise ValueError(f"required: expected at least one token id, got shape {list(required.shape)}")
+    log_p = np.asarray(_log_p(config, params, tokens, required, np.asarray(start, np.int32), implementation), np.float64)
+    places = tokens.shape[1] - len(required) + 1
     if places < 1:
-        raise ValueError(f"phrase: expected at most {tokens.shape[1]} tokens, got {len(phrase)}")
+        raise ValueError(f"required: expected at most {tokens.shape[1]} tokens, got {len(required)}")
     holes = tokens == config.mask_id
-    fits = np.all([holes[:, i : i + places] for i in range(len(phrase))], axis=0)
-    total = np.where(fits, sum(log_p[:, i : i + places, i] for i in range(len(phrase))), -np.inf)
+    fits = np.all([holes[:, i : i + places] for i in range(len(required))], axis=0)
+    total = np.where(fits, sum(log_p[:, i : i + places, i] for i in range(len(required))), -np.inf)
     for row in range(len(tokens)):
         for at in np.argsort(-total[row], kind="stable")[: fits[row].sum()]:
             written = tokens[row].copy()
-            written[at : at + len(phrase)] = phrase
-            if _room(_runs(written == config.mask_id), sorted(later, reverse=True)):
+            written[at : at + len(required)] = required
+            if _room(_runs(written == config.mask_id), tuple(sorted(later, reverse=True))):
                 break
         else:
             rest = f", and after it of {list(later)}" if later else ""
-            raise ValueError(f"phrase: expected a run of {len(phrase)} holes in every row{rest}, got none in row {row}")
+            raise ValueError(f"required: expected a run of {len(required)} holes in every row{rest}, got none in row {row}")
         tokens[row] = written
     return tokens
 
@@ -47,17 +47,23 @@ def require(config, params, tokens, phrase, *, start, later=(), implementation=N
 def _runs(holes):
     """The lengths of the runs of True in bool [L]."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], holes, [0]])))
-    return edges[1::2] - edges[::2]
+    return tuple((edges[1::2] - edges[::2]).tolist())
 
 
+@functools.lru_cache(2**18)
 def _room(runs, lengths):
-    """Whether phrases of these lengths find places in runs of holes, none over another."""
+    """Whether phrases of these lengths, which fall, find places in runs of holes, none over another."""
     if not lengths:
         return True
     first, *others = lengths
-    # Runs of one length are as good as each other.
+    # In order, and without those too short for any, most ways to fill the runs leave the same, which is asked once.
+    runs = tuple(sorted(run for run in runs if run >= lengths[-1]))
+    if sum(runs) < sum(lengths) or sum(run // lengths[-1] for run in runs) < len(lengths):
+        return False
+    if first == lengths[-1]:
+        return True
     last = {run: i for i, run in enumerate(runs) if run >= first}
-    return any(_room([*runs[:i], run - first, *runs[i + 1 :]], others) for run, i in last.items())
+    return any(_room((*runs[:i], *runs[i + 1 :], run - first), tuple(others)) for run, i in last.items())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
