@@ -50,6 +50,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(config, tmp_path, saved):
         ({"mask_id": 1}, "mask_id: expected another id than pad_id and eos_id, got 1"),
         ({"rope_theta": "x"}, "rope_theta: expected at least 1, got x"),
         ({"rope_theta": float("nan")}, "rope_theta: expected at least 1, got nan"),
+        ({"rms_norm_eps": [1]}, "rms_norm_eps: expected a number, got [1]"),
+        ({"threshold": None}, "threshold: expected a number, got None"),
         ({"qk_norm": "no"}, "qk_norm: expected true or false, got 'no'"),
     ],
 )

@@ -131,6 +131,7 @@ def test_bad_arguments(config, params, fitted, tmp_path):
     untied = config.__class__(**(config.to_dict() | {"tie_embeddings": False}))
     with pytest.raises(ValueError, match="classifier: expected a model whose head is its embedding"):
         sampler.decode(untied, params, tokens, classifier=fitted[0], classifier_scale=1.0, **given)
-    classifier.save(tmp_path / "c", classifier.Classifier(jnp.ones(5), jnp.float32(0)))
-    with pytest.raises(ValueError, match=r"expected a bias and a weight of shape \[24\]"):
-        classifier.load(tmp_path / "c", config)
+    for weight, bias in ((jnp.ones(5), jnp.zeros(1)), (jnp.ones(24), jnp.zeros(0)), (jnp.ones(24), jnp.zeros(2))):
+        classifier.save(tmp_path / "c", classifier.Classifier(weight, bias))
+        with pytest.raises(ValueError, match=r"expected a bias and a weight of shape \[24\]"):
+            classifier.load(tmp_path / "c", config)

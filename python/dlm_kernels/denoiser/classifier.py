@@ -117,7 +117,7 @@ def save(path, classifier):
 def load(path, config):
     """Raises ValueError where the file holds no classifier, or that of a model of another width."""
     arrays = checkpoint.read(path)
-    if arrays.keys() != {"weight", "bias"} or arrays["weight"].shape != (config.d_model,):
-        found = {name: list(array.shape) for name, array in arrays.items()}
+    found = {name: list(array.shape) for name, array in arrays.items()}
+    if found != {"bias": [1], "weight": [config.d_model]}:
         raise ValueError(f"{path}: expected a bias and a weight of shape [{config.d_model}], got {found}")
     return Classifier(jnp.asarray(arrays["weight"]), jnp.asarray(arrays["bias"][0]))

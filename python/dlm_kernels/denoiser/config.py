@@ -47,6 +47,9 @@ class DenoiserConfig:
             limits.counts(block_size=self.block_size)
         limits.numbers(1, rope_theta=self.rope_theta)
         limits.numbers(0, rms_norm_eps=self.rms_norm_eps, threshold=self.threshold)
+        for name in ("rope_theta", "rms_norm_eps", "threshold"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
         for name in ("qk_norm", "qkv_bias", "tie_embeddings", "self_conditioning", "shifted"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
