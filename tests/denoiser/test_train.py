@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -352,7 +353,21 @@ def test_what_a_run_would_destroy_or_ignore_is_refused(trained, copied, saved, t
         train.run(SMALL, settings, copied, seed_texts=texts)
     with pytest.raises(ValueError, match="texts: expected at least one, got none"):
         train.run(SMALL, settings, new, seed_texts=[])
+    with pytest.raises(ValueError, match="out: expected another name than of a model that .*, got student-8; ./student-8 is none"):
+        train.run(SMALL, settings, "student-8", seed_texts=[])
     assert not new.exists()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [(dict(vocab=258), "vocab: expected at least 259, of all bytes and the special tokens, got 258"),
+     (dict(eos_id=0), "pad_id, eos_id, mask_id: expected (0, 1, 2), as of `data.train_tokenizer`, got (0, 0, 2)"),
+     (dict(mask_id=7), "pad_id, eos_id, mask_id: expected (0, 1, 2), as of `data.train_tokenizer`, got (0, 1, 7)")],
+)  # fmt: skip
+def test_a_config_that_its_tokenizer_cannot_be_of_is_refused(given, message, texts):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.prepare(dataclasses.replace(SMALL, **given), texts)
+    assert train.prepare(dataclasses.replace(SMALL, vocab=259), texts)[0].get_vocab_size() == 259
 
 
 @pytest.mark.parametrize("others", [["config.json"], ["tokenizer.json"], ["config.json", "tokenizer.json"]])
@@ -410,9 +425,12 @@ def test_a_run_goes_on_only_from_what_it_began_with(trained, texts, tmp_path):
     assert checkpoint.load_progress(out / "state.safetensors")["step"] == 2
 
 
-def test_a_foreign_state_is_refused(copied, texts):
-    safetensors.numpy.save_file({"x": np.zeros(2)}, copied / "state.safetensors")
-    with pytest.raises(ValueError, match="state.safetensors: expected a state of training"):
+@pytest.mark.parametrize("metadata, message", [
+    (None, "expected a state of training"), ({"progress": "[1]"}, "expected a state of training"), ({"progress": "x"}, "Expecting"),
+])  # fmt: skip
+def test_a_foreign_state_is_refused(metadata, message, copied, texts):
+    safetensors.numpy.save_file({"x": np.zeros(2)}, copied / "state.safetensors", metadata)
+    with pytest.raises(ValueError, match=f"state.safetensors: {message}"):
         train.run(SMALL, train.TrainConfig(**FEW), copied, seed_texts=texts)
 
 
@@ -472,7 +490,8 @@ def test_the_average_forgets_a_random_start(config):
 @pytest.mark.parametrize(
     "given",
     [{name: float("nan")} for name in ("weight_decay", "clip", "warmup", "average", "least_ratio")]
-    + [dict(average=2.0), dict(clip=0.0), dict(steps=1.5), dict(implementation="abc"), dict(implementation="cudnn")],
+    + [dict(average=2.0), dict(clip=0.0), dict(steps=1.5), dict(seed=1.5), dict(seed=-1)]
+    + [dict(implementation="abc"), dict(implementation="cudnn")],
 )
 def test_settings_that_cannot_be_are_refused(given):
     with pytest.raises(ValueError, match=f"{next(iter(given))}: expected"):

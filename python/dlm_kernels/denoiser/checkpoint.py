@@ -121,12 +121,12 @@ def load_progress(path):
     """The dict that `save_state` wrote."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            progress = (file.metadata() or {}).get("progress")
-    except safetensors.SafetensorError as error:
+            progress = json.loads((file.metadata() or {}).get("progress", "null"))
+    except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if progress is None:
+    if not isinstance(progress, dict):
         raise ValueError(f"{path}: expected a state of training, got a safetensors file of something else")
-    return json.loads(progress)
+    return progress
 
 
 def load_state(path, like):
@@ -151,7 +151,7 @@ def read(path):
 
 
 def write_atomic(path, content):
-    """A kill at any moment leaves the old file or the new one, never a part of either. A link stays, and what it names is written."""
+    """A kill at any moment leaves the old file or the new one, never a part of either. Of a link, what it names is written."""
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():  # a pipe or a device, which a file would take the place of
         path.write_bytes(content)

@@ -14,7 +14,7 @@ def require(config, params, tokens, required, *, start, later=(), implementation
     """`tokens` with `required` written into each row's holes where the model finds it likeliest; decoding leaves it there.
 
         log_p = log_softmax(head(hidden_states(tokens)))
-        at = argmax over begin of sum(log_p[begin + i, required[i]] for i)        # where begin, begin + 1, ... are all holes
+        at = argmax over begin of sum(log_p[begin + i, required[i]] for i)      # where begin, begin + 1, ... are all holes
         tokens[at : at + len(required)] = required
 
     tokens int32 [B, L], required: token ids, start int32 [B], each row's first column that is not padding. later: the lengths of

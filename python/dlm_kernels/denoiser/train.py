@@ -56,7 +56,7 @@ class TrainConfig:
         limits.numbers(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay, save_every=self.save_every)
         limits.numbers(1e-6, clip=self.clip)
         limits.numbers(0, 1, warmup=self.warmup, least_ratio=self.least_ratio, average=self.average)
-        limits.numbers(0, 2**32 - 1, seed=self.seed)
+        limits.whole(0, 2**32 - 1, seed=self.seed)
         limits.numbers(0, 0.5, error_share=self.error_share)
         limits.numbers(0, 1, block_share=self.block_share, uniform_share=self.uniform_share)
         both = self.block_share + self.uniform_share
@@ -276,7 +276,14 @@ def prepare(config, seed_texts=None, tokenizer=None):
     """(tokenizer, training streams, held-out texts) of the standard library, or of `seed_texts` [(name, text, held out?)]."""
     found = data.files() if seed_texts is None else seed_texts
     train_texts = [text for _, text, held_out in found if not held_out]
-    tokenizer = tokenizer or data.literal(data.train_tokenizer(train_texts, config.vocab))
+    if tokenizer is None:
+        least = 256 + 3
+        if config.vocab < least:
+            raise ValueError(f"vocab: expected at least {least}, of all bytes and the special tokens, got {config.vocab}")
+        ids = config.pad_id, config.eos_id, config.mask_id
+        if ids != (0, 1, 2):
+            raise ValueError(f"pad_id, eos_id, mask_id: expected (0, 1, 2), as of `data.train_tokenizer`, got {ids}")
+        tokenizer = data.literal(data.train_tokenizer(train_texts, config.vocab))
     whole = data.stream(tokenizer, train_texts, config.eos_id)
     in_units = data.stream(tokenizer, [unit for text in train_texts for unit in data.units(text)], config.eos_id)
     return tokenizer, [whole, in_units], [text for _, text, held_out in found if held_out]
@@ -365,6 +372,8 @@ def run(
     """
     if not importlib.util.find_spec("optax"):
         raise ValueError("training needs the optax package: pip install 'dlm_kernels[train]'")
+    if out in checkpoint.BESIDE:
+        raise ValueError(f"out: expected another name than of a model that comes with the package, got {out}; ./{out} is none")
     out = pathlib.Path(out)
     config, params, tokenizer, learns = _start(config, train, out, initial, told)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed)) | (params or {})
