@@ -168,11 +168,10 @@ def llada2_config(given):
         shared_ffn=width * (given.get("num_shared_experts") or 0),
         dense_layers=given["first_k_dense_replace"],
     )
-    size = given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
     ids = dict(block_size=given.get("block_size", 32), mask_id=given.get("mask_token_id", 156895), threshold=0.95)
     given = dict(eos_token_id=given["pad_token_id"]) | given
-    turned = int(size * given["partial_rotary_factor"])
-    return _qwen_config(given, qk_norm=True, qkv_bias=False, experts=experts, rotary_size=turned, **ids)
+    config = _qwen_config(given, qk_norm=True, qkv_bias=False, experts=experts, **ids)
+    return dataclasses.replace(config, rotary_size=int(config.head_size * given["partial_rotary_factor"]))
 
 
 def fast_dllm_config(given):

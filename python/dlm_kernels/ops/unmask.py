@@ -228,7 +228,7 @@ def _key_data(key):
 def token_scores(results, confidence, key, active):
     token, sure, entropy, logsumexp = results
     if confidence == "random":
-        sure = random_or_nan(random_confidence(key, *token.shape), sure)
+        sure = random_or_nan(jnp, random_confidence(key, *token.shape), sure)
         sure = sure if active is None else jnp.where(active, sure, -jnp.inf)
     return TokenScores(token, sure, entropy, logsumexp)
 
@@ -243,9 +243,9 @@ def random_confidence(key, b, length):
     return draw(data, (b, length)) if data.ndim == 1 else jax.vmap(lambda row: draw(row, (length,)))(data)
 
 
-def random_or_nan(random, sure):
-    """`random`, but NaN where the kernel's confidence is: such a row has no token to be sure of."""
-    return jnp.where(jnp.isnan(sure), sure, random)
+def random_or_nan(xp, random, sure):
+    """`random`, but NaN where the kernel's confidence is: such a row has no token to be sure of. xp: jax.numpy, or torch."""
+    return xp.where(xp.isnan(sure), sure, random)
 
 
 def empty_scores(b, length):
@@ -391,6 +391,6 @@ def _score_and_unmask(implementation, operands, **static):
     """A step of two kernels. operands: STEP's, and a random confidence where it is not that of the scores."""
     token, sure, entropy, _ = dispatch.call(SCORE, implementation, {name: operands[name] for name, _ in SCORE.operands}, **static)
     if "confidence" in operands:
-        sure = random_or_nan(operands["confidence"], sure)
+        sure = random_or_nan(jnp, operands["confidence"], sure)
     scores = dict(confidence=sure, proposal=token, entropy=None if operands["entropy_budget"] is None else entropy)
     return dispatch.call(TOPK, implementation, {name: (operands | scores)[name] for name, _ in TOPK.operands})

@@ -268,7 +268,7 @@ def _scores(score, b, length, v, device, *, confidence="probability", key=None, 
     scores = dlm_kernels.TokenScores(*(x.reshape(b, length) for x in score(*sampling, **static)))
     if random:
         drawn = torch.from_numpy(np.array(ops.random_confidence(key, b, length))).to(device)
-        sure = torch.where(torch.isnan(scores.confidence), scores.confidence, drawn)  # as ops.random_or_nan
+        sure = ops.random_or_nan(torch, drawn, scores.confidence)
         scores = scores._replace(confidence=sure if active is None else torch.where(active, sure, -torch.inf))
     return scores
 
