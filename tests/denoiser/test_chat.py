@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, pre_tokenizers
 
 from dlm_kernels import cli
-from dlm_kernels.denoiser import chat, checkpoint, data, generate, model, sampler
+from dlm_kernels.denoiser import chat, checkpoint, data, generate, half, model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 LLADA = ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -145,7 +145,7 @@ def test_bfloat16_stays_so():
 def test_the_gradient_of_embeddings_of_16_bits():
     table = jax.random.normal(jax.random.key(0), (7, 5)).astype(jnp.bfloat16)
     tokens, slope = jnp.array([[1, 3, 1], [0, 6, 1]]), jax.random.normal(jax.random.key(1), (2, 3, 5))
-    found, back = jax.vjp(lambda table: model.look_up(table, tokens).astype(jnp.float32), table)
+    found, back = jax.vjp(lambda table: half.look_up(table, tokens).astype(jnp.float32), table)
     expected, wide = jax.vjp(lambda table: table[tokens], table.astype(jnp.float32))
     np.testing.assert_array_equal(found, expected)
     # Sums of bfloat16 slopes, rounded once more.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dlm_kernels.denoiser import checkpoint, data, limits, model, train
+from dlm_kernels.denoiser import checkpoint, data, half, limits, model, train
 
 TOKENS = 2**14  # whose hidden states `fit` and `accuracy` have in memory at once, or one row's
 
@@ -46,7 +46,7 @@ def direction(config, params, classifier, tokens, seen, **options):
         hidden = model.hidden_states(config, params, tokens, embedded=embedded, **options)
         return log_p(classifier, hidden, seen).sum()
 
-    return jax.grad(total)(model.look_up(params["embed"], tokens))
+    return jax.grad(total)(half.look_up(params["embed"], tokens))
 
 
 def fit(loaded, wanted, unwanted, *, length=64, maskings=4, strength=1e-2, seed=0, implementation=None):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.denoiser import limits
+from dlm_kernels.denoiser import half, limits
 
 ROUTERS = ("softmax", "sigmoid")
 
@@ -117,8 +117,8 @@ def mix_by_tiles(x, gate, up, down, expert, weight):
         counts = jax.lax.dynamic_slice_in_dim(sorted_expert, at, tile) == this
         token = own // chosen
         h = x[token]
-        own_gate, own_up, own_down = (_of(weights, this) for weights in (gate, up, down))
-        y = _product(jax.nn.silu(_product(h, own_gate)) * _product(h, own_up), own_down)
+        own_gate, own_up, own_down = (half.at(weights, this) for weights in (gate, up, down))
+        y = half.product(jax.nn.silu(half.product(h, own_gate)) * half.product(h, own_up), own_down)
         share = weight.reshape(-1)[own, None]
         # Not a share of 0: what this expert makes of another's token may be infinite.
         added = jnp.where(counts[:, None], y.astype(jnp.float32) * share, 0)
@@ -127,16 +127,6 @@ def mix_by_tiles(x, gate, up, down, expert, weight):
     start = jnp.int32(0), jnp.zeros(x.shape, jnp.float32)
     _, total = jax.lax.while_loop(lambda state: state[0] < n * chosen, one_tile, start)
     return total.astype(x.dtype)
-
-
-def _of(weights, expert):
-    """weights[expert]. The barrier keeps XLA on a CPU from widening all of 16 bits in front of the loop, twice their memory."""
-    weights, expert = jax.lax.optimization_barrier((weights, expert))
-    return weights[expert]
-
-
-def _product(x, weight):
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _forward(x, gate, up, down, expert, weight):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dlm_kernels import attention, masks
 from dlm_kernels.denoiser import experts
+from dlm_kernels.denoiser.half import look_up, product
 
 
 def parameter_shapes(config):
@@ -132,27 +133,6 @@ def read_window(array, at, length):
     return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, length, 0))(array, at)
 
 
-def look_up(table, tokens):
-    """table[tokens], the embeddings [..., d_model]. Of 16 bits on a CPU as integers: XLA there widens a table of floats."""
-    if table.dtype == jnp.float32:
-        return table[tokens]
-    return jax.lax.platform_dependent(table, tokens, cpu=_look_up_half, default=lambda table, tokens: table[tokens])
-
-
-@jax.custom_vjp
-def _look_up_half(table, tokens):
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens], table.dtype)
-
-
-def _look_up_half_bwd(given, gradient):
-    table, tokens = given
-    total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
-    return total.astype(table.dtype), None
-
-
-_look_up_half.defvjp(lambda table, tokens: (_look_up_half(table, tokens), (table, tokens)), _look_up_half_bwd)
-
-
 def head_weight(config, params):
     """The LM head, [vocab, d_model]."""
     return params["embed"] if config.tie_embeddings else params["head"]
@@ -212,17 +192,6 @@ def _states(config, params, tokens, positions, attend, embedded=None):
     if config.shifted:
         x = jnp.where(positions[..., None] == 0, x, jnp.concatenate([x[:, :1], x[:, :-1]], axis=1))
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
-
-
-def product(x, weight):
-    """x @ weight. Of 16 bits on a CPU the sum is float32 by name: else XLA there widens all weights, and keeps them for a loop."""
-    if x.dtype == jnp.float32:
-        return x @ weight
-
-    def on_a_cpu(x, weight):
-        return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
-
-    return jax.lax.platform_dependent(x, weight, cpu=on_a_cpu, default=jnp.matmul)
 
 
 def _swiglu(p, h, prefix=""):

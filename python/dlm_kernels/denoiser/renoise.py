@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, soft_embedding, unmask_topk
-from dlm_kernels.denoiser import blocks, limits, model
+from dlm_kernels.denoiser import blocks, half, limits, model
 
 
 class _State(NamedTuple):
@@ -105,7 +105,7 @@ def _decode(static, params, tokens, columns, data):
         # What follows the block is not there yet.
         end = jnp.minimum(columns["stop"], columns["first"] + (state.index + 1) * block)
         begin, end = (jnp.broadcast_to(x[:, None], tokens.shape) for x in (columns["start"], end))
-        embedded = model.look_up(params["embed"], decoded.tokens)
+        embedded = half.look_up(params["embed"], decoded.tokens)
         if config.self_conditioning:
             window = model.self_conditioned(config, params, model.read_window(embedded, at, block), state.soft)
             embedded = model.write_window(embedded, window, at)

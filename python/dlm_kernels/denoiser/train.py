@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import masked_cross_entropy, masks, soft_embedding
-from dlm_kernels.denoiser import checkpoint, data, limits, model
+from dlm_kernels.denoiser import checkpoint, data, half, limits, model
 from dlm_kernels.denoiser.config import DenoiserConfig
 from dlm_kernels.ops import dispatch
 
@@ -189,7 +189,7 @@ def uniform_loss(config, params, tokens, key, *, implementation=None):
     # Of what is given, as in `loss`.
     document = masks.packed(data.segments(noisy, config.eos_id).astype(jnp.int32))
     options = dict(mask=document, implementation=implementation)
-    head, embedded = model.head_weight(config, params), model.look_up(params["embed"], noisy)
+    head, embedded = model.head_weight(config, params), half.look_up(params["embed"], noisy)
     first = model.hidden_states(config, params, noisy, **options)
     soft = soft_embedding(first, head, embedding=params["embed"], implementation=implementation)
     # Neighbouring ratios take turns, whichever rows begin.

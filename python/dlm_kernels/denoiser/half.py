@@ -1,0 +1,42 @@
+"""Weights of 16 bits, which XLA on a CPU would widen, all of them at once and in front of a loop, where it is not kept from it."""
+
+import jax
+import jax.numpy as jnp
+
+
+def product(x, weight):
+    """x @ weight. Of 16 bits on a CPU the sum is float32 by name: else XLA there widens all weights, and keeps them for a loop."""
+    if x.dtype == jnp.float32:
+        return x @ weight
+
+    def on_a_cpu(x, weight):
+        return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, weight, cpu=on_a_cpu, default=jnp.matmul)
+
+
+def look_up(table, tokens):
+    """table[tokens], the embeddings [..., d_model]. Of 16 bits on a CPU as integers: XLA there widens a table of floats."""
+    if table.dtype == jnp.float32:
+        return table[tokens]
+    return jax.lax.platform_dependent(table, tokens, cpu=_look_up_half, default=lambda table, tokens: table[tokens])
+
+
+@jax.custom_vjp
+def _look_up_half(table, tokens):
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens], table.dtype)
+
+
+def _look_up_half_bwd(given, gradient):
+    table, tokens = given
+    total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+_look_up_half.defvjp(lambda table, tokens: (_look_up_half(table, tokens), (table, tokens)), _look_up_half_bwd)
+
+
+def at(weights, index):
+    """weights[index], where a loop on a CPU computes the index: behind the barrier XLA cannot widen them before it."""
+    weights, index = jax.lax.optimization_barrier((weights, index))
+    return weights[index]
