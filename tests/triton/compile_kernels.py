@@ -25,6 +25,7 @@ from dlm_kernels.triton_kernels import (
     attention,
     cross_entropy,
     divergence,
+    experts,
     guidance,
     launch,
     lm_head,
@@ -151,6 +152,20 @@ def step_cases(length, first, second):
         yield f"step {confidence} L={length}", lambda f=step, a=arguments, r=ruled: jax.eval_shape(f, *a, **r)
 
 
+def experts_cases(arch):
+    """LLaDA2-mini's layer on a prompt; for Hopper on a block too, DiffusionGemma's other activation, and SDAR's in float32."""
+    layers = [
+        ("LLaDA2", 8192, 256, 2048, 512, "bfloat16", "silu"),
+        ("LLaDA2", 32, 256, 2048, 512, "bfloat16", "silu"),
+        ("DiffusionGemma", 256, 128, 2816, 704, "bfloat16", "gelu"),
+        ("SDAR", 32, 128, 2048, 768, "float32", "silu"),
+    ]
+    for name, n, count, d, f, dtype, activation in layers if arch == 90 else layers[:1]:
+        gate, down = array(count, d, f, dtype=dtype), array(count, f, d, dtype=dtype)
+        arguments = array(n, d, dtype=dtype), gate, gate, down, array(n, 8, dtype="int32"), array(n, 8)
+        yield f"experts {name} {dtype} N={n}", lambda a=arguments, g=activation: experts.mix_experts(*a, activation=g)
+
+
 def launches(function):
     """What a leaf would launch on these shapes: pairs of a call and the dtypes of its present arrays."""
     found = []
@@ -212,7 +227,7 @@ def compiled(call, dtypes, known_sizes):
 def main(arch, wanted=""):
     os.environ["DLM_KERNELS_CUDA_ARCH"] = str(arch)
     seen = set()
-    for name, function in [*attention_cases(), *vocabulary_cases()]:
+    for name, function in [*attention_cases(), *vocabulary_cases(), *experts_cases(arch)]:
         if wanted not in name:
             continue
         for call, dtypes in launches(function):

@@ -36,7 +36,7 @@ def test_compiles(arch):
     assert 0 < score["instructions"] <= 14 * 64, score
     if arch == 90:
         heads = "_scores_kernel", "_loss_kernel", "_dlogits_kernel", "_divergence_kernel", "_divergence_dlogits_kernel"
-        for kernel in ("_forward_kernel", *heads, "_product_kernel"):
+        for kernel in ("_forward_kernel", *heads, "_product_kernel", "_hidden_kernel", "_down_kernel"):
             halves = [row for row in rows if row["kernel"] == kernel and "float32" not in row["case"]]
             assert halves and all(row["tensor_core"] == "wgmma" for row in halves), halves
         # Two programs of the plain scores share a multiprocessor.
