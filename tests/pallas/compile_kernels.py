@@ -29,6 +29,7 @@ from dlm_kernels.pallas_kernels import (  # noqa: E402
     chips,
     cross_entropy,
     divergence,
+    experts,
     guidance,
     lm_head,
     truncation,
@@ -69,6 +70,13 @@ ATTENTION = (
     ("MDLM", 1024, 1024, 0, F32),
     ("MDLM", 1024, 1024, 1, BF16),
 )
+# Rows, experts, model width, width inside each, activation, dtype: a block on most of the experts, and tiles as a prompt's, which few
+# experts have from few rows.
+EXPERTS = (
+    ("LLaDA2-mini", 32, 256, 2048, 512, "silu", BF16),
+    ("DiffusionGemma", 64, 2, 2816, 704, "gelu", BF16),
+    ("DiffusionGemma", 64, 2, 2816, 704, "gelu", F32),
+)
 
 
 def cases():
@@ -93,6 +101,11 @@ def cases():
             yield f"{name} given noise", functools.partial(unmask.score_tokens, **static), operands
         yield from head_cases(model, r, d, v)
     yield from attention_cases()
+    for model, r, count, d, f, activation, dtype in EXPERTS:
+        gate, down = ((count, d, f), dtype), ((count, f, d), dtype)
+        operands = ((r, d), dtype), gate, gate, down, ((r, 8), INT), ((r, 8), F32)
+        name = f"{model} {jnp.dtype(dtype).name} mix_experts {r} x {count}"
+        yield name, functools.partial(experts.mix_experts, activation=activation), operands
     for b, length in ((1, 32), (8, 1024), (2, 8192)):
         row, rule = ((b, length), F32), ((b,), F32)
         integers, flags = ((b, length), INT), ((b, length), BOOL)
