@@ -7,6 +7,7 @@ from dlm_kernels import cpu_kernels, masks
 from dlm_kernels.ops.attention import attention
 from dlm_kernels.ops.cross_entropy import masked_cross_entropy
 from dlm_kernels.ops.divergence import masked_divergence
+from dlm_kernels.ops.experts import mix_experts
 from dlm_kernels.ops.explain import explain
 from dlm_kernels.ops.guidance import combine_guidance, mix_guidance
 from dlm_kernels.ops.lm_head import PackedHead, lm_head_scores, pack_lm_head
@@ -29,6 +30,7 @@ __all__ = [
     "masked_cross_entropy",
     "masked_divergence",
     "masks",
+    "mix_experts",
     "mix_guidance",
     "pack_lm_head",
     "score_tokens",

@@ -59,6 +59,12 @@ def test_guidance_truncation_loss_and_soft_embedding(implementation, b, length):
     assert dlm.truncate_logits(logits, top_p=0.5, top_k=3, implementation=implementation).shape == logits.shape
     assert dlm.soft_embedding(logits, weight, implementation=implementation).shape == logits.shape
 
+    def mixed(x, chosen=2):
+        expert, matrices = jnp.zeros((b, length, chosen), jnp.int32), (jnp.ones((3, *shape)) for shape in ((7, 5), (7, 5), (5, 7)))
+        return dlm.mix_experts(x, *matrices, expert, expert, implementation=implementation)
+
+    assert mixed(logits).shape == jax.grad(lambda x: mixed(x).sum())(logits).shape == logits.shape
+
     def loss(hidden, weight, reduction="sum"):
         ones = jnp.ones((b, length))
         return dlm.masked_cross_entropy(hidden, weight, targets, ones, reduction=reduction, implementation=implementation)
@@ -72,6 +78,13 @@ def test_guidance_truncation_loss_and_soft_embedding(implementation, b, length):
 
     assert divergence(logits, weight) == 0 and divergence(logits, weight, "none").shape == (b, length)
     assert (jax.grad(divergence, 1)(logits, weight) == 0).all()
+
+
+@implementations
+def test_no_experts(implementation):
+    x, none = jnp.ones((2, 3, 8)), jnp.ones((2, 3, 0))
+    mixed = dlm.mix_experts(x, *(jnp.ones((4, 8, 8)),) * 3, none.astype(int), none, implementation=implementation)
+    np.testing.assert_array_equal(mixed, jnp.zeros_like(x))
 
 
 @implementations
@@ -140,6 +153,7 @@ def test_an_unknown_implementation_is_refused():
         lambda name: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 0)), implementation=name),
         lambda name: dlm.masked_divergence(hidden, weight, hidden, weight, jnp.ones((2, 0)), implementation=name),
         lambda name: dlm.soft_embedding(hidden, weight, implementation=name),
+        lambda name: dlm.mix_experts(hidden, *(weight[None, :, :7],) * 3, *(tokens[..., None],) * 2, implementation=name),
     ):
         with pytest.raises(ValueError, match="implementation: expected one of"):
             call("cuda")

@@ -15,6 +15,12 @@ tokens = jnp.zeros((2, 3), jnp.int32)
 scores = dlm.TokenScores(tokens, *(jnp.zeros((2, 3)),) * 3)
 hidden, weight = jnp.zeros((2, 3, 8)), jnp.zeros((7, 8))
 whole = jnp.ones((2, 3), bool)
+rows, matrices, pairs = jnp.zeros((3, 8)), jnp.zeros((4, 8, 6)), jnp.zeros((3, 2), int)
+
+
+def mix(x=rows, gate=matrices, up=matrices, down=matrices.mT, expert=pairs, weight=pairs, **options):
+    return dlm.mix_experts(x, gate, up, down, expert, weight, **options)
+
 
 CASES = {
     "banned tokens of no integers": (
@@ -390,6 +396,30 @@ CASES = {
     "an offset per position": (
         lambda: masks.sliding_window(3, 1, 1, offset=tokens),
         r"offset: expected a scalar or shape \[B\], got \[2, 3\]",
+    ),
+    "mixture of one axis": (lambda: mix(x=rows[0]), r"x: expected shape \[N, D\] or \[B, L, D\], got \[8\]"),
+    "mixture of integers": (lambda: mix(x=rows.astype(int)), r"x: expected dtype float32, bfloat16 or float16"),
+    "experts of another width": (lambda: mix(gate=matrices[:, :5]), r"gate: expected shape \[4, 8, 6\].*got \[4, 5, 6\]"),
+    "a gate of one expert": (lambda: mix(gate=matrices[0]), r"gate: expected shape \[E, D, F\], got \[8, 6\]"),
+    "no experts at all": (lambda: mix(gate=matrices[:0]), r"gate: expected shape \[E, 8, F\] with E and F of at least 1, got \[0"),
+    "gate and up of two widths": (lambda: mix(up=matrices[..., :5]), r"up: expected shape \[4, 8, 6\] .*got \[4, 8, 5\]"),
+    "down that is not turned round": (lambda: mix(down=matrices), r"down: expected shape \[4, 6, 8\] .*got \[4, 8, 6\]"),
+    "experts of another dtype": (
+        lambda: mix(up=matrices.astype(jnp.float16)),
+        r"gate, up, down: expected x's dtype float32, got float32, float16 and float32",
+    ),
+    "experts of half a number": (lambda: mix(expert=jnp.zeros((3, 2))), r"expert: expected an integer dtype, got float32"),
+    "experts of other rows": (lambda: mix(expert=jnp.zeros((2, 2), int)), r"expert: expected shape \[3, 2\].*got \[2, 2\]"),
+    "experts of sequences for rows": (lambda: mix(expert=jnp.zeros((1, 3, 2), int)), r"expert: expected shape \[N, K\]"),
+    "shares of other experts": (lambda: mix(weight=jnp.ones((3, 1))), r"weight: expected shape \[3, 2\] \(expert's shape\)"),
+    "shares of truth values": (lambda: mix(weight=jnp.ones((3, 2), bool)), r"weight: expected a number or an array of numbers"),
+    "an activation that experts do not have": (
+        lambda: mix(activation="relu"),
+        r"activation: expected one of 'silu', 'gelu', got 'relu'",
+    ),
+    "a mixture by a kernel that is not there": (
+        lambda: mix(implementation="cudnn"),
+        r"implementation='cudnn' cannot run mix_experts: cudnn has no experts",
     ),
 }
 

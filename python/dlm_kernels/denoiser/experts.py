@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.denoiser import half, limits
+from dlm_kernels.denoiser import limits
 
 ROUTERS = ("softmax", "sigmoid")
 
@@ -81,63 +81,3 @@ def choose(experts, logits, bias=None):
     if experts.normalized:
         weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
     return expert, weight * experts.scale
-
-
-def mix(x, gate, up, down, expert, weight):
-    """sum of weight[n, j] * swiglu of expert[n, j] of x[n], over j: [N, d_model] in x's dtype, summed in float32.
-
-    x [N, d_model]; gate, up [count, d_model, ffn]; down [count, ffn, d_model]; expert int32, weight float32 [N, chosen].
-    """
-    return jax.lax.platform_dependent(x, gate, up, down, expert, weight, cpu=mix_by_tiles, default=mix_by_all)
-
-
-def mix_by_all(x, gate, up, down, expert, weight):
-    """Every expert computes every token. A block of tokens needs most of the experts: their weights are read once either way."""
-    a = jax.nn.silu(jnp.einsum("nd,edf->enf", x, gate)) * jnp.einsum("nd,edf->enf", x, up)
-    of_all = jnp.zeros((len(gate), len(x)), jnp.float32).at[expert, jnp.arange(len(x))[:, None]].add(weight)
-    weighed = (a.astype(jnp.float32) * of_all[..., None]).astype(x.dtype)
-    return jnp.einsum("enf,efd->nd", weighed, down, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-@jax.custom_vjp
-def mix_by_tiles(x, gate, up, down, expert, weight):
-    """Tokens sorted by expert, a tile of one expert's tokens after the other. Experts that nobody chose are not read."""
-    n, chosen = expert.shape
-    # As long as a mean expert's list, so that most are one tile.
-    tile = min(max(8, 1 << (n * chosen // len(gate)).bit_length()), 256, n)
-    order = jnp.argsort(expert.reshape(-1))
-    # A last tile reaches beyond the end: no expert is -1, so nothing there counts.
-    sorted_expert = jnp.pad(expert.reshape(-1)[order], (0, tile), constant_values=-1)
-    order = jnp.pad(order, (0, tile))
-
-    def one_tile(state):
-        at, total = state
-        own = jax.lax.dynamic_slice_in_dim(order, at, tile)
-        this = sorted_expert[at]
-        counts = jax.lax.dynamic_slice_in_dim(sorted_expert, at, tile) == this
-        token = own // chosen
-        h = x[token]
-        own_gate, own_up, own_down = (half.at(weights, this) for weights in (gate, up, down))
-        y = half.product(jax.nn.silu(half.product(h, own_gate)) * half.product(h, own_up), own_down)
-        share = weight.reshape(-1)[own, None]
-        # Not a share of 0: what this expert makes of another's token may be infinite.
-        added = jnp.where(counts[:, None], y.astype(jnp.float32) * share, 0)
-        return at + counts.sum(dtype=jnp.int32), total.at[token].add(added)
-
-    start = jnp.int32(0), jnp.zeros(x.shape, jnp.float32)
-    _, total = jax.lax.while_loop(lambda state: state[0] < n * chosen, one_tile, start)
-    return total.astype(x.dtype)
-
-
-def _forward(x, gate, up, down, expert, weight):
-    return mix_by_tiles(x, gate, up, down, expert, weight), (x, gate, up, down, expert, weight)
-
-
-def _backward(given, gradient):
-    *arrays, expert, weight = given
-    _, pull = jax.vjp(lambda x, gate, up, down, weight: mix_by_all(x, gate, up, down, expert, weight), *arrays, weight)
-    *of_arrays, of_weight = pull(gradient)
-    return *of_arrays, None, of_weight
-
-
-mix_by_tiles.defvjp(_forward, _backward)

@@ -34,9 +34,3 @@ def _look_up_half_bwd(given, gradient):
 
 
 _look_up_half.defvjp(lambda table, tokens: (_look_up_half(table, tokens), (table, tokens)), _look_up_half_bwd)
-
-
-def at(weights, index):
-    """weights[index], where a loop on a CPU computes the index: behind the barrier XLA cannot widen them before it."""
-    weights, index = jax.lax.optimization_barrier((weights, index))
-    return weights[index]

@@ -43,6 +43,11 @@ def taken(config, params, block=64, *, truncated=False, every=False):
             dict(mask_id=config.mask_id, num_unmask=1),
         ),
     }
+    if config.experts is not None:
+        count, chosen, width = (getattr(config.experts, name) for name in ("count", "chosen", "ffn"))
+        matrices = (shaped(count, *shape) for shape in ((config.d_model, width), (config.d_model, width), (width, config.d_model)))
+        expert, weight = (shaped(block, chosen, dtype=each) for each in (jnp.int32, jnp.float32))
+        calls["mix_experts"] = dlm_kernels.mix_experts, (shaped(block, config.d_model), *matrices, expert, weight), {}
     logits = shaped(1, block, config.vocab)
     of_logits = {
         "truncate_logits": (dlm_kernels.truncate_logits, (logits,), dict(top_p=0.9)),

@@ -6,7 +6,7 @@ There is no time input: a partly masked sequence tells by itself how noisy it is
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels import attention, masks
+from dlm_kernels import attention, masks, mix_experts
 from dlm_kernels.denoiser import experts
 from dlm_kernels.denoiser.half import look_up, product
 
@@ -83,7 +83,7 @@ def hidden_states(config, params, tokens, *, embedded=None, positions=None, mask
     def attend(i, query, key, value):
         return attention(query, key, value, mask=seen, implementation=implementation)
 
-    return _states(config, params, tokens, positions, attend, embedded)
+    return _states(config, params, tokens, positions, attend, embedded, implementation=implementation)
 
 
 def self_conditioned(config, params, embedded, soft):
@@ -119,7 +119,7 @@ def cached_states(config, params, tokens, cache, at, *, positions, mask, impleme
         written[i] = tuple(write_window(old, new, at) for old, new in zip(cache[i], (key, value)))
         return attention(query, *written[i], mask=seen, implementation=implementation)
 
-    return _states(config, params, tokens, positions, attend), written
+    return _states(config, params, tokens, positions, attend, implementation=implementation), written
 
 
 def write_window(array, window, at):
@@ -174,7 +174,7 @@ def _by_blocks(config, mask, column, positions):
     return mask & blocks
 
 
-def _states(config, params, tokens, positions, attend, embedded=None):
+def _states(config, params, tokens, positions, attend, embedded=None, *, implementation=None):
     """The layers; attend(i, query, key, value) is layer i's attention, [B, L, heads, head_size]."""
     b, length = tokens.shape
     rotation = rope(positions, config.rotary_size or config.head_size, config.rope_theta)
@@ -187,7 +187,7 @@ def _states(config, params, tokens, positions, attend, embedded=None):
         mixed = attend(i, *_query_key_value(config, p, h, (b, length), rotation))
         x = x + product(mixed.reshape(b * length, -1), p["out"])
         h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
-        x = x + (_mixture(config.experts, p, h) if "router" in p else _swiglu(p, h))
+        x = x + (_mixture(config.experts, p, h, implementation) if "router" in p else _swiglu(p, h))
     x = x.reshape(b, length, -1)
     if config.shifted:
         x = jnp.where(positions[..., None] == 0, x, jnp.concatenate([x[:, :1], x[:, :-1]], axis=1))
@@ -199,10 +199,11 @@ def _swiglu(p, h, prefix=""):
     return product(jax.nn.silu(product(h, gate)) * product(h, up), down)
 
 
-def _mixture(shape, p, h):
+def _mixture(shape, p, h, implementation):
     logits = h.astype(jnp.float32) @ p["router"].astype(jnp.float32)
     expert, weight = experts.choose(shape, logits, p.get("router_bias"))
-    mixed = experts.mix(h, p["expert_gate"], p["expert_up"], p["expert_down"], expert, weight)
+    matrices = (p[f"expert_{name}"] for name in ("gate", "up", "down"))
+    mixed = mix_experts(h, *matrices, expert, weight, implementation=implementation)
     return mixed + _swiglu(p, h, "shared_") if shape.shared_ffn else mixed
 
 

@@ -4,8 +4,8 @@
     out = attention(query, key, value, mask=mask)
 
 Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). Tensors on the CPU are handed to JAX and back
-through DLPack, without a copy where they are contiguous. On both attention, the losses and the soft embedding have gradients;
-the others refuse a tensor that requires one rather than detach it silently, and all refuse forward mode.
+through DLPack, without a copy where they are contiguous. On both attention, the losses, the soft embedding and the mixture of
+experts have gradients; the others refuse a tensor that requires one rather than detach it silently, and all refuse forward mode.
 Keys are JAX's (`jax.random.key(0)`). Where JAX has the GPU too, a key starts it there, and it takes three quarters of the memory
 unless XLA_PYTHON_CLIENT_PREALLOCATE=false is set; without a key nothing starts it.
 Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given, those of scores int64.
@@ -41,6 +41,7 @@ __all__ = [
     "lm_head_scores",
     "masked_cross_entropy",
     "masked_divergence",
+    "mix_experts",
     "mix_guidance",
     "pack_lm_head",
     "score_tokens",
@@ -234,6 +235,7 @@ combine_guidance = _on_tensors(dlm_kernels.combine_guidance)
 lm_head_scores = _of_int64(_on_tensors(dlm_kernels.lm_head_scores))
 masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy, differentiable=True)
 masked_divergence = _on_tensors(dlm_kernels.masked_divergence, differentiable=True)
+mix_experts = _on_tensors(dlm_kernels.mix_experts, differentiable=True)
 mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
 pack_lm_head = _on_tensors(dlm_kernels.pack_lm_head)
 score_tokens = _of_int64(_on_tensors(dlm_kernels.score_tokens))

@@ -1,0 +1,79 @@
+"""The mixture of experts through the API: ranks, gradients, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlm_kernels
+from dlm_kernels.reference import experts as reference
+from dlm_kernels.xla import experts as xla
+
+
+def operands(rows=9, experts=4, chosen=2, d=8, f=12):
+    random = np.random.default_rng(0)
+    x, gate, up, down = (
+        random.normal(size=shape).astype(np.float32) for shape in ((rows, d), (experts, d, f), (experts, d, f), (experts, f, d))
+    )
+    expert = np.array([random.permutation(experts)[:chosen] for _ in range(rows)], np.int32)
+    return x, gate, up, down, expert, random.uniform(0.1, 1, (rows, chosen)).astype(np.float32)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_a_batch_of_sequences(activation):
+    x, gate, up, down, expert, weight = operands(12)
+    flat = dlm_kernels.mix_experts(x, gate, up, down, expert, weight, activation=activation)
+    of_sequences = (array.reshape(3, 4, -1) for array in (x, expert, weight))
+    x, expert, weight = of_sequences
+    folded = dlm_kernels.mix_experts(x, gate, up, down, expert, weight, activation=activation)
+    np.testing.assert_array_equal(folded, flat.reshape(x.shape))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gradients(activation):
+    """Against the slope of the loop in float64, in a random direction; one row's expert is unknown and has no part in it."""
+    *arrays, expert, weight = operands()
+    expert[3, 1] = 4
+    known = np.arange(9) != 3
+
+    def loss(*given):
+        out = dlm_kernels.mix_experts(*given[:4], expert, given[4], activation=activation)
+        return (jnp.where(known[:, None], out, 0) ** 2).sum()
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4)))(*arrays, weight)
+    assert all(np.isfinite(x).all() for x in gradients) and not gradients[0][3].any()
+    random = np.random.default_rng(1)
+
+    def moved(i, step):
+        *given, share = (a + step if i == j else a for j, a in enumerate((*arrays, weight)))
+        return (reference.mix_experts(*given, expert, share, activation=activation)[known] ** 2).sum()
+
+    for i, ours in enumerate(gradients):
+        direction = random.normal(size=ours.shape)
+        slope = (moved(i, 1e-5 * direction) - moved(i, -1e-5 * direction)) / 2e-5
+        assert abs((np.asarray(ours, np.float64) * direction).sum() - slope) < 1e-4 * abs(slope)
+
+
+def test_gradients_under_vmap():
+    *arrays, expert, weight = operands()
+
+    def gradient(x, gate):
+        return jax.grad(lambda *given: (dlm_kernels.mix_experts(*given, *arrays[2:], expert, weight) ** 2).sum(), (0, 1))(x, gate)
+
+    x = jnp.stack([arrays[0], arrays[0][::-1]])
+    got = jax.vmap(gradient, (0, None))(x, arrays[1])
+    for i in range(2):
+        expected = gradient(x[i], arrays[1])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), [g[i] for g in got], list(expected))
+
+
+def test_half_precision_is_not_widened_in_memory():
+    """A 16-bit layer's weights as float32 would be twice their bytes; XLA's loop on a CPU holds those of one expert at a time."""
+    shapes = [(32, 64), (16, 64, 128), (16, 64, 128), (16, 128, 64)]
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    given += [jax.ShapeDtypeStruct((32, 4), dtype) for dtype in (jnp.int32, jnp.float32)]
+    computed = jax.jit(functools.partial(xla.mix_by_tiles, activation="silu"))
+    held = computed.lower(*given).compile().memory_analysis().temp_size_in_bytes
+    assert held < sum(x.size for x in given[1:4]) / 2
