@@ -1,9 +1,9 @@
 """A mixture of experts: tiles of the rows that chose the same expert, whose weights are read once for all of these.
 
-XLA sorts the pairs of a row and an expert by expert, and copies their rows into tiles, each of one expert, those of an expert beside
-one another. A step of the kernel takes a tile through its expert, so that the hidden activations never leave VMEM; the weights of
-the next step come meanwhile, unless it has the same. XLA then adds up the pairs of each row, in the order in which they are given, so
-that a row is the same in any batch.
+XLA sorts the pairs of a row and an expert by expert, and copies their rows into tiles, each of one expert, those of an expert one
+after another. A step of the kernel takes a tile through its expert, so that the hidden activations never leave VMEM; the weights of
+the next step come meanwhile, unless it has the same. XLA then adds up the pairs of each row, in the order in which they are given,
+so that a row is the same in any batch.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dlm_kernels.pallas_kernels import chips
 from dlm_kernels.pallas_kernels.chips import LANES
 
-LEAST_ROWS, MOST_ROWS = 16, 256  # of a tile: what a register of bfloat16 has, and what is multiplied at a time
+LEAST_ROWS = 16  # of a tile: what a register of bfloat16 has
 
 
 class Schedule(typing.NamedTuple):
@@ -87,6 +87,11 @@ def _mix_kernel(
         out[...] = given if inner <= columns else jnp.where(part == 0, given, out[...] + given)
 
 
+def _most_rows(dtype):
+    """Of a tile. All are multiplied at once, and the code grows with them; and each expert's last tile may be nearly empty."""
+    return 256 // dtype.itemsize
+
+
 def _columns(gate):
     """How much of F a step takes: all where VMEM holds it, so that the weights stay for the next tile of the same expert.
 
@@ -95,7 +100,7 @@ def _columns(gate):
     (_, width, inner), size = gate.shape, gate.dtype.itemsize
     width = chips.round_up(width, LANES)
     # Of every block there are two, one of them on its way. The rest of VMEM is for the products.
-    left = chips.chip().vmem * 5 // 8 - 2 * MOST_ROWS * width * (size + 4)
+    left = chips.chip().vmem * 5 // 8 - 2 * _most_rows(gate.dtype) * width * (size + 4)
     most = left // (2 * 3 * width * size) // LANES * LANES
     return inner if chips.round_up(inner, LANES) <= most else most and chips.even_tile(inner, most, LANES)
 
@@ -112,7 +117,7 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
     """x [N,D]; gate, up [E,D,F]; down [E,F,D]; expert int32, weight float32 [N,K]. Returns [N,D] in x's dtype."""
     (n, width), (experts, _, inner), pairs, cores = x.shape, gate.shape, expert.size, chips.chip().cores
     # More than a mean expert has, so that most are one tile.
-    rows = min(max(LEAST_ROWS, 1 << (pairs // experts).bit_length()), MOST_ROWS)
+    rows = min(max(LEAST_ROWS, 1 << (pairs // experts).bit_length()), _most_rows(x.dtype))
     columns = _columns(gate)
     # As many tiles as there can be: each expert's last one may be short.
     steps, parts = pl.cdiv(min(pairs, pairs // rows + min(pairs, experts)), cores), pl.cdiv(inner, columns)

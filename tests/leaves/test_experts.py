@@ -8,7 +8,7 @@ import pytest
 from dlm_kernels.reference import experts as reference
 from dlm_kernels.xla import experts as xla
 
-leaves = pytest.mark.parametrize("leaf", ["xla"], indirect=True)
+leaves = pytest.mark.parametrize("leaf", ["xla", "triton", "pallas"], indirect=True)
 WAYS = {"tiles": xla.mix_by_tiles, "all": xla.mix_by_all}
 # (rows, experts, of each row, D, F): one row; lists of no row, of a part of a tile and of more; odd widths; a panel and a rest.
 SHAPES = [(1, 5, 2, 16, 8), (7, 16, 1, 17, 9), (20, 4, 3, 48, 40)]

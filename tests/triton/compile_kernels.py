@@ -153,10 +153,9 @@ def step_cases(length, first, second):
 
 
 def experts_cases(arch):
-    """LLaDA2-mini's layer on a prompt; for Hopper on a block too, DiffusionGemma's other activation, and SDAR's in float32."""
+    """LLaDA2-mini's layer on a prompt; for Hopper also DiffusionGemma's on a block, and SDAR's in float32."""
     layers = [
         ("LLaDA2", 8192, 256, 2048, 512, "bfloat16", "silu"),
-        ("LLaDA2", 32, 256, 2048, 512, "bfloat16", "silu"),
         ("DiffusionGemma", 256, 128, 2816, 704, "bfloat16", "gelu"),
         ("SDAR", 32, 128, 2048, 768, "float32", "silu"),
     ]

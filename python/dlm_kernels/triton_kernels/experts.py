@@ -13,6 +13,7 @@ from dlm_kernels.triton_kernels.numerics import exp
 
 MOST_EXPERTS = 4095  # that are counted at once
 _PAIRS, _COLUMNS = 2048, 1024  # that a program looks at, and adds up, at a time
+_OF_TILES = "tile_expert", "tile_start", "tile_stop"
 
 
 @triton.jit
@@ -26,7 +27,6 @@ def _sort_kernel(
     BLOCK_M: tl.constexpr,  # pairs in a tile
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,  # a power of two above E
-    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     # The last program's are the pairs of no expert.
     own = tl.program_id(0)
@@ -49,8 +49,8 @@ def _sort_kernel(
         place += tl.sum(mine, 0)
     tile = tl.sum(tl.where(before, (counts + BLOCK_M - 1) // BLOCK_M, 0), 0)
     stop = tl.where(own == experts, tiles, tile + (place - first + BLOCK_M - 1) // BLOCK_M)
-    for start in range(tile, stop, BLOCK_T):
-        at = start + tl.arange(0, BLOCK_T)
+    for start in range(tile, stop, BLOCK_P):
+        at = start + tl.arange(0, BLOCK_P)
         tl.store(tile_expert + at, tl.where(own == experts, -1, own), mask=at < stop)
         tl.store(tile_start + at, first + (at - tile) * BLOCK_M, mask=at < stop)
         tl.store(tile_stop + at, tl.minimum(first + (at - tile + 1) * BLOCK_M, place), mask=at < stop)
@@ -200,15 +200,11 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
         _sort_kernel,
         (experts + 1,),
         inputs={"expert": expert},
-        outputs={
-            "order": Out((pairs,), "int32"), "tile_expert": per_tile, "tile_start": per_tile, "tile_stop": per_tile,
-        },
+        outputs={"order": Out((pairs,), "int32"), **dict.fromkeys(_OF_TILES, per_tile)},
         scalars={"pairs": pairs, "experts": experts, "tiles": tiles},
-        constants={
-            "BLOCK_M": block, "BLOCK_P": _PAIRS, "BLOCK_E": max(128, triton.next_power_of_2(experts + 1)), "BLOCK_T": 128,
-        },
-    )  # fmt: skip
-    sorted_pairs = {"order": order, **dict(zip(("tile_expert", "tile_start", "tile_stop"), found))}
+        constants={"BLOCK_M": block, "BLOCK_P": _PAIRS, "BLOCK_E": max(128, triton.next_power_of_2(experts + 1))},
+    )
+    sorted_pairs = {"order": order, **dict(zip(_OF_TILES, found))}
     (hidden,) = launch(
         _hidden_kernel,
         (tiles * triton.cdiv(inner, of_hidden["BLOCK_F"]),),

@@ -1,0 +1,82 @@
+"""A mixture of experts in Triton's interpreter, beyond what tests/leaves asks of every implementation.
+
+40 rows that have 3 of 3 experts each are 2 tiles of 32 for each expert; 150 columns are two tiles of 128, and 70 two of 64.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlm_kernels
+from dlm_kernels.reference import experts as reference
+from dlm_kernels.triton_kernels import experts as kernels
+
+N, E, K, D, F = 40, 4, 3, 150, 70
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Pairs, tiles and columns that a program goes through in several turns."""
+    monkeypatch.setattr(kernels, "_PAIRS", 8)
+    monkeypatch.setattr(kernels, "_COLUMNS", 128)
+
+
+def operands(dtype="float32"):
+    random = np.random.default_rng(0)
+    x, gate, up, down = (
+        (random.normal(size=shape) * shape[-2] ** -0.5).astype(dtype) for shape in ((N, D), (E, D, F), (E, D, F), (E, F, D))
+    )
+    expert = random.integers(0, E - 1, (N, K), np.int32)  # the last has none
+    return x, gate, up, down, expert, random.uniform(0.1, 1, (N, K)).astype(np.float32)
+
+
+def distance(got, expected):
+    return np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype, few", [("float32", True), ("float16", True), ("float16", False)])
+def test_several_tiles(monkeypatch, dtype, few):
+    """Among rows whose experts are unknown, and lie in no tile."""
+    if not few:
+        chosen = {name: getattr(kernels, name)(dtype, False) for name in ("_hidden_tiles", "_down_tiles")}
+        for name, tiles in chosen.items():
+            monkeypatch.setattr(kernels, name, lambda *kind, tiles=tiles: tiles)
+    given = operands(dtype)
+    given[4][[3, 30]], given[4][7, 1] = E, -1
+    got = kernels.mix_experts(*given, activation="silu")
+    expected = reference.mix_experts(*given, activation="silu")
+    unknown = np.isin(np.arange(N), [3, 7, 30])
+    assert got.dtype == dtype and np.isnan(got[unknown]).all()
+    assert distance(got[~unknown], expected[~unknown]) < (1e-6 if dtype == "float32" else 1e-3)
+
+
+def test_every_operand_is_read_by_its_own_strides():
+    *arrays, expert, weight = operands()
+    got = kernels.mix_experts(*map(np.asfortranarray, arrays), expert, weight, activation="gelu")
+    np.testing.assert_array_equal(got, kernels.mix_experts(*arrays, expert, weight, activation="gelu"))
+
+
+def test_through_the_operation_under_vmap_and_its_gradients():
+    *arrays, expert, weight = map(jnp.asarray, operands())
+
+    def loss(x, *arrays, implementation):
+        each = jax.vmap(lambda x, e, w: dlm_kernels.mix_experts(x, *arrays, e, w, implementation=implementation))
+        return (each(*(y.reshape(2, N // 2, -1) for y in (x, expert, weight))) ** 2).sum()
+
+    got, expected = (
+        jax.value_and_grad(lambda *x, name=name: loss(*x, implementation=name), (0, 1, 2, 3))(*arrays) for name in ("triton", "xla")
+    )
+    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert distance(mine, other) < 1e-5
+
+
+def test_more_experts_than_are_counted():
+    def choice(count):
+        shapes = (1, 8), (count, 8, 8), (count, 8, 8), (count, 8, 8)
+        pair = [jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.int32, jnp.float32)]
+        (found,) = dlm_kernels.explain(dlm_kernels.mix_experts, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes), *pair)
+        return found
+
+    assert choice(4095).implementations["cuda"] == "triton"
+    assert choice(4096).refused["triton"] == "it counts the pairs of at most 4095 experts, not 4096"
