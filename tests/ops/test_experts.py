@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import dlm_kernels
 from dlm_kernels.reference import experts as reference
@@ -67,6 +68,30 @@ def test_gradients_under_vmap():
     for i in range(2):
         expected = gradient(x[i], arrays[1])
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), [g[i] for g in got], list(expected))
+
+
+def test_gradients_where_devices_share_rows_and_experts():
+    """Each has some of the experts for some of the rows: an id that is not its own is moved to an expert with no weight."""
+    x, gate, up, down, expert, weight = operands(8)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
+
+    def part(x, gate, up, down, expert, weight):
+        own = expert - 2 * jax.lax.axis_index("model")
+        here = (own >= 0) & (own < 2)
+        mixed = dlm_kernels.mix_experts(x, gate, up, down, jnp.where(here, own, 0), jnp.where(here, weight, 0))
+        return jax.lax.psum(mixed, "model")
+
+    rows, experts = PartitionSpec("data"), PartitionSpec("model")
+    shared = jax.shard_map(part, mesh=mesh, in_specs=(rows, *[experts] * 3, rows, rows), out_specs=rows)
+
+    def loss(function, *given):
+        return (function(*given[:4], expert, given[4]) ** 2).sum()
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, function), (0, 1, 2, 3, 4)))(x, gate, up, down, weight)
+        for function in (shared, dlm_kernels.mix_experts)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), got, expected)
 
 
 def test_half_precision_is_not_widened_in_memory():

@@ -61,8 +61,7 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation="silu", impleme
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mix(static, *arrays):
     activation, implementation = static
-    operands = {name: array for (name, _), array in zip(MIX.operands, arrays, strict=True)}
-    return dispatch.call(MIX, implementation, operands, activation=activation)[0]
+    return dispatch.call(MIX, implementation, _operands(MIX, arrays), activation=activation)[0]
 
 
 def _mix_fwd(static, *arrays):
@@ -71,10 +70,17 @@ def _mix_fwd(static, *arrays):
 
 def _mix_bwd(static, arrays, dout):
     activation, _ = static
-    operands = {name: array for (name, _), array in zip(BACKWARD.operands, (*arrays, dout), strict=True)}
-    gradients = dispatch.call(BACKWARD, "xla", operands, activation=activation)
+    gradients = dispatch.call(BACKWARD, "xla", _operands(BACKWARD, (*arrays, dout)), activation=activation)
     *of_arrays, of_weight = sharding.typed_as((*arrays[:4], arrays[5]), gradients)
     return *of_arrays, None, of_weight
 
 
 _mix.defvjp(_mix_fwd, _mix_bwd)
+
+
+def _operands(leaf, arrays):
+    """By name. Within a shard_map that checks they vary alike: else the derivative in the kernel would be a sum over devices, and
+    be summed over them again.
+    """
+    alike = sharding.varying_as(arrays, arrays)
+    return {name: array for (name, _), array in zip(leaf.operands, alike, strict=True)}

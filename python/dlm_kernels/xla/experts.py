@@ -57,9 +57,8 @@ def mix_by_tiles(x, gate, up, down, expert, weight, *, activation):
         added = jnp.where(counts[:, None], y.astype(jnp.float32) * share, 0)
         return at + counts.sum(dtype=jnp.int32), total.at[token].add(added)
 
-    # Sums of nothing, for the state must vary from the start over all axes of a shard_map over which an operand does.
-    nothing = sum(array[:0].sum(dtype=jnp.float32) for array in (x, gate, up, down, expert, weight))
-    start = nothing.astype(jnp.int32), jnp.zeros(x.shape, jnp.float32) + nothing
+    # Like the operands, for within a shard_map the state must vary from the start over the axes over which they do.
+    start = jnp.zeros_like(pairs), jnp.zeros_like(x, jnp.float32)
     _, total = jax.lax.while_loop(lambda state: state[0] < pairs, one_tile, start)
     return jnp.where(known.all(-1, keepdims=True), total, jnp.nan).astype(x.dtype)
 
