@@ -50,9 +50,10 @@ def schedule(expert, experts, rows, tiles):
 def _at(core, step, used, cores):
     """A core's tile at a step, and whether it is one: each takes as many of those that there are, one after the other.
 
-    Where it has no more it stays at its last, for which nothing is fetched or written again.
+    Where it has no more it stays at its last, for which nothing is fetched or written again; where it has none, at one that is no
+    other core's.
     """
-    share = pl.cdiv(used[0], cores)
+    share = jnp.maximum(pl.cdiv(used[0], cores), 1)
     own = jnp.clip(used[0] - core * share, 0, share)
     return core * share + jnp.minimum(step, jnp.maximum(own - 1, 0)), step < own
 
@@ -105,9 +106,11 @@ def _columns(gate):
     return inner if chips.round_up(inner, LANES) <= most else most and chips.even_tile(inner, most, LANES)
 
 
-def supports_mix_experts(x, gate, **_):
+def supports_mix_experts(x, gate, expert, **_):
     if reason := chips.refuse(x):
         return reason
+    if (gate.shape[0] + 1) * expert.size >= 2**31:
+        return "it sorts pairs by their expert and place in 32 bits"
     if _columns(gate) < 1:
         return f"VMEM holds no {LANES} columns of experts of width {gate.shape[1]}"
     return None

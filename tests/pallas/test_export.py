@@ -19,6 +19,8 @@ NARROW, NARROW_WEIGHT = jax.ShapeDtypeStruct((2, 8, 48), jnp.float32), jax.Shape
 TOKENS, PER_TOKEN = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), jnp.float32)
 STEP = dict(mask_id=999, num_unmask=2, threshold=0.9)
 QUERY, KEY = jax.ShapeDtypeStruct((2, 48, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 96, 2, 64), jnp.bfloat16)
+MATRICES = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 64, 48), (5, 64, 48), (5, 48, 64))]
+PAIRS = [jax.ShapeDtypeStruct((2, 8, 3), dtype) for dtype in (jnp.int32, jnp.float32)]
 OPERATIONS = {
     "attention": (dlm_kernels.attention, (QUERY, KEY, KEY)),
     "attention to a cache": (
@@ -47,6 +49,7 @@ OPERATIONS = {
         (NARROW, NARROW_WEIGHT, HIDDEN, WEIGHT, PER_TOKEN),
     ),
     "truncate_logits": (lambda x: dlm_kernels.truncate_logits(x, top_p=0.9, top_k=50), (LOGITS,)),
+    "mix_experts": (dlm_kernels.mix_experts, (HIDDEN, *MATRICES, *PAIRS)),
     "mix_guidance": (lambda c, u: dlm_kernels.mix_guidance(c, u, 1.5), (LOGITS, LOGITS)),
 }
 
@@ -164,6 +167,19 @@ def test_a_vocabulary_that_vmem_does_not_hold_takes_xla():
     for vocabulary, options in ((2**18, dict(top_p=0.9)), (300_000, dict(top_k=9))):
         assert choice(vocabulary, **options).implementations["tpu"] == "pallas"
     assert choice(300_000, top_p=0.9).refused["pallas"] == "VMEM holds no 16 rows of a vocabulary of 300000"
+
+
+def test_experts_that_do_not_fit():
+    def choice(width, rows=1):
+        gate = array(2, width, 128, dtype=jnp.bfloat16)
+        arrays = array(rows, width, dtype=jnp.bfloat16), gate, gate, array(2, 128, width, dtype=jnp.bfloat16)
+        pairs = array(rows, 8), array(rows, 8, dtype=jnp.float32)
+        (found,) = dlm_kernels.explain(dlm_kernels.mix_experts, *arrays, *pairs)
+        return found
+
+    assert choice(8192).implementations["tpu"] == "pallas"
+    assert choice(16384).refused["pallas"] == "VMEM holds no 128 columns of experts of width 16384"
+    assert choice(64, 2**27).refused["pallas"] == "it sorts pairs by their expert and place in 32 bits"
 
 
 def test_a_chip_is_known_by_each_of_its_names(monkeypatch):

@@ -21,6 +21,7 @@ from dlm_kernels.pallas_kernels import (
     chips,
     cross_entropy,
     divergence,
+    experts,
     guidance,
     head,
     lm_head,
@@ -29,6 +30,7 @@ from dlm_kernels.pallas_kernels import (
 from dlm_kernels.reference import attention as attention_reference
 from dlm_kernels.reference import cross_entropy as cross_entropy_reference
 from dlm_kernels.reference import divergence as divergence_reference
+from dlm_kernels.reference import experts as experts_reference
 from dlm_kernels.reference import guidance as guidance_reference
 from dlm_kernels.reference import lm_head as lm_head_reference
 from dlm_kernels.reference import unmask as unmask_reference
@@ -219,6 +221,17 @@ def test_guidance(run):
     CLOSE(run(guidance.mix_guidance, *streams[:2], scale)[0], guidance_reference.mix_guidance(*as_numpy((*streams[:2], scale))))
     weights = normal(1, 3, guidance.ROWS + 5)
     CLOSE(run(guidance.combine_guidance, streams, weights)[0], guidance_reference.combine_guidance(*as_numpy((streams, weights))))
+
+
+@pytest.mark.parametrize("rows, chosen, columns", [(18, (0, 3, 3, 3), 128), (9, (2,), 200), (9, (4,), 200)])
+def test_mix_experts(run, monkeypatch, rows, chosen, columns):
+    """Three tiles over two cores, of an expert's parts, the last of them short; one tile, so that a core has none; and no tile."""
+    monkeypatch.setattr(experts, "_columns", lambda gate: columns)
+    x, gate, up, down = normal(0, rows, 40), *(normal(i, 4, 40, 200) / 6 for i in (1, 2)), normal(3, 4, 200, 40) / 14
+    expert = jnp.tile(jnp.array(chosen), (rows, 1))
+    arrays = x, gate, up, down, expert, normal(4, *expert.shape)
+    static = dict(activation="gelu")
+    CLOSE(run(experts.mix_experts, *arrays, **static)[0], experts_reference.mix_experts(*as_numpy(arrays), **static))
 
 
 @pytest.mark.parametrize("drawn", ["by a key", "before"])

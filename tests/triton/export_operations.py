@@ -25,6 +25,7 @@ from dlm_kernels import (
     masked_cross_entropy,
     masked_divergence,
     masks,
+    mix_experts,
     mix_guidance,
     score_tokens,
     truncate_logits,
@@ -73,6 +74,7 @@ LOGITS, TOKENS, SCALE = array(B, L, V), array(B, L, dtype="int32"), array(B, dty
 HIDDEN, WEIGHT = array(B, L, D), array(V, D)
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 QUERY, SELF, STOP, CACHE = array(B, 300, 4, 64), array(B, 300, 2, 64), array(B, 300, dtype="int32"), array(B, 1300, 2, 64)
+EXPERTS = array(5, D, 64), array(5, D, 64), array(5, 64, D), array(B, L, 3, dtype="int32"), array(B, L, 3, dtype="float32")
 OPERATIONS = {
     "attention": (attend, QUERY, SELF, STOP),
     "attention of few queries": (lambda q, k: attention(q, k, k), array(B, 8, 4, 64), CACHE),
@@ -88,6 +90,7 @@ OPERATIONS = {
     "lm_head_scores": (lm_head_scores, HIDDEN, WEIGHT),
     "lm_head_scores at a temperature": (lambda h, w, key: lm_head_scores(h, w, temperature=1.0, key=key), HIDDEN, WEIGHT, KEY),
     "masked_cross_entropy gradient": (loss_gradient, HIDDEN, array(5 * CHUNK, D), TOKENS),
+    "mix_experts": (mix_experts, HIDDEN, *EXPERTS),
     "masked_divergence gradient": (divergence_gradient, HIDDEN, WEIGHT, array(B, L, 2 * D), array(V, 2 * D)),
 }
 

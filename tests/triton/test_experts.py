@@ -15,13 +15,6 @@ from dlm_kernels.triton_kernels import experts as kernels
 N, E, K, D, F = 40, 4, 3, 150, 70
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Pairs, tiles and columns that a program goes through in several turns."""
-    monkeypatch.setattr(kernels, "_PAIRS", 8)
-    monkeypatch.setattr(kernels, "_COLUMNS", 128)
-
-
 def operands(dtype="float32"):
     random = np.random.default_rng(0)
     x, gate, up, down = (
@@ -35,13 +28,13 @@ def distance(got, expected):
     return np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("dtype, few", [("float32", True), ("float16", True), ("float16", False)])
-def test_several_tiles(monkeypatch, dtype, few):
-    """Among rows whose experts are unknown, and lie in no tile."""
-    if not few:
-        chosen = {name: getattr(kernels, name)(dtype, False) for name in ("_hidden_tiles", "_down_tiles")}
-        for name, tiles in chosen.items():
-            monkeypatch.setattr(kernels, name, lambda *kind, tiles=tiles: tiles)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_several_tiles(monkeypatch, dtype):
+    """Some turns of every loop, in float16 in the tiles of many pairs; and rows whose experts are unknown, which lie in no tile."""
+    monkeypatch.setattr(kernels, "_PAIRS", 8)
+    monkeypatch.setattr(kernels, "_COLUMNS", 128)
+    for tiles in (kernels._hidden_tiles, kernels._down_tiles):
+        monkeypatch.setattr(kernels, tiles.__name__, lambda dtype, few_pairs, own=tiles: own(dtype, False))
     given = operands(dtype)
     given[4][[3, 30]], given[4][7, 1] = E, -1
     got = kernels.mix_experts(*given, activation="silu")

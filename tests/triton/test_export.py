@@ -21,6 +21,7 @@ EXPECTED = {
     "lm_head_scores": {"_scores_kernel", "_merge_kernel"},
     "lm_head_scores at a temperature": {"_scores_kernel", "_merge_kernel"},
     "masked_cross_entropy gradient": {"_loss_kernel", "_loss_merge_kernel", "_dlogits_kernel", "_product_kernel"},
+    "mix_experts": {"_sort_kernel", "_hidden_kernel", "_down_kernel", "_sum_kernel"},
     "masked_divergence gradient": {
         "_divergence_kernel", "_divergence_merge_kernel", "_divergence_dlogits_kernel", "_product_kernel",
     },
