@@ -68,11 +68,31 @@ def _drawn(case):
     return dataclasses.replace(case, name=f"{case.name}, temperature 1", contenders=contenders, oracle=None)
 
 
-def _kernels(dtype, forward, backward, head, stages):
+def _experts(dtype):
+    """LLaDA2-mini's layer on a block of tokens, and on so many that most experts fill tiles."""
+    e, d, f, chosen = 256, 2048, 512, 8
+
+    def inputs(rows, rng):
+        matrices = (harness.normal(rng, shape, dtype, shape[1] ** -0.5) for shape in ((e, d, f), (e, d, f), (e, f, d)))
+        _, expert = jax.lax.top_k(harness.normal(rng, (rows, e), "float32"), chosen)
+        return harness.normal(rng, (rows, d), dtype), *matrices, expert, harness.normal(rng, (rows, chosen), "float32")
+
+    def contenders():
+        mix = functools.partial(dlm_kernels.mix_experts, implementation=machine.implementation())
+        return {OURS: Contender(jax.jit(lambda *arrays: mix(*arrays)))}
+
+    return [
+        harness.Case("experts", f"LLaDA2-mini, {rows}, {dtype}", functools.partial(inputs, rows), contenders(), 0, dtype=dtype)
+        for rows in (32, 8192)
+    ]
+
+
+def _kernels(dtype, forward, backward, head, experts, stages):
     return [
         Kernel("attention_forward", functools.partial(_attention, dtype), forward, stages=stages),
         Kernel("attention_backward", functools.partial(_backward, dtype), backward, stages=stages),
         Kernel("lm_head", functools.partial(_head, dtype), head, stages=stages),
+        Kernel("experts", functools.partial(_experts, dtype), experts, stages=stages),
     ]
 
 
@@ -82,6 +102,7 @@ KERNELS = _kernels(
     {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128)},
     # 32 rows would be multiplied by another instruction than 128 are on Hopper: a row's bits would depend on how many there are.
     {"BLOCK_R": (64, 128), "BLOCK_D": (32, 64, 128)},
+    {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128)},
     stages=(1, 2, 3, 4),
 ) + _kernels(
     "float32",  # as products of two parts, which take twice the registers
@@ -89,6 +110,7 @@ KERNELS = _kernels(
     {"BLOCK_M": (16, 32), "BLOCK_N": (16, 32)},
     # The parts' products are added up for each BLOCK_D, so another would round a row otherwise than at another number of rows.
     {"BLOCK_R": (16, 32)},
+    {"BLOCK_M": (16, 32), "BLOCK_N": (32, 64)},
     stages=(1, 2),
 )
 

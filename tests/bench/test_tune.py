@@ -80,8 +80,8 @@ def test_tune_leaves_out_what_cannot_fit():
 
     numbers = {kernel.cases: (kernel.name, len(kernel.candidates())) for kernel in tune_triton.KERNELS}
     assert list(numbers.values()) == [
-        *(("attention_forward", 41), ("attention_backward", 63), ("lm_head", 48)),
-        *(("attention_forward", 24), ("attention_backward", 16), ("lm_head", 8)),
+        *(("attention_forward", 41), ("attention_backward", 63), ("lm_head", 48), ("experts", 41)),
+        *(("attention_forward", 24), ("attention_backward", 16), ("lm_head", 8), ("experts", 16)),
     ]
 
 
@@ -106,4 +106,5 @@ def test_tune_asks_for_every_kind(monkeypatch):
         assert kinds.pop(("attention_forward", dtype)) == {(*head, pairs) for head in heads for pairs in range(3)}
         assert kinds.pop(("attention_backward", dtype)) == {(128, 0), (64, 0), (256, 0)}
         assert kinds.pop(("lm_head", dtype)) == {(few, drawn) for few in (False, True) for drawn in (False, True)}
+        assert kinds.pop(("experts", dtype)) == {(True,), (False,)}
     assert not kinds

@@ -69,34 +69,34 @@ def _hidden_kernel(
     x_n, x_d, gate_e, gate_d, gate_f, up_e, up_d, up_f,
     ACTIVATION: tl.constexpr,  # "silu" or "gelu"
     BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(inner, BLOCK_F)
+    blocks = tl.cdiv(inner, BLOCK_N)
     tile = tl.program_id(0) // blocks
     owner = tl.load(tile_expert + tile).to(tl.int64)
     if owner >= 0:
         row = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
         row_inside = row < tl.load(tile_stop + tile)
         token = tl.load(order + row, mask=row_inside, other=0) // chosen
-        f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
-        d = tl.arange(0, BLOCK_D)
+        f = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_K)
         x_at = x + token.to(tl.int64)[:, None] * x_n + d[None, :] * x_d
         gate_at = gate + owner * gate_e + f.to(tl.int64)[None, :] * gate_f + d[:, None] * gate_d
         up_at = up + owner * up_e + f.to(tl.int64)[None, :] * up_f + d[:, None] * up_d
-        a = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-        b = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+        a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # One loop for both, so that a row's piece is fetched once.
-        for start in range(0, width, BLOCK_D):
+        for start in range(0, width, BLOCK_K):
             inside = d < width - start
             piece = tl.load(x_at, mask=row_inside[:, None] & inside[None, :], other=0)
             weight_inside = (f < inner)[None, :] & inside[:, None]
             a = tl.dot(piece, tl.load(gate_at, mask=weight_inside, other=0), a, input_precision=PRECISION)
             b = tl.dot(piece, tl.load(up_at, mask=weight_inside, other=0), b, input_precision=PRECISION)
-            x_at += BLOCK_D * x_d
-            gate_at += BLOCK_D * gate_d
-            up_at += BLOCK_D * up_d
+            x_at += BLOCK_K * x_d
+            gate_at += BLOCK_K * gate_d
+            up_at += BLOCK_K * up_d
         # silu is a * sigmoid(a), and 0.5 * (1 + tanh(z)), by which gelu has a, is sigmoid(2 * z).
         z = a if ACTIVATION == "silu" else 1.5957691216057308 * (a + 0.044715 * a * a * a)
         a = a / (1.0 + exp(-z))
@@ -115,20 +115,22 @@ def _down_kernel(
     inner,  # F
     down_e, down_f, down_d,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(width, BLOCK_D)
+    # Of two products a program of the other kernel has as many.
+    COLUMNS: tl.constexpr = 2 * BLOCK_N
+    blocks = tl.cdiv(width, COLUMNS)
     tile = tl.program_id(0) // blocks
     owner = tl.load(tile_expert + tile).to(tl.int64)
     if owner >= 0:
         row = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
         row_inside = row < tl.load(tile_stop + tile)
-        d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+        d = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
         value = head_tile(
             hidden, down + owner * down_e, row, row_inside, d, width, inner, inner, 1, down_d, down_f,
-            BLOCK_M, BLOCK_D, BLOCK_F, PRECISION,
+            BLOCK_M, COLUMNS, BLOCK_K, PRECISION,
         )  # fmt: skip
         pair = tl.load(order + row, mask=row_inside, other=0)
         at = given + pair.to(tl.int64)[:, None] * width + d[None, :]
@@ -157,25 +159,17 @@ def _sum_kernel(
     tl.store(out + row * width + d, total.to(out.dtype.element_ty), mask=d < width)
 
 
-@tuned("experts_hidden")
-def _hidden_tiles(dtype: str, few_pairs: bool) -> tuple[dict, int, int]:
-    """Constants, warps and stages of the first product, of which a program has two: the largest that spill no register.
+@tuned("experts")
+def _tiles(dtype: str, few_pairs: bool) -> tuple[dict, int, int]:
+    """Constants of both products, their warps and their stages: the largest that spill no register.
 
-    What is multiplied at a time never depends on the pairs, nor do a row's bits.
+    BLOCK_K and the instruction that multiplies never depend on the pairs, nor do a row's bits.
     """
     if dtype == "float32":
-        return {"BLOCK_M": 32, "BLOCK_F": 64, "BLOCK_D": 32, "PRECISION": "tf32x3"}, 8, 2
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "tf32x3"}, 8, 2
     if few_pairs:
-        return {"BLOCK_M": 64, "BLOCK_F": 64, "BLOCK_D": 64, "PRECISION": "ieee"}, 4, 4
-    return {"BLOCK_M": 128, "BLOCK_F": 64 if multiplies_by_warp() else 128, "BLOCK_D": 64, "PRECISION": "ieee"}, 8, 3
-
-
-@tuned("experts_down")
-def _down_tiles(dtype: str, few_pairs: bool) -> tuple[dict, int, int]:
-    """As `_hidden_tiles` for the second product; the pairs of a tile are the same."""
-    if dtype == "float32":
-        return {"BLOCK_D": 128, "BLOCK_F": 32, "PRECISION": "tf32x3"}, 8, 2
-    return {"BLOCK_D": 128, "BLOCK_F": 64, "PRECISION": "ieee"}, 4 if few_pairs else 8, 4 if few_pairs else 3
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "PRECISION": "ieee"}, 4, 4
+    return {"BLOCK_M": 128, "BLOCK_N": 64 if multiplies_by_warp() else 128, "BLOCK_K": 64, "PRECISION": "ieee"}, 8, 3
 
 
 def supports_mix_experts(x, gate, up, down, expert, weight, **static) -> str | None:
@@ -188,11 +182,9 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
     """x [N,D]; gate, up [E,D,F]; down [E,F,D]; expert int32, weight float32 [N,K], contiguous. Returns [N,D] as x."""
     (n, width), (experts, _, inner), chosen = x.shape, gate.shape, expert.shape[1]
     pairs = n * chosen
-    # Of as many pairs as a tile has per expert most of a larger tile would be empty.
-    kind = dtype_name(x), pairs <= 128 * experts
-    of_hidden, hidden_warps, hidden_stages = _hidden_tiles(*kind)
-    of_down, down_warps, down_stages = _down_tiles(*kind)
-    block = of_hidden["BLOCK_M"]
+    # Where a mean expert has no more than fills the larger tile, much of those would be empty.
+    constants, num_warps, num_stages = _tiles(dtype_name(x), pairs <= 128 * experts)
+    block, columns = constants["BLOCK_M"], constants["BLOCK_N"]
     # As many as there can be: each expert's last one may be short.
     tiles = min(pairs, pairs // block + min(pairs, experts))
     per_tile = Out((tiles,), "int32")
@@ -207,26 +199,26 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
     sorted_pairs = {"order": order, **dict(zip(_OF_TILES, found))}
     (hidden,) = launch(
         _hidden_kernel,
-        (tiles * triton.cdiv(inner, of_hidden["BLOCK_F"]),),
+        (tiles * triton.cdiv(inner, columns),),
         inputs={"x": x, "gate": gate, "up": up, **sorted_pairs},
         outputs={"hidden": Out((pairs, inner), dtype_name(x))},
         scalars={
             "chosen": chosen, "width": width, "inner": inner, **strides(x, "x_n x_d"),
             **strides(gate, "gate_e gate_d gate_f"), **strides(up, "up_e up_d up_f"),
         },
-        constants={"ACTIVATION": activation, **of_hidden},
-        num_warps=hidden_warps,
-        num_stages=hidden_stages,
+        constants={"ACTIVATION": activation, **constants},
+        num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     (given,) = launch(
         _down_kernel,
-        (tiles * triton.cdiv(width, of_down["BLOCK_D"]),),
+        (tiles * triton.cdiv(width, 2 * columns),),
         inputs={"hidden": hidden, "down": down, **sorted_pairs},
         outputs={"given": Out((pairs, width), "float32")},
         scalars={"width": width, "inner": inner, **strides(down, "down_e down_f down_d")},
-        constants={"BLOCK_M": block, **of_down},
-        num_warps=down_warps,
-        num_stages=down_stages,
+        constants=constants,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
     (out,) = launch(
         _sum_kernel,
