@@ -127,26 +127,25 @@ def test_the_soft_embedding_and_its_gradients(native, monkeypatch, width, option
     assert native.soft_embedding(hidden[:, :0], weight, embedding=embedding).shape == (B, 0, width)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_the_mixture_of_experts_and_its_gradients(native, activation):
+def test_the_mixture_of_experts_and_its_gradients(native):
     """Nobody chose one expert, one comes twice, and one is unknown, whose row has no gradient; views of every array."""
     arrays = [draw(0, B, L, D), *(draw(1 + i, 4, D, 24) / 8 for i in range(2)), draw(3, 4, 24, D) / 8, draw(4, B, L, 3)]
     expert = np.random.default_rng(0).integers(0, 3, (B, L, 3))
     expert[0, 0], expert[1, 1, 2] = [1, 0, 1], 4
 
     def naive(*given):
-        return dlm_kernels.mix_experts(*given[:4], jnp.asarray(expert), given[4], activation=activation, implementation="xla")
+        return dlm_kernels.mix_experts(*given[:4], jnp.asarray(expert), given[4], activation="gelu", implementation="xla")
 
     expected, back = jax.vjp(naive, *map(jnp.asarray, arrays))
     tensors = [torch.tensor(np.ascontiguousarray(x.mT), requires_grad=True) for x in arrays]
     views = [x.mT for x in tensors]
-    got = native.mix_experts(*views[:4], torch.tensor(expert), views[4], activation=activation)
+    got = native.mix_experts(*views[:4], torch.tensor(expert), views[4], activation="gelu")
     same([got], [expected])
     cotangent = draw(5, B, L, D)
     got.backward(torch.tensor(cotangent))
     same([x.grad.mT for x in tensors], back(jnp.asarray(cotangent)))
     halves = (x.detach().half() for x in views[:4])
-    low = native.mix_experts(*halves, torch.tensor(expert), views[4].detach(), activation=activation)
+    low = native.mix_experts(*halves, torch.tensor(expert), views[4].detach(), activation="gelu")
     assert low.dtype == torch.float16 and (low - got)[0].abs().max() < 3e-2 * got[0].abs().max()
     nothing = native.mix_experts(*views[:4], torch.tensor(expert[..., :0]), views[4][..., :0])
     nothing.sum().backward()

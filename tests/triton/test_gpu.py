@@ -15,6 +15,7 @@ from dlm_kernels import (
     masked_cross_entropy,
     masked_divergence,
     masks,
+    mix_experts,
     score_tokens,
     unmask_step,
 )
@@ -133,3 +134,26 @@ def test_the_divergence_and_its_gradients(dtype, rows):
         error = [np.linalg.norm(np.asarray(x, np.float32) - truth) / np.linalg.norm(truth) for x in (got, other)]
         # The logits' gradients are rounded too, to be multiplied.
         assert error[0] <= max(2 * error[1], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rows", [40, 1500])  # with 2 experts each: the smaller tiles are for 2048 pairs
+def test_a_mixture_of_experts(dtype, rows):
+    keys = jax.random.split(jax.random.key(7), 6)
+    shapes = (rows, 1024), (16, 1024, 352), (16, 1024, 352), (16, 352, 1024)
+    arrays = [(jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(dtype) for key, shape in zip(keys, shapes)]
+    arrays[0] *= rows**0.5
+    expert, weight = jax.random.randint(keys[4], (rows, 2), 0, 16), jax.random.uniform(keys[5], (rows, 2))
+
+    def run(name, *arrays, some=slice(None)):
+        x, *matrices = arrays
+        return mix_experts(x[some], *matrices, expert[some], weight[some], implementation=name)
+
+    with jax.default_matmul_precision("highest"):
+        exact = run("xla", *(x.astype(jnp.float32) for x in arrays))
+        mine, again, plain = (np.asarray(run(name, *arrays), np.float32) for name in ("triton", "triton", "xla"))
+        alone = np.asarray(run("triton", *arrays, some=slice(7, 9)), np.float32)
+    np.testing.assert_array_equal(mine, again)
+    np.testing.assert_array_equal(mine[7:9], alone)
+    error = [np.linalg.norm(x - exact) / np.linalg.norm(exact) for x in (mine, plain)]
+    assert error[0] <= max(1.5 * error[1], 4e-6)
