@@ -13,7 +13,6 @@ from dlm_kernels.triton_kernels.numerics import exp
 
 MOST_EXPERTS = 4095  # that are counted at once
 _PAIRS, _COLUMNS = 2048, 1024  # that a program looks at, and adds up, at a time
-_OF_TILES = "tile_expert", "tile_start", "tile_stop"
 
 
 @triton.jit
@@ -178,25 +177,32 @@ def supports_mix_experts(x, gate, up, down, expert, weight, **static) -> str | N
     return None
 
 
+def sort(expert, experts, block):
+    """The outputs of `_sort_kernel` by name, for tiles of `block` pairs; experts: E."""
+    pairs = expert.shape[0] * expert.shape[1]
+    # As many as there can be: each expert's last one may be short.
+    tiles = min(pairs, pairs // block + min(pairs, experts))
+    per_tile = Out((tiles,), "int32")
+    outputs = {"order": Out((pairs,), "int32"), "tile_expert": per_tile, "tile_start": per_tile, "tile_stop": per_tile}
+    found = launch(
+        _sort_kernel,
+        (experts + 1,),
+        inputs={"expert": expert},
+        outputs=outputs,
+        scalars={"pairs": pairs, "experts": experts, "tiles": tiles},
+        constants={"BLOCK_M": block, "BLOCK_P": _PAIRS, "BLOCK_E": max(128, triton.next_power_of_2(experts + 1))},
+    )
+    return dict(zip(outputs, found))
+
+
 def mix_experts(x, gate, up, down, expert, weight, *, activation):
     """x [N,D]; gate, up [E,D,F]; down [E,F,D]; expert int32, weight float32 [N,K], contiguous. Returns [N,D] as x."""
     (n, width), (experts, _, inner), chosen = x.shape, gate.shape, expert.shape[1]
     pairs = n * chosen
     # Where a mean expert has no more than fills the larger tile, much of those would be empty.
     constants, num_warps, num_stages = _tiles(dtype_name(x), pairs <= 128 * experts)
-    block, columns = constants["BLOCK_M"], constants["BLOCK_N"]
-    # As many as there can be: each expert's last one may be short.
-    tiles = min(pairs, pairs // block + min(pairs, experts))
-    per_tile = Out((tiles,), "int32")
-    order, *found = launch(
-        _sort_kernel,
-        (experts + 1,),
-        inputs={"expert": expert},
-        outputs={"order": Out((pairs,), "int32"), **dict.fromkeys(_OF_TILES, per_tile)},
-        scalars={"pairs": pairs, "experts": experts, "tiles": tiles},
-        constants={"BLOCK_M": block, "BLOCK_P": _PAIRS, "BLOCK_E": max(128, triton.next_power_of_2(experts + 1))},
-    )
-    sorted_pairs = {"order": order, **dict(zip(_OF_TILES, found))}
+    sorted_pairs, columns = sort(expert, experts, constants["BLOCK_M"]), constants["BLOCK_N"]
+    tiles = sorted_pairs["tile_expert"].shape[0]
     (hidden,) = launch(
         _hidden_kernel,
         (tiles * triton.cdiv(inner, columns),),
