@@ -118,18 +118,16 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Of two products a program of the other kernel has as many.
-    COLUMNS: tl.constexpr = 2 * BLOCK_N
-    blocks = tl.cdiv(width, COLUMNS)
+    blocks = tl.cdiv(width, BLOCK_N)
     tile = tl.program_id(0) // blocks
     owner = tl.load(tile_expert + tile).to(tl.int64)
     if owner >= 0:
         row = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
         row_inside = row < tl.load(tile_stop + tile)
-        d = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+        d = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         value = head_tile(
             hidden, down + owner * down_e, row, row_inside, d, width, inner, inner, 1, down_d, down_f,
-            BLOCK_M, COLUMNS, BLOCK_K, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         pair = tl.load(order + row, mask=row_inside, other=0)
         at = given + pair.to(tl.int64)[:, None] * width + d[None, :]
@@ -160,7 +158,7 @@ def _sum_kernel(
 
 @tuned("experts")
 def _tiles(dtype: str, few_pairs: bool) -> tuple[dict, int, int]:
-    """Constants of both products, their warps and their stages: the largest that spill no register.
+    """Constants of the first product, warps and stages of both: the largest that spill no register.
 
     BLOCK_K and the instruction that multiplies never depend on the pairs, nor do a row's bits.
     """
@@ -201,11 +199,13 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
     pairs = n * chosen
     # Where a mean expert has no more than fills the larger tile, much of those would be empty.
     constants, num_warps, num_stages = _tiles(dtype_name(x), pairs <= 128 * experts)
-    sorted_pairs, columns = sort(expert, experts, constants["BLOCK_M"]), constants["BLOCK_N"]
+    # The first is two, so the second has twice the columns; of more than 128 it would spill.
+    columns = min(2 * constants["BLOCK_N"], 128)
+    sorted_pairs = sort(expert, experts, constants["BLOCK_M"])
     tiles = sorted_pairs["tile_expert"].shape[0]
     (hidden,) = launch(
         _hidden_kernel,
-        (tiles * triton.cdiv(inner, columns),),
+        (tiles * triton.cdiv(inner, constants["BLOCK_N"]),),
         inputs={"x": x, "gate": gate, "up": up, **sorted_pairs},
         outputs={"hidden": Out((pairs, inner), dtype_name(x))},
         scalars={
@@ -218,11 +218,11 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
     )  # fmt: skip
     (given,) = launch(
         _down_kernel,
-        (tiles * triton.cdiv(width, 2 * columns),),
+        (tiles * triton.cdiv(width, columns),),
         inputs={"hidden": hidden, "down": down, **sorted_pairs},
         outputs={"given": Out((pairs, width), "float32")},
         scalars={"width": width, "inner": inner, **strides(down, "down_e down_f down_d")},
-        constants=constants,
+        constants=constants | {"BLOCK_N": columns},
         num_warps=num_warps,
         num_stages=num_stages,
     )
