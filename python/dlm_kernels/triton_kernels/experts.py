@@ -12,7 +12,7 @@ from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, multiplie
 from dlm_kernels.triton_kernels.numerics import exp
 
 MOST_EXPERTS = 4095  # that are counted at once
-_PAIRS, _COLUMNS = 2048, 1024  # that a program looks at, and adds up, at a time
+_PAIRS, _COLUMNS = 2048, 512  # that a program looks at, and adds up, at a time
 
 
 @triton.jit
@@ -148,7 +148,9 @@ def _sum_kernel(
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for pair in range(row * chosen, (row + 1) * chosen):
+    # Unrolled, so that several are on their way at a time.
+    for j in tl.range(0, chosen, loop_unroll_factor=4):
+        pair = row * chosen + j
         owner = tl.load(expert + pair)
         value = tl.load(given + pair * width + d, mask=d < width, other=0.0)
         known = (owner >= 0) & (owner < experts)
