@@ -54,18 +54,19 @@ inline int64_t elements(int64_t depth) {
   return (depth + kValues<E> - 1) / kValues<E>;
 }
 
-// c[i][j] (+)= sum over p < depth of a[i * a_row + p * a_step] * b[p * kPanel + j], for i < Rows, j < Halves * kLanes.
-template <int Rows, int Halves, typename E>
-inline void register_tile(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t depth, float* c, int64_t c_row,
-                          bool accumulate) {
+// c[i][j] (+)= sum over p < depth of a[i * a_row + p * a_step] * b[p * b_step + j], for i < Rows, j < Halves * kLanes. b may be of
+// numbers that are widened as they are loaded: then columns lie in c as load_half has them.
+template <int Rows, int Halves, typename E, typename B>
+inline void register_tile(const E* a, int64_t a_row, int64_t a_step, const B* b, int64_t b_step, int64_t depth, float* c,
+                          int64_t c_row, bool accumulate) {
   F left[Rows], right[Rows];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     left[i] = accumulate ? load(c + i * c_row) : F{};
     if constexpr (Halves == 2) right[i] = accumulate ? load(c + i * c_row + kLanes) : F{};
   }
-  for (int64_t p = 0; p < depth; ++p, a += a_step, b += kPanel) {
-    const auto b_left = load(b), b_right = Halves == 2 ? load(b + kLanes) : b_left;
+  for (int64_t p = 0; p < depth; ++p, a += a_step, b += b_step) {
+    const auto b_left = load_half<0>(b), b_right = Halves == 2 ? load_half<1>(b) : b_left;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const auto x = splat(a[i * a_row]);
@@ -80,22 +81,22 @@ inline void register_tile(const E* a, int64_t a_row, int64_t a_step, const E* b,
   }
 }
 
-template <int Rows, int Halves, typename E>
-inline void last_rows(int64_t rows, const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t depth, float* c,
+template <int Rows, int Halves, typename E, typename B>
+inline void last_rows(int64_t rows, const E* a, int64_t a_row, int64_t a_step, const B* b, int64_t b_step, int64_t depth, float* c,
                       int64_t c_row, bool accumulate) {
   if constexpr (Rows > 0) {
-    if (rows == Rows) return register_tile<Rows, Halves>(a, a_row, a_step, b, depth, c, c_row, accumulate);
-    last_rows<Rows - 1, Halves>(rows, a, a_row, a_step, b, depth, c, c_row, accumulate);
+    if (rows == Rows) return register_tile<Rows, Halves>(a, a_row, a_step, b, b_step, depth, c, c_row, accumulate);
+    last_rows<Rows - 1, Halves>(rows, a, a_row, a_step, b, b_step, depth, c, c_row, accumulate);
   }
 }
 
-template <int Halves, typename E>
-inline void multiply_panel(const E* a, int64_t a_row, int64_t a_step, int64_t rows, const E* b, int64_t depth, float* c,
-                           int64_t c_row, bool accumulate) {
+template <int Halves, typename E, typename B>
+inline void multiply_panel(const E* a, int64_t a_row, int64_t a_step, int64_t rows, const B* b, int64_t b_step, int64_t depth,
+                           float* c, int64_t c_row, bool accumulate) {
   int64_t i = 0;
   for (; i + kRowTile <= rows; i += kRowTile)
-    register_tile<kRowTile, Halves>(a + i * a_row, a_row, a_step, b, depth, c + i * c_row, c_row, accumulate);
-  last_rows<kRowTile - 1, Halves>(rows - i, a + i * a_row, a_row, a_step, b, depth, c + i * c_row, c_row, accumulate);
+    register_tile<kRowTile, Halves>(a + i * a_row, a_row, a_step, b, b_step, depth, c + i * c_row, c_row, accumulate);
+  last_rows<kRowTile - 1, Halves>(rows - i, a + i * a_row, a_row, a_step, b, b_step, depth, c + i * c_row, c_row, accumulate);
 }
 
 // C [rows, columns] (+)= A [rows, depth] B [depth, columns]; depth, a_row and a_step count elements; B lies in panels:
@@ -106,8 +107,8 @@ inline void multiply(const E* a, int64_t a_row, int64_t a_step, int64_t rows, co
                      float* c, int64_t c_row, bool accumulate) {
   int64_t j = 0;
   for (; j + kPanel <= columns; j += kPanel)
-    multiply_panel<2>(a, a_row, a_step, rows, b + j * depth, depth, c + j, c_row, accumulate);
-  if (j < columns) multiply_panel<1>(a, a_row, a_step, rows, b + j * depth, depth, c + j, c_row, accumulate);
+    multiply_panel<2>(a, a_row, a_step, rows, b + j * depth, kPanel, depth, c + j, c_row, accumulate);
+  if (j < columns) multiply_panel<1>(a, a_row, a_step, rows, b + j * depth, kPanel, depth, c + j, c_row, accumulate);
 }
 
 }  // namespace

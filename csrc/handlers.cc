@@ -255,6 +255,27 @@ ffi::Error masked_divergence_backward(ffi::ThreadPool pool, Operand hidden, Oper
   });
 }
 
+MixtureArgs::Activation activation_kind(std::string_view name) {
+  if (name == "silu") return MixtureArgs::Activation::kSilu;
+  if (name == "gelu") return MixtureArgs::Activation::kGelu;
+  throw std::invalid_argument("activation: expected silu or gelu");
+}
+
+ffi::Error mix_experts(ffi::ThreadPool pool, Operand x, Operand gate, Operand up, Operand down, Operand expert,
+                       Operand weight, Output out, std::string_view activation) {
+  return guarded([&] {
+    const auto shape = gate.dimensions();
+    MixtureArgs args{};
+    args.dtype = dtype(x);
+    args.r = x.dimensions()[0], args.k = expert.dimensions()[1], args.e = shape[0], args.d = shape[1], args.f = shape[2];
+    args.x = x.untyped_data(), args.gate = gate.untyped_data(), args.up = up.untyped_data(), args.down = down.untyped_data();
+    args.expert = data<int32_t>(expert), args.weight = data<float>(weight);
+    args.activation = activation_kind(activation);
+    args.out = data<void>(out);
+    kernels().mix_experts(args, XlaParallel(pool));
+  });
+}
+
 auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 // Appends Count operands, or results, to a binding. A binding cannot be moved, only extended, hence no base case that returns it.
@@ -290,6 +311,7 @@ XLA_FFI_DEFINE_HANDLER(CrossEntropyForward, masked_cross_entropy_forward, (bind_
 XLA_FFI_DEFINE_HANDLER(CrossEntropyBackward, masked_cross_entropy_backward, (bind_arrays<6, 2>().Attr<float>("soft_cap")));
 XLA_FFI_DEFINE_HANDLER(DivergenceForward, masked_divergence_forward, (bind_arrays<5, 3>()));
 XLA_FFI_DEFINE_HANDLER(DivergenceBackward, masked_divergence_backward, (bind_arrays<8, 2>()));
+XLA_FFI_DEFINE_HANDLER(MixExperts, mix_experts, (bind_arrays<6, 1>().Attr<std::string_view>("activation")));
 
 }  // namespace
 
@@ -307,6 +329,7 @@ const std::vector<Handler>& handlers() {
       {"masked_cross_entropy_backward", CrossEntropyBackward},
       {"masked_divergence_forward", DivergenceForward},
       {"masked_divergence_backward", DivergenceBackward},
+      {"mix_experts", MixExperts},
   };
   return all;
 }

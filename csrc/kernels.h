@@ -1,7 +1,7 @@
 // What every kernel takes, and the table of kernels that each instruction set fills.
 //
 // Letters as in the Python API: B batch, T queries, S keys, N query heads, K kv heads (N = K * G), H head size, L sequence,
-// R rows, V vocabulary, D width (of a target E). Arrays are dense and row-major; sizes and offsets are int64.
+// R rows, V vocabulary, D width (of a target E). Of a mixture: E experts, F width inside, K of them for each row. Arrays are dense and row-major; sizes and offsets are int64.
 #pragma once
 
 #include <cstdint>
@@ -127,6 +127,18 @@ struct DivergenceArgs {
   void *dhidden, *dweight;             // [R,D], [V,D]
 };
 
+struct MixtureArgs {
+  DType dtype;                         // of x, gate, up, down and out
+  int64_t r, k, e, d, f;
+  const void* x;                       // [R,D]
+  const void *gate, *up;               // [E,D,F]
+  const void* down;                    // [E,F,D]
+  const int32_t* expert;               // [R,K]; one outside [0, E) makes its row NaN
+  const float* weight;                 // [R,K]
+  enum class Activation { kSilu, kGelu } activation;
+  void* out;                           // [R,D]
+};
+
 struct Kernels {
   const char* isa;
   void (*attention_forward)(const AttentionArgs&, const Parallel&);
@@ -141,6 +153,7 @@ struct Kernels {
   void (*masked_cross_entropy_backward)(const CrossEntropyArgs&, const Parallel&);
   void (*masked_divergence_forward)(const DivergenceArgs&, const Parallel&);
   void (*masked_divergence_backward)(const DivergenceArgs&, const Parallel&);
+  void (*mix_experts)(const MixtureArgs&, const Parallel&);
 };
 
 // The table for this machine: the best instruction set it has, or the one that DLM_KERNELS_ISA names. Throws

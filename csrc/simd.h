@@ -92,7 +92,7 @@ inline F load(const Float16* p) {
 // Two vectors' worth of p in two halves. Which values a half has is for store_halves to know: of bfloat16, the even and the odd
 // ones take fewer instructions than the first and the last.
 template <int Half, typename T>
-inline F load_half(const T* p) {
+inline auto load_half(const T* p) {
   return load(p + Half * kLanes);
 }
 
@@ -108,6 +108,8 @@ inline U round_to_bfloat16(F x) {
   return (U)select(x != x, as_float(U{} + 0x7FC00000u), as_float(bits + 0x7FFFu + (bits >> 16 & 1u)));
 }
 
+inline U join_halves(F even, F odd) { return round_to_bfloat16(even) >> 16 | (round_to_bfloat16(odd) & 0xFFFF0000u); }
+
 inline void store(BFloat16* p, F x) { *(H16Load*)p = __builtin_convertvector(round_to_bfloat16(x) >> 16, H16); }
 
 inline void store(Float16* p, F x) {
@@ -119,6 +121,15 @@ inline void store(Float16* p, F x) {
   for (int i = 0; i < kLanes; ++i) from_float(x[i], p[i]);
 #endif
 }
+
+// Two vectors' worth, from the halves that load_half makes.
+template <typename T>
+inline void store_halves(T* p, F first, F second) {
+  store(p, first);
+  store(p + kLanes, second);
+}
+
+inline void store_halves(BFloat16* p, F even, F odd) { *(ULoad*)p = join_halves(even, odd); }
 
 // Stores without reading the memory into the caches first, nor keeping it there. p is a multiple of the vector's size, and
 // finish_stores_past_caches() must come before another thread is told.
@@ -136,7 +147,7 @@ inline void store_past_caches(T* p, F x) {
   std::memcpy(p, lanes, sizeof(lanes));
 }
 
-// The same for two vectors' worth, from the halves that load_half made.
+// The same for two halves.
 template <typename T>
 inline void store_halves_past_caches(T* p, F first, F second) {
   store_past_caches(p, first);
@@ -144,8 +155,7 @@ inline void store_halves_past_caches(T* p, F first, F second) {
 }
 
 inline void store_halves_past_caches(BFloat16* p, F even, F odd) {
-  const U both = round_to_bfloat16(even) >> 16 | (round_to_bfloat16(odd) & 0xFFFF0000u);
-  store_past_caches(reinterpret_cast<float*>(p), as_float(both));
+  store_past_caches(reinterpret_cast<float*>(p), as_float(join_halves(even, odd)));
 }
 
 inline void finish_stores_past_caches() {

@@ -19,6 +19,7 @@ void masked_cross_entropy_forward(const CrossEntropyArgs&, const Parallel&);
 void masked_cross_entropy_backward(const CrossEntropyArgs&, const Parallel&);
 void masked_divergence_forward(const DivergenceArgs&, const Parallel&);
 void masked_divergence_backward(const DivergenceArgs&, const Parallel&);
+void mix_experts(const MixtureArgs&, const Parallel&);
 
 }  // namespace DLM_ISA
 
@@ -37,6 +38,7 @@ const Kernels DLM_JOIN(kernels_, DLM_ISA) = {
     .masked_cross_entropy_backward = DLM_ISA::masked_cross_entropy_backward,
     .masked_divergence_forward = DLM_ISA::masked_divergence_forward,
     .masked_divergence_backward = DLM_ISA::masked_divergence_backward,
+    .mix_experts = DLM_ISA::mix_experts,
 };
 
 }  // namespace dlm
