@@ -13,6 +13,7 @@ from bench import (
     cross_entropy,
     divergence,
     end_to_end,
+    experts,
     guidance,
     harness,
     lm_head,
@@ -23,7 +24,7 @@ from bench import (
     unmask,
 )
 
-OPERATIONS = (attention, unmask, lm_head, guidance, truncation, cross_entropy, divergence, scale, end_to_end)
+OPERATIONS = (attention, unmask, lm_head, experts, guidance, truncation, cross_entropy, divergence, scale, end_to_end)
 # To aim for. None is the device's usual run: a CPU leaves out what is too large for it, the others leave out nothing.
 MINUTES = {"quick": 2, None: 14, "full": 60}
 
