@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dlm_kernels.denoiser import chat, data, model, pretrained
+from dlm_kernels.denoiser import architectures, chat, data, model, pretrained
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 SHIPPED = pathlib.Path(__file__).parent / "weights"
@@ -59,7 +59,7 @@ def load(directory=SHIPPED, *, dtype=None):
     """
     directory, values = pathlib.Path(directory), _config(directory)
     config, tokenizer = described(directory)
-    if pretrained.architecture(values):
+    if architectures.of(values):
         return config, pretrained.load(directory, values, dtype=dtype), tokenizer
     arrays = read(directory / "model.safetensors")
     shapes = model.parameter_shapes(config)
@@ -76,10 +76,10 @@ def described(directory):
     """(config, tokenizer) of what `load` loads, its parameters there or not. ValueError as of `load`."""
     directory, values = pathlib.Path(directory), _config(directory)
     tokenizer = chat.tokenizer(directory)
-    if pretrained.architecture(values):
+    if architectures.of(values):
         config = pretrained.described(directory, values)
     elif "model_type" in values:
-        known = ", ".join(pretrained.ARCHITECTURES)
+        known = ", ".join(architectures.ARCHITECTURES)
         raise ValueError(f"{directory}/config.json: model_type: expected one of {known}, got {values['model_type']}")
     else:
         try:
@@ -94,7 +94,7 @@ def described(directory):
 
 def published(directory):
     """Whether the checkpoint there is one of `pretrained`'s. Raises ValueError where there is none."""
-    return pretrained.architecture(_config(directory)) is not None
+    return architectures.of(_config(directory)) is not None
 
 
 def _config(directory):

@@ -139,15 +139,20 @@ def head_weight(config, params):
 
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once to x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded once to x's dtype; weight None is 1."""
     wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed if weight is None else normed * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope(positions, size, theta):
-    """cos and sin of every position's angles, float32 [B or 1, L, 1, size / 2] each; size: how much of a head turns."""
+def rope(positions, size, theta, pairs=None):
+    """cos and sin of every position's angles, float32 [B or 1, L, 1, size / 2] each; size: how much of a head turns.
+
+    pairs: of the size / 2 the first so many turn, by the frequencies that they have where all do.
+    """
     frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if pairs is not None:
+        frequency = jnp.where(jnp.arange(size // 2) < pairs, frequency, 0)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
     # The barrier keeps XLA from computing them anew for every head of every row of every layer.
     return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))

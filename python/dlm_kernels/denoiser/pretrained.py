@@ -1,10 +1,5 @@
-"""Published checkpoints, read from their own safetensors under their own names: of the LLaDAs, Dream, SDAR, Fast-dLLM v2.
+"""Published checkpoints, read from their own safetensors under their own names, as `architectures` has them."""
 
-To add an architecture: its names, and a function from its config.json to a DenoiserConfig that refuses what `model` does not
-compute.
-"""
-
-import dataclasses
 import json
 import pathlib
 
@@ -12,222 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from dlm_kernels.denoiser import model
-from dlm_kernels.denoiser.config import DenoiserConfig
-from dlm_kernels.denoiser.experts import Experts
-
-# Our name -> theirs; {i} is the layer, {e} the expert. Their matrices are [out, in], ours [in, out].
-LLADA = {
-    "embed": "model.transformer.wte.weight",
-    "final_norm": "model.transformer.ln_f.weight",
-    "head": "model.transformer.ff_out.weight",
-    "attention_norm": "model.transformer.blocks.{i}.attn_norm.weight",
-    "query": "model.transformer.blocks.{i}.q_proj.weight",
-    "key": "model.transformer.blocks.{i}.k_proj.weight",
-    "value": "model.transformer.blocks.{i}.v_proj.weight",
-    "query_bias": "model.transformer.blocks.{i}.q_proj.bias",
-    "key_bias": "model.transformer.blocks.{i}.k_proj.bias",
-    "value_bias": "model.transformer.blocks.{i}.v_proj.bias",
-    "out": "model.transformer.blocks.{i}.attn_out.weight",
-    "ffn_norm": "model.transformer.blocks.{i}.ff_norm.weight",
-    "gate": "model.transformer.blocks.{i}.ff_proj.weight",
-    "up": "model.transformer.blocks.{i}.up_proj.weight",
-    "down": "model.transformer.blocks.{i}.ff_out.weight",
-}
-# Dream's, SDAR's and Fast-dLLM v2's.
-QWEN = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "attention_norm": "model.layers.{i}.input_layernorm.weight",
-    "query": "model.layers.{i}.self_attn.q_proj.weight",
-    "key": "model.layers.{i}.self_attn.k_proj.weight",
-    "value": "model.layers.{i}.self_attn.v_proj.weight",
-    "query_bias": "model.layers.{i}.self_attn.q_proj.bias",
-    "key_bias": "model.layers.{i}.self_attn.k_proj.bias",
-    "value_bias": "model.layers.{i}.self_attn.v_proj.bias",
-    "query_norm": "model.layers.{i}.self_attn.q_norm.weight",
-    "key_norm": "model.layers.{i}.self_attn.k_norm.weight",
-    "out": "model.layers.{i}.self_attn.o_proj.weight",
-    "ffn_norm": "model.layers.{i}.post_attention_layernorm.weight",
-    "gate": "model.layers.{i}.mlp.gate_proj.weight",
-    "up": "model.layers.{i}.mlp.up_proj.weight",
-    "down": "model.layers.{i}.mlp.down_proj.weight",
-}
-# LLaDA-MoE's, and SDAR's mixtures of experts.
-QWEN_EXPERTS = QWEN | {
-    "router": "model.layers.{i}.mlp.gate.weight",
-    "expert_gate": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
-    "expert_up": "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
-    "expert_down": "model.layers.{i}.mlp.experts.{e}.down_proj.weight",
-}
-LLADA2 = QWEN_EXPERTS | {
-    "embed": "model.word_embeddings.weight",
-    **dict.fromkeys(("query", "key", "value"), "model.layers.{i}.attention.query_key_value.weight"),  # one below the other
-    "query_norm": "model.layers.{i}.attention.query_layernorm.weight",
-    "key_norm": "model.layers.{i}.attention.key_layernorm.weight",
-    "out": "model.layers.{i}.attention.dense.weight",
-    "router_bias": "model.layers.{i}.mlp.gate.expert_bias",
-    "shared_gate": "model.layers.{i}.mlp.shared_experts.gate_proj.weight",
-    "shared_up": "model.layers.{i}.mlp.shared_experts.up_proj.weight",
-    "shared_down": "model.layers.{i}.mlp.shared_experts.down_proj.weight",
-}
-
-
-def llada_config(given):
-    """LLaDA's config.json, a dict, as a DenoiserConfig. Source: GSAI-ML/LLaDA-8B-Base and -Instruct, LLaDA 1.5."""
-    fixed = dict(
-        block_type="llama", layer_norm_type="rms", activation_type="silu", rope=True, include_bias=False, alibi=False,
-        scale_logits=False, input_emb_norm=False, attention_layer_norm=False,
-    )  # fmt: skip
-    _refuse(given, fixed)
-    return DenoiserConfig(
-        layers=given["n_layers"],
-        d_model=given["d_model"],
-        heads=given["n_heads"],
-        kv_heads=given.get("n_kv_heads") or given["n_heads"],
-        head_size=given["d_model"] // given["n_heads"],
-        ffn=given["mlp_hidden_size"],
-        vocab=given.get("embedding_size") or given["vocab_size"],
-        rope_theta=given["rope_theta"],
-        rms_norm_eps=given["rms_norm_eps"],
-        qk_norm=False,
-        qkv_bias=bool(given.get("include_qkv_bias")),
-        tie_embeddings=given["weight_tying"],
-        pad_id=given["pad_token_id"],
-        eos_id=given["eos_token_id"],
-        mask_id=given["mask_token_id"],
-    )
-
-
-def llada_moe_config(given):
-    """LLaDA-MoE's config.json, a dict, as a DenoiserConfig. Source: inclusionAI/LLaDA-MoE-7B-A1B-Base and -Instruct.
-
-    Its own code does not read norm_topk_prob: the weights of the chosen experts are never made to add up to 1.
-    """
-    fixed = dict(
-        attention_bias=False, clip_qkv=None, qk_layernorm=True, partial_rotary_factor=1, routed_scaling_factor=1,
-        moe_layer_freq=[1] * given["num_hidden_layers"], moe_router_enable_expert_bias=False, moe_router_score_function="softmax",
-        shared_expert_intermediate_size=None, router_num_group=None, router_topk_group=None,
-    )  # fmt: skip
-    given = {name: x for name, x in given.items() if x is not None}
-    _refuse(given, fixed)
-    experts = Experts(
-        count=given["num_experts"], chosen=given["num_experts_per_tok"], ffn=given["expert_intermediate_size"], normalized=False
-    )
-    given = dict(num_key_value_heads=given["num_attention_heads"], intermediate_size=given["dense_intermediate_size"]) | given
-    mask_id = given.get("mask_token_id", 156895)
-    return _qwen_config(given, qk_norm=True, qkv_bias=False, experts=experts, mask_id=mask_id)
-
-
-def dream_config(given):
-    """Dream's config.json, a dict, as a DenoiserConfig. Source: Dream-org/Dream-v0-Base-7B and -Instruct-7B."""
-    return _qwen_config(given, qk_norm=False, qkv_bias=True, shifted=True, mask_id=given["mask_token_id"])
-
-
-def sdar_config(given):
-    """SDAR's config.json, a dict, as a DenoiserConfig. Source: JetLM/SDAR-1.7B-Chat and its kin, SDAR's generate.py.
-
-    Their own generate.py is told the size of the blocks and asks the tokenizer for the mask: where the config does not say them
-    they are as of the checkpoints without a size in their names.
-    """
-    _refuse(given, dict(attention_bias=False))
-    ids = dict(block_size=given.get("block_size", 4), mask_id=given.get("mask_token_id", 151669))
-    return _qwen_config(given, qk_norm=True, qkv_bias=False, **ids)
-
-
-def sdar_moe_config(given):
-    """The config.json of SDAR's mixtures of experts. Source: JetLM/SDAR-30B-A3B-Chat, whose layers are Qwen3's."""
-    _refuse(given, dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[]))
-    experts = Experts(count=given["num_experts"], chosen=given["num_experts_per_tok"], ffn=given["moe_intermediate_size"])
-    return dataclasses.replace(sdar_config(given), experts=experts)
-
-
-def llada2_config(given):
-    """LLaDA2's config.json, a dict, as a DenoiserConfig. Source: inclusionAI/LLaDA2.0-mini and -flash, LLaDA2.1's.
-
-    Where the config does not say them, the ids and the size of the blocks are those of their own code. LLaDA2.2, which has an
-    expert_capacity, chooses the experts of a block together, which is not computed here.
-    """
-    fixed = dict(
-        use_qk_norm=True, use_qkv_bias=False, use_bias=False, norm_head=False, norm_topk_prob=True, score_function="sigmoid",
-        moe_router_enable_expert_bias=True, use_linear_attention=False, expert_capacity=None, rope_parameters=None,
-    )  # fmt: skip
-    _refuse(given, fixed)
-    if given["num_experts_per_tok"] < 2:
-        raise ValueError("config.json: num_experts_per_tok: expected at least 2, whose weights are shares of 1, got 1")
-    width = given["moe_intermediate_size"]
-    experts = Experts(
-        count=given["num_experts"],
-        chosen=given["num_experts_per_tok"],
-        ffn=width,
-        router="sigmoid",
-        groups=given["n_group"],
-        kept=given["topk_group"],
-        scale=given["routed_scaling_factor"],
-        shared_ffn=width * (given.get("num_shared_experts") or 0),
-        dense_layers=given["first_k_dense_replace"],
-    )
-    ids = dict(block_size=given.get("block_size", 32), mask_id=given.get("mask_token_id", 156895), threshold=0.95)
-    given = dict(eos_token_id=given["pad_token_id"]) | given
-    config = _qwen_config(given, qk_norm=True, qkv_bias=False, experts=experts, **ids)
-    return dataclasses.replace(config, rotary_size=int(config.head_size * given["partial_rotary_factor"]))
-
-
-def fast_dllm_config(given):
-    """Fast-dLLM v2's config.json, a dict, as a DenoiserConfig. Source: Efficient-Large-Model/Fast_dLLM_v2_7B and _1.5B.
-
-    The defaults are those of their own code, as the mask's id is only there.
-    """
-    ids = dict(block_size=given.get("bd_size", 32), mask_id=given.get("mask_token_id", 151665), threshold=0.9)
-    return _qwen_config(given, qk_norm=False, qkv_bias=True, shifted=True, **ids)
-
-
-def _qwen_config(given, **own):
-    """What the config.json of models that come from Qwen, or are written like it, have in common, and what each adds of its own."""
-    kinds = sorted(set(given.get("layer_types") or ["full_attention"]))
-    only = dict(hidden_act="silu", rope_scaling=None, use_sliding_window=False, layer_types=["full_attention"])
-    _refuse(given | dict(layer_types=kinds), only)
-    # One that is not told is the other: Dream's configuration class has no other end, and no pad is ever read.
-    pad = given["eos_token_id"] if given.get("pad_token_id") is None else given["pad_token_id"]
-    return DenoiserConfig(
-        layers=given["num_hidden_layers"],
-        d_model=given["hidden_size"],
-        heads=given["num_attention_heads"],
-        kv_heads=given["num_key_value_heads"],
-        head_size=given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],
-        ffn=given["intermediate_size"],
-        vocab=given["vocab_size"],
-        rope_theta=given["rope_theta"],
-        rms_norm_eps=given["rms_norm_eps"],
-        tie_embeddings=given["tie_word_embeddings"],
-        pad_id=pad,
-        eos_id=given.get("eos_token_id", pad),
-        **own,
-    )
-
-
-ARCHITECTURES = {
-    "llada": (llada_config, LLADA),
-    "llada_moe": (llada_moe_config, QWEN_EXPERTS),
-    "dream": (dream_config, QWEN),
-    "sdar": (sdar_config, QWEN),
-    "sdar_moe": (sdar_moe_config, QWEN_EXPERTS),
-    "llada2_moe": (llada2_config, LLADA2),
-    "fast_dllm_qwen": (fast_dllm_config, QWEN),
-}
-
-
-def architecture(config):
-    """The entry of ARCHITECTURES that a config.json names, or None for one of this package's own."""
-    name = str(config.get("model_type")).lower()
-    # Both call themselves so.
-    return ARCHITECTURES.get("llada_moe" if name == "llada" and "num_experts" in config else name)
+from dlm_kernels.denoiser import architectures, gemma, model
 
 
 def described(directory, config):
-    """The DenoiserConfig of a published checkpoint; config: its config.json. ValueError for what `model` does not compute."""
-    to_config, _ = architecture(config)
+    """The config of a published checkpoint; config: its config.json. Raises ValueError for what is not computed here."""
+    to_config, _ = architectures.of(config)
     try:
         return to_config(config)
     except KeyError as error:
@@ -240,20 +25,23 @@ def load(directory, config, *, dtype=None):
     Reads one tensor at a time, from model.safetensors or from the shards that model.safetensors.index.json lists. Raises ValueError
     where the config does not fit, or a parameter is missing, unknown or of another shape.
     """
-    directory, (_, names) = pathlib.Path(directory), architecture(config)
+    directory, (_, names) = pathlib.Path(directory), architectures.of(config)
     ours = described(directory, config)
-    shapes = model.parameter_shapes(ours)
+    of_gemma = isinstance(ours, gemma.GemmaConfig)
+    shapes = (gemma if of_gemma else model).parameter_shapes(ours)
     theirs = {name: _their_names(names, ours, name) for name in shapes}
     (stored, tensor), params = _tensors(directory), {}
     # Some files hold the embedding once more as the head that it is, and the frequencies that follow from the config.
     beside = {names["head"], *(name for name in stored if name.endswith(".rotary_emb.inv_freq"))}
+    if of_gemma:
+        beside |= _beside_the_decoder(ours, stored, tensor)
     unknown = sorted(stored - beside - {name for of_one in theirs.values() for name in of_one})
     if unknown:  # a bias, say, or one more layer, without which the model would be another
         raise ValueError(f"{directory}: expected what config.json tells of, got {len(unknown)} more, such as {unknown[0]}")
     for name, shape in shapes.items():
         arrays = [_own_rows(ours, one, name, tensor(one)) for one in theirs[name]]
-        array = jnp.asarray(np.stack(arrays) if ".expert_" in name else arrays[0], dtype)
-        if name.startswith("layers.") and array.ndim > 1:
+        array = jnp.asarray(np.stack(arrays) if arrays[0].ndim < len(shape) else arrays[0], dtype)
+        if name not in ("embed", "head") and array.ndim > 1:
             array = array.swapaxes(-1, -2)
         if array.shape != shape:
             raise ValueError(f"{directory}: {name}: expected shape {shape}, got {array.shape}")
@@ -269,14 +57,28 @@ def _their_names(names, config, name):
 
 
 def _own_rows(config, theirs, name, array):
-    """Of a matrix that holds the queries, the keys and the values one below the other those of `name`; of others all."""
-    if not theirs.endswith(".query_key_value.weight"):
+    """Of matrices that lie one below the other in one, the queries', keys' and values' or gate and up, that of `name`; else all."""
+    if theirs.endswith(".query_key_value.weight"):
+        queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
+        rows = {"query": queries, "key": keys, "value": keys}
+    elif theirs.endswith(".gate_up_proj"):
+        rows = dict.fromkeys(("expert_gate", "expert_up"), config.experts.ffn)
+    else:
         return array
-    queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
-    if len(array) != queries + 2 * keys:
-        raise ValueError(f"{theirs}: expected {queries} + 2 x {keys} rows, got {len(array)}")
-    parts = np.split(array, [queries, queries + keys])
-    return dict(zip(("query", "key", "value"), parts))[name.split(".")[-1]]
+    if array.shape[-2] != sum(rows.values()):
+        raise ValueError(f"{theirs}: expected {' + '.join(map(str, rows.values()))} rows, got {array.shape[-2]}")
+    parts = np.split(array, np.cumsum([*rows.values()])[:-1], axis=-2)
+    return dict(zip(rows, parts))[name.split(".")[-1]]
+
+
+def _beside_the_decoder(config, stored, tensor):
+    """What a DiffusionGemma's files hold of its encoder: what reads images, and a number for each layer that it has twice."""
+    twice = [architectures.GEMMA["scalar"].format(i=i) for i in range(config.layers)]
+    of_encoder = {name.replace("model.decoder.", "model.encoder.language_model."): name for name in twice}
+    for name, of_decoder in of_encoder.items():
+        if name in stored and not np.array_equal(tensor(name), tensor(of_decoder)):
+            raise ValueError(f"{name}: expected {of_decoder}'s {tensor(of_decoder)}, with which it is tied here, got {tensor(name)}")
+    return of_encoder.keys() | {name for name in stored if name.startswith(architectures.GEMMA_VISION)}
 
 
 def _tensors(directory):
@@ -302,10 +104,3 @@ def _tensors(directory):
         return opened(where[name]).get_tensor(name)
 
     return where.keys(), tensor
-
-
-def _refuse(given, fixed):
-    """Absent keys are as `model` has them; a value that it does not compute would only show as nonsense."""
-    for name, value in fixed.items():
-        if given.get(name, value) != value:
-            raise ValueError(f"config.json: {name}: expected {value}, the only one computed here, got {given[name]}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, masks, soft_embedding, unmask_topk
-from dlm_kernels.denoiser import blocks, half, limits, model
+from dlm_kernels.denoiser import blocks, gemma, half, limits, model
 
 
 class _State(NamedTuple):
@@ -20,6 +20,7 @@ class _State(NamedTuple):
     step: jax.Array  # int32, passes made on it
     inside: jax.Array  # bool [B, block], what the block has to write
     best: jax.Array  # int32 [B, block], the likeliest tokens of the pass before
+    cache: list  # per layer (key, value) of a model that has a cache, else empty
     soft: jax.Array  # [B, block, D], its soft embeddings; zeros in a block's first pass
     settled: jax.Array  # bool [B], rows whose block is done
     over: jax.Array  # bool, whether the next pass opens a block
@@ -44,8 +45,9 @@ def decode(
             tokens = argmax(logits)
 
     Arguments:
-      config, params: a model that has learnt from such noise, see `train.uniform_loss`; without config.self_conditioning nothing
-        is expected of `soft`, and it is not computed.
+      config, params: a model that has learnt from such noise: DiffusionGemma, whose encoder reads each block that is done into a
+        cache and whose blocks are canvases, or one of `train.uniform_loss`; without config.self_conditioning nothing is expected
+        of `soft`, and it is not computed.
       tokens: int32 [B, L]; the masks in it are what is written. start, first, stop, block, banned_tokens, stop_at, on_pass: as in
         `sampler.decode`. key: a JAX threefry key for each row, [B].
       steps: passes a block at most. budget: in nats. temperature: of the first pass, and what it falls to. calm: in nats.
@@ -78,6 +80,8 @@ def _decode(static, params, tokens, columns, data):
     position = jnp.arange(length, dtype=jnp.int32)[None]
     hole = blocks.holes(config, tokens, columns)
     head = model.head_weight(config, params)
+    encoded = isinstance(config, gemma.GemmaConfig)
+    soft_cap = config.soft_cap if encoded else None
 
     def unwritten(decoded):
         return hole & (decoded.tokens == config.mask_id)
@@ -87,40 +91,63 @@ def _decode(static, params, tokens, columns, data):
         keys = blocks.row_keys(data["key"], index, step, stream)
         return keys, jax.vmap(lambda k: jax.random.randint(k, (block,), 0, config.vocab))(keys)
 
+    def read(known, tokens, cache):
+        """The columns from `known` [B] on, a window of them, by the encoder; no later pass reads what it makes of holes."""
+        at = jnp.minimum(known, length - block)
+        window = model.read_window(tokens, at, block)
+        cache = gemma.encoded(config, params, window, cache, at, start=columns["start"], implementation=implementation)
+        return known + block, tokens, cache
+
     def opened(state):
         """The next block that has masks, filled with noise."""
         todo = unwritten(state.decoded)
         index = blocks.next_block(todo, columns["first"], block).min()
         at, inside = blocks.window(todo, columns["first"], block, index)
+        cache = state.cache
+        if encoded:
+            # From the block before on, whose own keys and values are those of a canvas.
+            unread = state.at, state.decoded.tokens, cache
+            cache = jax.lax.while_loop(lambda carry: (carry[0] < at).any(), lambda carry: read(*carry), unread)[2]
         canvas = jnp.where(inside, noise(index, 0, 0)[1], model.read_window(state.decoded.tokens, at, block))
         return state._replace(
             decoded=state.decoded._replace(tokens=model.write_window(state.decoded.tokens, canvas, at)),
             at=at, index=index, step=jnp.int32(0), inside=inside, best=jnp.full_like(state.best, -1),
-            soft=jnp.zeros_like(state.soft), settled=~inside.any(1),
+            cache=cache, soft=jnp.zeros_like(state.soft), settled=~inside.any(1),
         )  # fmt: skip
+
+    def states(state):
+        """The block's hidden states, [B, block, D], and the cache."""
+        # What follows the block is not there yet.
+        end = jnp.minimum(columns["stop"], columns["first"] + (state.index + 1) * block)
+        if encoded:
+            canvas = model.read_window(state.decoded.tokens, state.at, block)
+            return gemma.canvas_states(
+                config, params, canvas, state.soft, state.cache, state.at, start=columns["start"], end=end,
+                implementation=implementation,
+            )  # fmt: skip
+        begin, end = (jnp.broadcast_to(x[:, None], tokens.shape) for x in (columns["start"], end))
+        embedded = half.look_up(params["embed"], state.decoded.tokens)
+        if config.self_conditioning:
+            window = model.self_conditioned(config, params, model.read_window(embedded, state.at, block), state.soft)
+            embedded = model.write_window(embedded, window, state.at)
+        hidden = model.hidden_states(
+            config, params, state.decoded.tokens, embedded=embedded, positions=position - begin,
+            mask=masks.KeyIntervals(begin, end), implementation=implementation,
+        )  # fmt: skip
+        return model.read_window(hidden, state.at, block), state.cache
 
     def one_pass(state):
         state = jax.lax.cond(state.over, opened, lambda state: state, state)
         decoded, at, inside, step = state.decoded, state.at, state.inside, state.step
-        # What follows the block is not there yet.
-        end = jnp.minimum(columns["stop"], columns["first"] + (state.index + 1) * block)
-        begin, end = (jnp.broadcast_to(x[:, None], tokens.shape) for x in (columns["start"], end))
-        embedded = half.look_up(params["embed"], decoded.tokens)
-        if config.self_conditioning:
-            window = model.self_conditioned(config, params, model.read_window(embedded, at, block), state.soft)
-            embedded = model.write_window(embedded, window, at)
-        hidden = model.hidden_states(
-            config, params, decoded.tokens, embedded=embedded, positions=position - begin, mask=masks.KeyIntervals(begin, end),
-            implementation=implementation,
-        )  # fmt: skip
-        hidden = model.read_window(hidden, at, block)
+        hidden, cache = states(state)
         warm, cool = data["temperature"]
         t = warm + (cool - warm) * step / data["steps"]
         # Samples and likeliest tokens at once: the head is read once for both.
         keys = jnp.tile(noise(state.index, step, 1)[0], 2)
         both = lm_head_scores(
             jnp.tile(hidden, (2, 1, 1)), head, temperature=jnp.repeat(jnp.stack([t, jnp.zeros_like(t)]), b), key=keys,
-            tempered_confidence=True, active=jnp.tile(inside, (2, 1)), banned_tokens=data["banned"], implementation=implementation,
+            tempered_confidence=True, active=jnp.tile(inside, (2, 1)), banned_tokens=data["banned"], logits_soft_cap=soft_cap,
+            implementation=implementation,
         )  # fmt: skip
         sampled, likeliest = jax.tree.map(lambda x: x[:b], both), jax.tree.map(lambda x: x[b:], both)
         accepted = unmask_topk(
@@ -148,15 +175,17 @@ def _decode(static, params, tokens, columns, data):
         decoded = decoded._replace(tokens=jnp.where(over, ended, decoded.tokens))
         soft = state.soft
         if config.self_conditioning:
-            soft = soft_embedding(hidden, head, embedding=params["embed"], temperature=t, implementation=implementation)
+            soft = soft_embedding(
+                hidden, head, embedding=params["embed"], temperature=t, logits_soft_cap=soft_cap, implementation=implementation
+            )
         if on_pass is not None:
             jax.debug.callback(lambda *fields: on_pass(blocks.Decoded(*fields)), *decoded, ordered=True)
-        return _State(decoded, at, state.index, step + 1, inside, likeliest.token, soft, settled, over)
+        return _State(decoded, at, state.index, step + 1, inside, likeliest.token, cache, soft, settled, over)
 
-    nothing = jnp.zeros((b, block), bool)
+    nothing, dtype = jnp.zeros((b, block), bool), params["embed"].dtype
     before = _State(
-        blocks.untouched(tokens), jnp.zeros(b, jnp.int32), jnp.int32(0), jnp.int32(0), nothing,
-        jnp.zeros((b, block), jnp.int32),
-        jnp.zeros((b, block, config.d_model), params["embed"].dtype), jnp.zeros(b, bool), jnp.bool_(True),
+        blocks.untouched(tokens), columns["start"], jnp.int32(0), jnp.int32(0), nothing, jnp.zeros((b, block), jnp.int32),
+        gemma.empty_cache(config, b, length, dtype) if encoded else [],
+        jnp.zeros((b, block, config.d_model), dtype), jnp.zeros(b, bool), jnp.bool_(True),
     )  # fmt: skip
     return jax.lax.while_loop(lambda state: ~state.over | unwritten(state.decoded).any(), one_pass, before).decoded
