@@ -32,6 +32,7 @@ from dlm_kernels.denoiser import (
     view,
 )
 from dlm_kernels.denoiser.config import DenoiserConfig
+from dlm_kernels.denoiser.gemma import GemmaConfig
 
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
 GENERATE_OPTIONS = (
@@ -64,10 +65,12 @@ def run_generate(options):
         raise ValueError("--length, --exact: expected none with holes such as <mask:20>, which say their length")
     _check_file("--html", options.html)
     model = _load(options.model)
+    if options.html is not None and isinstance(model[0], GemmaConfig):
+        raise ValueError("--html: expected a model that one token at a time is written by too, got a DiffusionGemma")
     if options.drafts is not None and options.html is not None:
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")
     named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
-    if options.drafts is None and options.noise_budget is None:
+    if options.drafts is None and options.noise_budget is None and not isinstance(model[0], GemmaConfig):
         published = checkpoint.published(checkpoint.find(options.model))
         named.setdefault("temperature", 0.0 if published else 1.0)
     named["length"] = next(n for n in (options.length, options.block, 64) if n is not None)

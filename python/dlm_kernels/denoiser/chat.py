@@ -6,7 +6,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 # A user's turn and the beginning of the answer, by a token that only such a model's tokenizer has, of those below it here. Sources:
 # the chat templates of GSAI-ML/LLaDA-8B-Instruct, Qwen3 (as which SDAR's training writes turns), Qwen2.5 (which Fast-dLLM v2 keeps)
-# and Dream-org/Dream-v0-Instruct-7B; LLaDA2's as dInfer and SGLang's documentation write it.
+# and Dream-org/Dream-v0-Instruct-7B; LLaDA2's as dInfer and SGLang's documentation write it; Gemma 4's, whose
+# tokenizer DiffusionGemma has.
 TURNS = {
     "<|start_header_id|>": (
         "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
@@ -15,6 +16,7 @@ TURNS = {
     "<|role_end|>": (
         "<role>SYSTEM</role>detailed thinking off<|role_end|><role>HUMAN</role>{}<|role_end|><role>ASSISTANT</role>"
     ),
+    "<|turn>": "<bos><|turn>user\n{}<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",  # its channel for thought is empty
     "<|MASK|>": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
     "|<MASK>|": (
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
@@ -24,7 +26,7 @@ TURNS = {
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     ),
 }
-ENDS_OF_TURNS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
+ENDS_OF_TURNS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>", "<turn|>", "<|tool_response>")
 # How Qwen2, from which Dream comes, cuts a text before it looks for byte pairs: contractions, words, single digits, the rest.
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels.denoiser import blocks, chat, control, limits, renoise, sampler, speculative
+from dlm_kernels.denoiser.gemma import GemmaConfig
 from dlm_kernels.denoiser.text import encode
 
 HOLE = re.compile(r"<mask:(\d+)(?:@(-?\d*\.?\d+))?>")  # how many tokens, and under which guidance scale
@@ -22,6 +23,7 @@ MADE = {
     "guidance_remask": "adaptive",
 }  # fmt: skip
 HEAT = 0.8  # the temperature of the first of the steps from random tokens
+BUDGET = 0.1  # DiffusionGemma's, in nats
 BUCKET = 32  # prompts are padded to a multiple of it, so that their length compiles nothing
 
 
@@ -58,7 +60,7 @@ class Generation:
 
 def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
     """Each prompt, after `style`, with holes for its marks, and `length` holes after it where it has none; for a model that attends
-    by blocks as many more as fill its last.
+    by blocks, or of canvases, as many more as fill its last.
 
     A mark is `<mask:n>`, or `<mask:n@scale>`. least: columns at least; before: columns at least in front of each row's first hole.
     """
@@ -78,8 +80,11 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
             given = read(piece)
             row += [config.mask_id] * int(holes) + given
             own += [np.nan if scale is None else float(scale)] * int(holes) + [np.nan] * len(given)
-        # Such a model has seen whole blocks only.
-        added = 0 if marked else length + -(len(row) + length) % (config.block_size or 1)
+        # Such a model has seen whole blocks only; canvases begin behind the prompt.
+        if isinstance(config, GemmaConfig):
+            added = 0 if marked else length + -length % config.canvas
+        else:
+            added = 0 if marked else length + -(len(row) + length) % (config.block_size or 1)
         if marked and config.mask_id not in row:
             raise ValueError(f"prompts: expected a hole of at least one token in each, got {prompt!r}")
         rows.append(row + [config.mask_id] * added)
@@ -162,9 +167,11 @@ def generate(
     """
     config, params, tokenizer = model
     _check(prompts, required, options)
-    by_blocks = config.block_size is not None
+    by_blocks, of_canvases = config.block_size is not None, isinstance(config, GemmaConfig)
+    if of_canvases and noise_budget is None and drafts is None:
+        noise_budget = BUDGET
     if block is None:
-        block = config.block_size or 64
+        block = config.canvas if of_canvases else config.block_size or 64
         if by_blocks and config.shifted:
             block = math.gcd(8, block)
     limits.counts(block=block, length=length)
@@ -182,7 +189,7 @@ def generate(
             raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
         steps = 48 if steps is None else steps
     # A draw is of a place in the block's window: one as narrow as the canvas happens to be would draw otherwise in a wider one.
-    block = block if marked or by_blocks else min(block, length)
+    block = block if marked or by_blocks or of_canvases else min(block, length)
     if steps is None and all(options.get(rule) is None for rule in ALL):
         if by_blocks and drafts is None:
             options["threshold"] = config.threshold
