@@ -220,7 +220,7 @@ def gemma_config(given):
     _refuse(text, fixed)
     _refuse(given, dict(tie_word_embeddings=True))
     if text.get("use_bidirectional_attention") == "all":
-        raise ValueError("config.json: use_bidirectional_attention: expected a causal encoder, the only one computed here, got 'all'")
+        raise ValueError("config.json: use_bidirectional_attention: expected a causal encoder, the only one computed here, got all")
     kinds = text["layer_types"]
     if len(kinds) != text["num_hidden_layers"] or set(kinds) - {"sliding_attention", "full_attention"}:
         raise ValueError(f"config.json: layer_types: expected sliding_attention or full_attention for each layer, got {kinds}")

@@ -156,14 +156,15 @@ def _embedded(config, params, tokens):
 def _states(config, params, x, cache, at, positions, seen, near, implementation):
     """x [B, T, d_model] through the layers. The keys and values of its columns replace what the cache held there."""
     c, (b, length, _), written = config, x.shape, list(cache)
-    rotations = [rope(positions, c.head_size, c.rope_theta), rope(positions, c.global_head_size, c.global_rope_theta, c.global_pairs)]
+    near_rotation = rope(positions, c.head_size, c.rope_theta)
+    rotation = rope(positions, c.global_head_size, c.global_rope_theta, c.global_pairs)
     x = x.reshape(b * length, -1)
     for i in range(c.layers):
         p = {name: params[f"layers.{i}.{name}"] for name in _layer_shapes(c, i)}
-        everything = i in c.global_layers
-        query, *own = _query_key_value(c, p, rms_norm(x, p["attention_norm"], c.rms_norm_eps), (b, length), rotations[everything])
+        mask, turns = (seen, rotation) if i in c.global_layers else (near, near_rotation)
+        h = rms_norm(x, p["attention_norm"], c.rms_norm_eps)
+        query, *own = _query_key_value(c, p, h, (b, length), turns)
         written[i] = tuple(write_window(old, new, at) for old, new in zip(cache[i], own))
-        mask = seen if everything else near
         mixed = attention(query, *written[i], mask=mask, scale=1.0, implementation=implementation)
         out = half.product(mixed.reshape(b * length, -1), p["out"])
         x = x + rms_norm(out, p["attention_out_norm"], c.rms_norm_eps)

@@ -76,8 +76,8 @@ def _beside_the_decoder(config, stored, tensor):
     twice = [architectures.GEMMA["scalar"].format(i=i) for i in range(config.layers)]
     of_encoder = {name.replace("model.decoder.", "model.encoder.language_model."): name for name in twice}
     for name, of_decoder in of_encoder.items():
-        if name in stored and not np.array_equal(tensor(name), tensor(of_decoder)):
-            raise ValueError(f"{name}: expected {of_decoder}'s {tensor(of_decoder)}, with which it is tied here, got {tensor(name)}")
+        if name in stored and (its := tensor(name)) != (tied := tensor(of_decoder)):
+            raise ValueError(f"{name}: expected {of_decoder}'s {tied}, with which it is tied here, got {its}")
     return of_encoder.keys() | {name for name in stored if name.startswith(architectures.GEMMA_VISION)}
 
 
