@@ -93,7 +93,9 @@ def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
     def add(state, begin, size):
         most, total, mean = state
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, size) for x in (weight, embedding))
+        # Behind the barrier: of 16 bits XLA on a CPU would widen all of them, in front of the loop.
+        *matrices, begin = jax.lax.optimization_barrier((weight, embedding, begin))
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, size) for x in matrices)
         logits = jnp.einsum("bld,vd->blv", hidden, keys, preferred_element_type=jnp.float32)
         logits = (logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)) / temperature
         new = jnp.maximum(most, logits.max(-1))
