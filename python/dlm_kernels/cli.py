@@ -105,7 +105,8 @@ def _parser():
     add("--refresh", type=int, help="passes between renewals of the cache (default: once a block)")
     add("--drafts", type=int, help="check this many guessed steps in each pass: the same text in fewer passes")
     add("--drafter", metavar="DIR", help="a student that guesses for the model; needs --drafts")
-    add("--noise-budget", type=float, metavar="NATS", help="decode from random tokens; for renoise, what --uniform-share trained and DiffusionGemma")
+    trained = "renoise, what --uniform-share trained, DiffusionGemma"
+    add("--noise-budget", type=float, metavar="NATS", help=f"decode from random tokens; for {trained}")
     add("--html", metavar="FILE", help="write a page that replays the passes beside one token at a time")
     add("--json", action="store_true", help="print numbers and text as JSON")
 
