@@ -153,8 +153,8 @@ def generate(
     end of a turn; an instruction-tuned model answers a prompt of `chat.turn`. block, steps and options (threshold, top_p, cache,
     ...): see `sampler.decode`; by default block is 64, and with no rule at all steps is block / 4. A model that attends by blocks
     fills its last one, and is decoded by default as in its project: SDAR and LLaDA2 a whole block at once and above a threshold of
-    0.85 and 0.95, Fast-dLLM v2, whose logits are shifted, by 8 tokens and 0.9. temperature: 0, the default, is greedy. guidance: a
-    scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given `adaptive`, with that
+    0.85 and 0.95, Fast-dLLM v2, whose logits are shifted, by 8 tokens and 0.9; DiffusionGemma fills whole canvases, from random
+    tokens, with a noise_budget of 0.1. temperature: 0, the default, is greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given `adaptive`, with that
     share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of their own. style: text
     that is read before each prompt and is no part of the result; under guidance, what it draws away from is the prompt without it.
     banned: token ids. required: texts that are written where they are likeliest before anything else, one after the other, see

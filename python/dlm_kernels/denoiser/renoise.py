@@ -91,23 +91,25 @@ def _decode(static, params, tokens, columns, data):
         keys = blocks.row_keys(data["key"], index, step, stream)
         return keys, jax.vmap(lambda k: jax.random.randint(k, (block,), 0, config.vocab))(keys)
 
-    def read(known, tokens, cache):
-        """The columns from `known` [B] on, a window of them, by the encoder; no later pass reads what it makes of holes."""
-        at = jnp.minimum(known, length - block)
-        window = model.read_window(tokens, at, block)
-        cache = gemma.encoded(config, params, window, cache, at, start=columns["start"], implementation=implementation)
-        return known + block, tokens, cache
+    def read(tokens, cache, known, to):
+        """The cache, where the encoder wrote the columns from `known` to before `to`, both int32 [B], and those behind at will."""
+
+        def a_window(carry):
+            known, cache = carry
+            at = jnp.minimum(known, length - block)
+            window = model.read_window(tokens, at, block)
+            cache = gemma.encoded(config, params, window, cache, at, start=columns["start"], implementation=implementation)
+            return known + block, cache
+
+        return jax.lax.while_loop(lambda carry: (carry[0] < to).any(), a_window, (known, cache))[1]
 
     def opened(state):
         """The next block that has masks, filled with noise."""
         todo = unwritten(state.decoded)
         index = blocks.next_block(todo, columns["first"], block).min()
         at, inside = blocks.window(todo, columns["first"], block, index)
-        cache = state.cache
-        if encoded:
-            # From the block before on, whose own keys and values are those of a canvas.
-            unread = state.at, state.decoded.tokens, cache
-            cache = jax.lax.while_loop(lambda carry: (carry[0] < at).any(), lambda carry: read(*carry), unread)[2]
+        # From the block before on, whose keys and values there are a canvas's.
+        cache = read(state.decoded.tokens, state.cache, state.at, at) if encoded else []
         canvas = jnp.where(inside, noise(index, 0, 0)[1], model.read_window(state.decoded.tokens, at, block))
         return state._replace(
             decoded=state.decoded._replace(tokens=model.write_window(state.decoded.tokens, canvas, at)),
