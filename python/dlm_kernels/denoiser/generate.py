@@ -154,16 +154,16 @@ def generate(
     ...): see `sampler.decode`; by default block is 64, and with no rule at all steps is block / 4. A model that attends by blocks
     fills its last one, and is decoded by default as in its project: SDAR and LLaDA2 a whole block at once and above a threshold of
     0.85 and 0.95, Fast-dLLM v2, whose logits are shifted, by 8 tokens and 0.9; DiffusionGemma fills whole canvases, from random
-    tokens, with a noise_budget of 0.1. temperature: 0, the default, is greedy. guidance: a scale above 1 draws away from what the model says without the prompt, or with negative_prompt, or, given `adaptive`, with that
-    share of its own least certain tokens masked anew; the tokens of `<mask:n@scale>` have that scale of their own. style: text
-    that is read before each prompt and is no part of the result; under guidance, what it draws away from is the prompt without it.
-    banned: token ids. required: texts that are written where they are likeliest before anything else, one after the other, see
-    `control.require`; then the length is exact. logit_bias: {token id: what to add to its logit}; eos_bias: likewise for
-    end-of-text, so that texts get longer (below 0) or shorter. exact: no end-of-text before `length`. drafts, drafter: speculate,
-    see `speculative.decode`; it goes with steps alone. noise_budget: decode from random tokens, see `renoise.decode`, in 48 steps
-    unless they are given, from temperature, then above 0 and by default 0.8, to half of it. Returns Generation; the first,
-    compiling run is not in its seconds. Raises ValueError for options that do not fit, FloatingPointError where the scores
-    of what was written are NaN.
+    tokens, with a noise_budget of 0.1. temperature: 0, the default, is greedy. guidance: a scale above 1 draws away from what the
+    model says without the prompt, or with negative_prompt, or, given `adaptive`, with that share of its own least certain tokens
+    masked anew; the tokens of `<mask:n@scale>` have that scale of their own. style: text that is read before each prompt and is no
+    part of the result; under guidance, what it draws away from is the prompt without it. banned: token ids. required: texts that
+    are written where they are likeliest before anything else, one after the other, see `control.require`; then the length is exact.
+    logit_bias: {token id: what to add to its logit}; eos_bias: likewise for end-of-text, so that texts get longer (below 0) or
+    shorter. exact: no end-of-text before `length`. drafts, drafter: speculate, see `speculative.decode`; it goes with steps alone.
+    noise_budget: decode from random tokens, see `renoise.decode`, in 48 steps unless they are given, from temperature, then above 0
+    and by default 0.8, to half of it. Returns Generation; the first, compiling run is not in its seconds. Raises ValueError for
+    options that do not fit, FloatingPointError where the scores of what was written are NaN.
     """
     config, params, tokenizer = model
     _check(prompts, required, options)
