@@ -1,5 +1,6 @@
 """Runs JAX on the CPU with four devices, so that sharding is tested where there is one machine."""
 
+import gc
 import os
 import pathlib
 
@@ -8,6 +9,9 @@ import pytest
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 4)
+
+# To trace a program makes many objects and leaves few cycles: every 700 objects, Python would look for them a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)
