@@ -41,7 +41,7 @@ def array(*shape, dtype="float32"):
 
 
 def attention_cases():
-    """Model shapes: head sizes of LLaDA (128), small models (64), Gemma (256), one that is padded (96); G of 1, 4 and 8."""
+    """Model shapes: head sizes of LLaDA (128), small models (64), Gemma (256, 512), one that is padded (96); G of 1, 4 and 8."""
     for dtype, h, pairs, groups, cap, queries in [
         ("bfloat16", 64, 1, 1, None, 1024),
         ("bfloat16", 64, 2, 1, None, 1024),
@@ -60,6 +60,9 @@ def attention_cases():
         ("float32", 64, 1, 1, None, 1024),
         ("float32", 128, 2, 4, None, 1024),
         ("float32", 256, 2, 4, 50.0, 1024),
+        ("bfloat16", 512, 1, 8, None, 1024),
+        ("bfloat16", 512, 2, 8, 50.0, 32),
+        ("float32", 512, 1, 8, None, 32),
     ]:
         query = array(2, queries, 4 * groups, h, dtype=dtype)
         key = array(2, 2048, 4, h, dtype=dtype)

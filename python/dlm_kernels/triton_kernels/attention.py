@@ -1,7 +1,8 @@
 """Fused attention over key intervals, forward: online softmax in base 2, tiles of keys that no row sees are not visited.
 
 The G query heads of a kv head are packed into the rows of a tile (row m is query m // G, head m % G), so that a key is read
-once for all of them. With few queries the keys are split over programs, in runs whose length does not depend on the batch.
+once for all of them. With few queries the keys are split over programs, in runs whose length does not depend on the batch. Of a
+head beyond 256 Hopper's registers hold half the output's columns: there two programs share a row, and each computes its scores.
 """
 
 import triton
@@ -29,9 +30,10 @@ _MOST_SPLITS = 64  # the merge holds a row's parts in registers
 
 @triton.jit
 def _attend(
-    out, best, total,  # float32 [BLOCK_M, BLOCK_H], [BLOCK_M], [BLOCK_M]; best before the factor below
+    out, best, total,  # float32 [BLOCK_M, BLOCK_V], [BLOCK_M], [BLOCK_M]; best before the factor below
     query,  # [BLOCK_M, BLOCK_H]
     key, value,  # of this batch row and kv head: [S, H]
+    column,  # the first of value's BLOCK_V
     start, stop,  # int32 [BLOCK_M]; the row sees keys in [start, stop)
     first,  # the tile's first key
     length,  # S
@@ -40,17 +42,19 @@ def _attend(
     MASKED: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. Where not MASKED, every row sees all of it."""
     h = tl.arange(0, BLOCK_H)
+    c = column + tl.arange(0, BLOCK_V)
     lane = tl.arange(0, BLOCK_N)
     s = first + lane
     # 64 bits for the tile's base alone: a tile of 64-bit offsets would fill the registers.
     wide = tl.cast(first, tl.int64)
     at_key = key + wide * key_s + (lane[None, :] * key_s + h[:, None] * key_h)
-    at_value = value + wide * value_s + (lane[:, None] * value_s + h[None, :] * value_h)
+    at_value = value + wide * value_s + (lane[:, None] * value_s + c[None, :] * value_h)
     if MASKED:
         k = tl.load(at_key, mask=(s < length)[None, :] & (h < H)[:, None], other=0)
     elif H < BLOCK_H:
@@ -72,11 +76,11 @@ def _attend(
     shrink = tl.exp2((best - base) * factor)
     total = total * shrink + tl.sum(weights, 1)
     if MASKED:
-        v = tl.load(at_value, mask=(s < length)[:, None] & (h < H)[None, :], other=0)
+        v = tl.load(at_value, mask=(s < length)[:, None] & (c < H)[None, :], other=0)
         # Zero times the NaN of a key that no row sees would be NaN.
         v = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], v, 0.0)
-    elif H < BLOCK_H:
-        v = tl.load(at_value, mask=(h < H)[None, :], other=0)
+    elif H % BLOCK_V:
+        v = tl.load(at_value, mask=(c < H)[None, :], other=0)
     else:
         v = tl.load(at_value)
     v = v.to(query.dtype)
@@ -101,11 +105,15 @@ def _forward_kernel(
     SOFT_CAP: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # value's columns of one program
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, rest = place(tl.cdiv(queries * GROUPS, BLOCK_M), heads // GROUPS)
+    SHARES: tl.constexpr = (H + BLOCK_V - 1) // BLOCK_V
+    tile, kv_head, rest = place(tl.cdiv(queries * GROUPS, BLOCK_M) * SHARES, heads // GROUPS)
+    column = tile % SHARES * BLOCK_V
+    tile = tile // SHARES
     b = (rest % batch).to(tl.int64)
     part = rest // batch
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -119,7 +127,7 @@ def _forward_kernel(
     value += b * value_b + kv_head * value_k
     part_first = part * split
     part_last = tl.minimum(length, part_first + split)
-    acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for pair in range(PAIRS if PAIRS > 0 else 1):
@@ -132,24 +140,31 @@ def _forward_kernel(
         inner_last = tl.maximum(tl.minimum(inner_last, last) // BLOCK_N * BLOCK_N, inner_first)
         for j in range(inner_first, inner_last, BLOCK_N):
             acc, best, total = _attend(
-                acc, best, total, q, key, value, start, stop, j, length, key_s, key_h, value_s, value_h, scale,
-                SOFT_CAP, False, H, BLOCK_H, BLOCK_N, PRECISION,
+                acc, best, total, q, key, value, column, start, stop, j, length, key_s, key_h, value_s, value_h, scale,
+                SOFT_CAP, False, H, BLOCK_H, BLOCK_V, BLOCK_N, PRECISION,
             )  # fmt: skip
         left = tl.maximum(tl.cdiv(tl.minimum(inner_first, last) - first, BLOCK_N), 0)
         right = tl.maximum(tl.cdiv(last - inner_last, BLOCK_N), 0)
         for edge in range(0, left + right):
             j = tl.where(edge < left, first + edge * BLOCK_N, inner_last + (edge - left) * BLOCK_N)
             acc, best, total = _attend(
-                acc, best, total, q, key, value, start, stop, j, length, key_s, key_h, value_s, value_h, scale,
-                SOFT_CAP, True, H, BLOCK_H, BLOCK_N, PRECISION,
+                acc, best, total, q, key, value, column, start, stop, j, length, key_s, key_h, value_s, value_h, scale,
+                SOFT_CAP, True, H, BLOCK_H, BLOCK_V, BLOCK_N, PRECISION,
             )  # fmt: skip
+    if H > 256:
+        # As above, of the same tile, which the compiler cannot know: kept through the loop, beside the accumulator, they would spill.
+        m = tl.minimum(tile, (queries * GROUPS - 1) // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+        real = m < queries * GROUPS
+        t = m // GROUPS
+        n = kv_head * GROUPS + m % GROUPS
     none = total == 0.0
     acc = acc / tl.where(none, 1.0, total)[:, None]
     at_out = ((part.to(tl.int64) * batch + b) * queries + t)[:, None] * heads + n[:, None]
-    tl.store(out + at_out * H + h[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & (h < H)[None, :])
+    c = column + tl.arange(0, BLOCK_V)
+    tl.store(out + at_out * H + c[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & (c < H)[None, :])
     at_lse = ((part.to(tl.int64) * batch + b) * heads + n) * queries + t
     sums = best * (scale if SOFT_CAP is None else SOFT_CAP) + tl.log(tl.where(none, 1.0, total))
-    tl.store(lse + at_lse, tl.where(none, float("-inf"), sums), mask=real)
+    tl.store(lse + at_lse, tl.where(none, float("-inf"), sums), mask=real & (column == 0))
 
 
 @triton.jit
@@ -184,7 +199,7 @@ def _combine_kernel(
 
 
 def supports_attention_forward(query, key, value, bounds, dense, **static) -> str | None:
-    return refuse(query, dense)
+    return refuse(dense)
 
 
 @tuned("attention_forward")
@@ -197,6 +212,15 @@ def _tiles(dtype: str, h: int, few_rows: bool, pairs: int) -> tuple[dict, int, i
         return {"BLOCK_M": 32 if h <= 64 else 16, "BLOCK_N": 32, "PRECISION": "tf32x3"}, 8, 1
     block_m = 64 if few_rows else 128
     ampere = multiplies_by_warp()
+    if h > 256 and ampere:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "PRECISION": "ieee"}, 8, 2
+    if h > 256 and arch() < 100:
+        # With 64 rows and all columns both warpgroups would compute every score, in products of 16 keys, each of which would read
+        # 2.5 KB of shared memory in the 8 cycles that it takes; and most masks would spill.
+        return {"BLOCK_M": 128, "BLOCK_N": 16 if pairs == 2 else 32, "BLOCK_V": 256, "PRECISION": "ieee"}, 8, 2
+    if h > 256:
+        columns, num_stages = (256, 1) if pairs == 2 else (512, 2)
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_V": columns, "PRECISION": "ieee"}, 8, num_stages
     if h > 128:
         num_stages = 1 if pairs == 2 and arch() >= 100 else 2
         return {"BLOCK_M": 32 if ampere else 64, "BLOCK_N": 16 if pairs == 2 else 32, "PRECISION": "ieee"}, 8, num_stages
@@ -215,8 +239,9 @@ def _split(programs: int, length: int) -> tuple[int, int]:
     """Keys per program, and how many programs share a row's keys, where without sharing a batch row has `programs`.
 
     Where those leave more than a fifth of the multiprocessors idle at batch 1, as many as give two to each, and no more: every
-    program writes its rows in float32 for the merge to read, on Hopper 264 times 128 x 128 at most, 17 MB, which stay in L2. 128
-    queries of LLaDA's 32 heads against 32768 keys read 537 MB; 64 parts instead of 8 would write 134 MB beside that.
+    program writes its rows in float32 for the merge to read, on Hopper 264 times 128 x 128 at most, 17 MB (of heads beyond 256 twice
+    that), which stay in L2. 128 queries of LLaDA's 32 heads against 32768 keys read 537 MB; 64 parts instead of 8 would write 134 MB
+    beside that.
     The batch is left out, or a row's bits would depend on what else is in it. Fewer keys than two programs' least stay together:
     the merge is a launch of its own.
     """
@@ -240,11 +265,13 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     groups = heads // kv_heads
     pairs = 0 if bounds is None else bounds.shape[-1] // 2
     tiles, num_warps, num_stages = _tiles(dtype_name(query), h, queries * groups <= 64, pairs)
-    split, splits = _split(triton.cdiv(queries * groups, tiles["BLOCK_M"]) * kv_heads, length)
     block_h = max(16, triton.next_power_of_2(h))
+    tiles = {"BLOCK_V": block_h, **tiles}
+    programs = triton.cdiv(queries * groups, tiles["BLOCK_M"]) * triton.cdiv(h, tiles["BLOCK_V"]) * kv_heads
+    split, splits = _split(programs, length)
     out, lse = launch(
         _forward_kernel,
-        (triton.cdiv(queries * groups, tiles["BLOCK_M"]) * kv_heads * batch * splits,),
+        (programs * batch * splits,),
         inputs={"query": query, "key": key, "value": value, "bounds": bounds},
         outputs={
             "out": Out((splits, batch, queries, heads, h)[splits == 1 :], "float32" if splits > 1 else dtype_name(query)),
@@ -272,4 +299,5 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
         outputs={"out": Out(tuple(query.shape), dtype_name(query)), "lse": Out((batch, heads, queries), "float32")},
         scalars={"queries": queries, "heads": heads, "batch": batch},
         constants={"SPLITS": splits, "BLOCK_S": triton.next_power_of_2(splits), "H": h, "BLOCK_H": block_h},
+        num_warps=8 if h > 256 else 4,
     )

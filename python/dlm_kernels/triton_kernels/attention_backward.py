@@ -222,16 +222,20 @@ def _dq_kernel(
 
 
 def supports_attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, **static) -> str | None:
-    return refuse(query, dense)
+    if dtype_name(query) == "float32" and query.shape[-1] > 256 and multiplies_by_warp():
+        return f"in float32 it takes head sizes up to 256 on this GPU, whose shared memory is small, and query's is {query.shape[-1]}"
+    return refuse(dense)
 
 
 @tuned("attention_backward")
 def _tiles(dtype: str, h: int, pairs: int) -> tuple[dict, int, int]:
     """Constants of the tiles, the warps and the stages: the most that spill no register."""
     if dtype == "float32" and h > 128:
-        return {"BLOCK_M": 16 if multiplies_by_warp() else 32, "BLOCK_N": 16, "PRECISION": "ieee"}, 8, 1
+        return {"BLOCK_M": 16 if multiplies_by_warp() or h > 256 else 32, "BLOCK_N": 16, "PRECISION": "ieee"}, 8, 1
     if dtype == "float32":
         return {"BLOCK_M": 16, "BLOCK_N": 16, "PRECISION": "tf32x3"}, 8, 1
+    if h > 256:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "PRECISION": "ieee"}, 8, 1
     if h > 128 or multiplies_by_warp():
         return {"BLOCK_M": 32, "BLOCK_N": 32, "PRECISION": "ieee"}, 8, 2
     num_stages = 1 if pairs == 2 and h > 64 and (arch() >= 100 or dtype == "float16") else 2
@@ -248,16 +252,17 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     pairs = 0 if bounds is None else bounds.shape[-1] // 2
     tiles, num_warps, num_stages = _tiles(dtype, h, pairs)
     sizes = {"H": h, "BLOCK_H": max(16, triton.next_power_of_2(h))}
+    block_t = 16 if h > 256 else 32
     (delta,) = launch(
         _delta_kernel,
-        (triton.cdiv(queries, 32) * heads * batch,),
+        (triton.cdiv(queries, block_t) * heads * batch,),
         inputs={"out": out, "dout": dout, "dlse": dlse},
         outputs={"delta": Out((batch, heads, queries), "float32")},
         scalars={
             "queries": queries, "heads": heads, **strides(out, "out_b out_t out_n out_h"),
             **strides(dout, "dout_b dout_t dout_n dout_h"),
         },
-        constants={**sizes, "BLOCK_T": 32},
+        constants={**sizes, "BLOCK_T": block_t},
     )  # fmt: skip
     inputs = {
         "query": query, "key": key, "value": value, "bounds": bounds, "dout": dout, "lse": lse, "delta": delta,

@@ -49,10 +49,6 @@ def bounds_stride(bounds) -> int:
     return 0 if bounds is None or bounds.shape[0] == 1 else bounds.shape[1] * bounds.shape[2]
 
 
-def refuse(query, dense) -> str | None:
+def refuse(dense) -> str | None:
     """Why no kernel takes the call, or None."""
-    if dense is not None:
-        return "it takes masks as key intervals only, not as a boolean array"
-    if query.shape[-1] > 256:
-        return f"it takes head sizes up to 256, and query's is {query.shape[-1]}"
-    return None
+    return None if dense is None else "it takes masks as key intervals only, not as a boolean array"
