@@ -52,7 +52,7 @@ def test_forward_and_backward(pairs, cap, t, s, g):
         assert np.linalg.norm(mine - other) <= 3e-6 * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize("h", [64, 96, 128, 256])
+@pytest.mark.parametrize("h", [64, 96, 128, 256, 320, 512])
 def test_every_head_size(h):
     query, key, value, dout, dlse = inputs(2, 34, 1, h)
     bounds = intervals(1, 2, 34)
@@ -63,6 +63,20 @@ def test_every_head_size(h):
     got = kernels.attention_backward(*arguments, **options)
     for mine, other in zip(got, plain.attention_backward(*arguments, **options)):
         assert np.linalg.norm(mine - other) <= 3e-6 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("h, t, s, seen, cap", [(320, 45, S, (0, S), 2.0), (512, 5, 520, (230, 290), None)])
+def test_two_programs_share_the_columns_of_a_head_beyond_256(h, t, s, seen, cap):
+    """In half precision on Hopper: 256 columns each, of 320 the second 64; in one pass, and split at key 256."""
+    query, key, value, _, _ = inputs(t, s, G, h, "float16")
+    arrays = query, key, value, np.clip(intervals(1, t, s), *seen), None
+    options = dict(scale=h**-0.5, logits_soft_cap=cap)
+    exact, exact_lse = oracle.attention_forward(*arrays, **options)
+    (out, lse), (other, _) = (x.attention_forward(*arrays, **options) for x in (kernels, plain))
+    assert (out[1, 3:5] == 0).all() and np.isneginf(lse[1, :, 3:5]).all()
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=2e-6)
+    error = [np.linalg.norm(np.asarray(x, np.float64) - exact) for x in (out, other)]
+    assert error[0] <= 1.5 * error[1]
 
 
 # kv heads and groups of LLaDA-8B, SDAR-4B, LLaDA2-mini, Dream-7B.
@@ -120,9 +134,10 @@ def test_half_precision_within_one_and_a_half_times_the_plain_error():
     assert error[0] <= 1.5 * error[1]
 
 
-def test_float16_gradients_within_one_and_a_half_times_the_plain_error():
+@pytest.mark.parametrize("h", [H, 512])
+def test_float16_gradients_within_one_and_a_half_times_the_plain_error(h):
     """Of a mean's loss: the gradient of the logits is below float16's least number."""
-    query, key, value, dout, dlse = inputs(17, S, 1, dtype="float16")
+    query, key, value, dout, dlse = inputs(17, S, 1, h, dtype="float16")
     dout, dlse = (1e-4 * (1 + dout)).astype("float16"), np.zeros(dlse.shape, np.float32)
     options = dict(scale=0.2, logits_soft_cap=None)
     out, lse = plain.attention_forward(query, key, value, None, None, **options)

@@ -299,5 +299,4 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
         outputs={"out": Out(tuple(query.shape), dtype_name(query)), "lse": Out((batch, heads, queries), "float32")},
         scalars={"queries": queries, "heads": heads, "batch": batch},
         constants={"SPLITS": splits, "BLOCK_S": triton.next_power_of_2(splits), "H": h, "BLOCK_H": block_h},
-        num_warps=8 if h > 256 else 4,
     )
