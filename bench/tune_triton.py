@@ -44,7 +44,8 @@ def _may_fit(constants, warps, stages):
 
 
 def _attention(dtype):
-    shapes = [("LLaDA-8B", 1024, 1024), ("LLaDA-8B", 32, 2048), ("MDLM", 1024, 1024), ("DiffusionGemma local", 256, 1280)]
+    shapes = [("LLaDA-8B", 1024, 1024), ("LLaDA-8B", 32, 2048), ("MDLM", 1024, 1024)]
+    shapes += [("DiffusionGemma local", 256, 1280), ("DiffusionGemma global", 256, 2048)]
     return [attention.case(*shape, dtype, mask) for shape in shapes for mask in (None, "padded", "BD3 16")]
 
 

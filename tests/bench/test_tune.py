@@ -101,7 +101,7 @@ def test_tune_asks_for_every_kind(monkeypatch):
             name, arch, dtype, *kind = table.asked
             assert (name, arch) == (kernel.name, launch.arch())
             kinds.setdefault((name, dtype), set()).add(tuple(kind))
-    heads = {(128, False), (128, True), (64, False), (256, False)}
+    heads = {(128, False), (128, True), (64, False), (256, False), (512, False)}
     for dtype in ("bfloat16", "float32"):
         assert kinds.pop(("attention_forward", dtype)) == {(*head, pairs) for head in heads for pairs in range(3)}
         assert kinds.pop(("attention_backward", dtype)) == {(128, 0), (64, 0), (256, 0)}

@@ -372,6 +372,14 @@ def test_a_new_number_is_not_checked_by_tracing_the_kernels_anew(native, monkeyp
     assert not traced
 
 
+def test_a_gradient_that_no_kernel_computes_is_refused(native, monkeypatch):
+    monkeypatch.setattr("dlm_kernels.triton_kernels.attention_backward.multiplies_by_warp", lambda: True)
+    query = torch.tensor(draw(0, 1, 2, 1, 512), requires_grad=True)
+    out = native.attention(query, query, query)
+    with pytest.raises(ValueError, match="the gradient of attention on .* in float32 on this GPU it takes head sizes up to 256"):
+        out.sum().backward()
+
+
 def test_a_gradient_of_a_gradient_is_refused(native):
     query = torch.tensor(draw(0, B, L, 2, 16), requires_grad=True)
     (gradient,) = torch.autograd.grad(native.attention(query, query, query).sum(), query)

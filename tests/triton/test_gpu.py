@@ -19,13 +19,16 @@ from dlm_kernels import (
     score_tokens,
     unmask_step,
 )
+from dlm_kernels.triton_kernels.launch import multiplies_by_warp
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("t, s, h", [(300, 1000, 128), (32, 4100, 64), (130, 260, 256)])
+@pytest.mark.parametrize("t, s, h", [(300, 1000, 128), (32, 4100, 64), (130, 260, 256), (130, 2100, 512)])
 def test_attention_and_its_gradients(dtype, t, s, h):
+    if dtype == jnp.float32 and h > 256 and multiplies_by_warp():
+        pytest.skip("this GPU's shared memory does not hold the gradient's tiles")
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(2, t, 8, h), (2, s, 2, h), (2, s, 2, h), (2, t, 8, h)]
     query, key, value, dout = (jax.random.normal(k, shape).astype(dtype) for k, shape in zip(keys, shapes))

@@ -11,7 +11,7 @@ from dlm_kernels.ops import checks, dispatch, sharding
 from dlm_kernels.ops.attention import attention
 
 CHUNK = 4096  # vocabulary entries whose logits exist at a time, where attention does not serve
-HEAD_SIZE = 256  # the greatest that the attention kernels of every platform take
+HEAD_SIZE = 256  # the greatest that the attention kernels of every platform, their gradients too, take in every dtype
 
 
 def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_soft_cap=None, implementation=None):

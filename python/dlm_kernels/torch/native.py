@@ -88,10 +88,10 @@ class _Attention(torch.autograd.Function):
             blind = lse == -torch.inf
             query, dout = (x.masked_fill(blind.transpose(1, 2)[..., None], 0) for x in (query, dout))
             dlse = dlse.masked_fill(blind, 0)
-        gradients = attention_kernels.attention_backward(
-            query, key, value, bounds, None, out, lse, dout.resolve_neg(), dlse.resolve_neg().contiguous(), **context.options
-        )
-        return *gradients, None, None, None
+        arrays = query, key, value, bounds, None, out, lse, dout.resolve_neg(), dlse.resolve_neg().contiguous()
+        reason = attention_kernels.supports_attention_backward(*arrays, **context.options)
+        _refuse("the gradient of attention", query.device, reason)
+        return *attention_kernels.attention_backward(*arrays, **context.options), None, None, None
 
 
 @_operation

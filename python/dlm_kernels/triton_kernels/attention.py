@@ -152,7 +152,7 @@ def _forward_kernel(
                 SOFT_CAP, True, H, BLOCK_H, BLOCK_V, BLOCK_N, PRECISION,
             )  # fmt: skip
     if H > 256:
-        # As above, of the same tile, which the compiler cannot know: kept through the loop, beside the accumulator, they would spill.
+        # As above, of the same tile, which the compiler cannot know: kept through the loop beside the accumulator they would spill.
         m = tl.minimum(tile, (queries * GROUPS - 1) // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
         real = m < queries * GROUPS
         t = m // GROUPS
@@ -239,9 +239,9 @@ def _split(programs: int, length: int) -> tuple[int, int]:
     """Keys per program, and how many programs share a row's keys, where without sharing a batch row has `programs`.
 
     Where those leave more than a fifth of the multiprocessors idle at batch 1, as many as give two to each, and no more: every
-    program writes its rows in float32 for the merge to read, on Hopper 264 times 128 x 128 at most, 17 MB (of heads beyond 256 twice
-    that), which stay in L2. 128 queries of LLaDA's 32 heads against 32768 keys read 537 MB; 64 parts instead of 8 would write 134 MB
-    beside that.
+    program writes its rows in float32 for the merge to read, on Hopper 264 times 128 x 128 at most, 17 MB (twice that of heads
+    beyond 256), which stay in L2. 128 queries of LLaDA's 32 heads against 32768 keys read 537 MB; 64 parts instead of 8 would
+    write 134 MB beside that.
     The batch is left out, or a row's bits would depend on what else is in it. Fewer keys than two programs' least stay together:
     the merge is a launch of its own.
     """
