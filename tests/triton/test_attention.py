@@ -65,7 +65,7 @@ def test_every_head_size(h):
         assert np.linalg.norm(mine - other) <= 3e-6 * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize("h, t, s, seen, cap", [(320, 45, S, (0, S), 2.0), (512, 5, 520, (230, 290), None)])
+@pytest.mark.parametrize("h, t, s, seen, cap", [(320, 43, 40, (0, 40), 2.0), (512, 5, 520, (230, 290), None)])
 def test_two_programs_share_the_columns_of_a_head_beyond_256(h, t, s, seen, cap):
     """In half precision on Hopper: 256 columns each, of 320 the second 64; in one pass, and split at key 256."""
     query, key, value, _, _ = inputs(t, s, G, h, "float16")
