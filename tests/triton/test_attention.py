@@ -67,7 +67,7 @@ def test_every_head_size(h):
 
 @pytest.mark.parametrize("h, t, s, seen, cap", [(320, 43, 40, (0, 40), 2.0), (512, 5, 520, (230, 290), None)])
 def test_two_programs_share_the_columns_of_a_head_beyond_256(h, t, s, seen, cap):
-    """In half precision on Hopper: 256 columns each, of 320 the second 64; in one pass, and split at key 256."""
+    """In half precision on Hopper: 256 columns each, the second 64 of 320's; in one pass, and split at key 256."""
     query, key, value, _, _ = inputs(t, s, G, h, "float16")
     arrays = query, key, value, np.clip(intervals(1, t, s), *seen), None
     options = dict(scale=h**-0.5, logits_soft_cap=cap)
