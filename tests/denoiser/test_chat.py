@@ -71,7 +71,7 @@ def test_turns_and_ends(answering):
     "mask, before",
     [
         ("<|MASK|>", ""),
-        ("|<MASK>|", "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.\n"),
+        ("|<MASK>|", "system\nYou are a helpful assistant.\n"),
         ("<|mask|>", "system\nYou are a helpful assistant.\n"),
     ],
 )

@@ -442,6 +442,17 @@ def test_sizes_and_ids_that_a_config_leaves_out():
     assert (config.block_size, config.mask_id, config.pad_id, config.eos_id) == (32, 156895, 156892, 156892)
 
 
+@pytest.mark.parametrize("kind", GIVEN)
+def test_null_in_a_config_is_as_absent(kind):
+    """So their configuration classes write what is not set. LLaDA's width of the FFN is then a multiple of the model's."""
+    given = GIVEN[kind] | dict(vocab_size=157184, embedding_size=157184, mlp_ratio=4)
+    left_out = ("bd_size", "block_size", "layer_types", "mlp_hidden_size", "num_shared_experts")
+    left_out += ("eos_token_id",) if kind == "llada2" else ("mask_token_id",) if kind not in ("llada", "dream") else ()
+    absent = pretrained.described("there", {name: x for name, x in given.items() if name not in left_out})
+    assert pretrained.described("there", given | dict.fromkeys(left_out)) == absent
+    assert kind != "llada" or absent.ffn == 4 * D
+
+
 @by_blocks
 def test_what_does_not_fit_blocks_is_refused(published):
     kind, _, _, folder = published

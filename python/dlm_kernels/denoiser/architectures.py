@@ -114,7 +114,7 @@ def llada_config(given):
         heads=given["n_heads"],
         kv_heads=given.get("n_kv_heads") or given["n_heads"],
         head_size=given["d_model"] // given["n_heads"],
-        ffn=given["mlp_hidden_size"],
+        ffn=given.get("mlp_hidden_size") or given["mlp_ratio"] * given["d_model"],
         vocab=given.get("embedding_size") or given["vocab_size"],
         rope_theta=given["rope_theta"],
         rms_norm_eps=given["rms_norm_eps"],
@@ -137,7 +137,6 @@ def llada_moe_config(given):
         moe_layer_freq=[1] * given["num_hidden_layers"], moe_router_enable_expert_bias=False, moe_router_score_function="softmax",
         shared_expert_intermediate_size=None, router_num_group=None, router_topk_group=None,
     )  # fmt: skip
-    given = {name: x for name, x in given.items() if x is not None}
     _refuse(given, fixed)
     experts = Experts(
         count=given["num_experts"], chosen=given["num_experts_per_tok"], ffn=given["expert_intermediate_size"], normalized=False
@@ -262,7 +261,7 @@ def _qwen_config(given, **own):
     only = dict(hidden_act="silu", rope_scaling=None, use_sliding_window=False, layer_types=["full_attention"])
     _refuse(given | dict(layer_types=kinds), only)
     # One that is not told is the other: Dream's configuration class has no other end, and no pad is ever read.
-    pad = given["eos_token_id"] if given.get("pad_token_id") is None else given["pad_token_id"]
+    pad = given["pad_token_id"] if "pad_token_id" in given else given["eos_token_id"]
     return DenoiserConfig(
         layers=given["num_hidden_layers"],
         d_model=given["hidden_size"],

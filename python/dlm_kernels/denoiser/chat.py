@@ -5,9 +5,9 @@ import json
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 # A user's turn and the beginning of the answer, by a token that only such a model's tokenizer has, of those below it here. Sources:
-# the chat templates of GSAI-ML/LLaDA-8B-Instruct, Qwen3 (as which SDAR's training writes turns), Qwen2.5 (which Fast-dLLM v2 keeps)
-# and Dream-org/Dream-v0-Instruct-7B; LLaDA2's as dInfer and SGLang's documentation write it; Gemma 4's, whose
-# tokenizer DiffusionGemma has.
+# the chat templates of GSAI-ML/LLaDA-8B-Instruct, JetLM/SDAR-8B-Chat-b32, Efficient-Large-Model/Fast_dLLM_v2_7B and
+# Dream-org/Dream-v0-Instruct-7B, the last two of which are one; LLaDA2's as dInfer and SGLang's documentation write it; Gemma 4's,
+# whose tokenizer DiffusionGemma has.
 TURNS = {
     "<|start_header_id|>": (
         "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
@@ -18,10 +18,6 @@ TURNS = {
     ),
     "<|turn>": "<bos><|turn>user\n{}<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",  # its channel for thought is empty
     "<|MASK|>": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-    "|<MASK>|": (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    ),
     "<|im_start|>": (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     ),

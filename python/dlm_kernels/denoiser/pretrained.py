@@ -13,8 +13,9 @@ from dlm_kernels.denoiser import architectures, gemma, model
 def described(directory, config):
     """The config of a published checkpoint; config: its config.json. Raises ValueError for what is not computed here."""
     to_config, _ = architectures.of(config)
+    told = {name: x for name, x in config.items() if x is not None}  # their classes write null for what is left to the default
     try:
-        return to_config(config)
+        return to_config(told)
     except KeyError as error:
         raise ValueError(f"{directory}/config.json: expected {error}, got none") from None
 
