@@ -523,7 +523,7 @@ def test_what_is_not_computed_is_refused(published, tmp_path):
     with pytest.raises(ValueError, match=expected):
         pretrained.load(folder, given | {width: 41})
     if kind == "llada2":
-        with pytest.raises(ValueError, match=r"query_key_value.weight: expected 64 \+ 2 x 32 rows, got 64"):
+        with pytest.raises(ValueError, match=r"query_key_value.weight: expected 64 \+ 32 \+ 32 rows, got 64"):
             pretrained.load(folder, given | dict(head_dim=16))
         with pytest.raises(ValueError, match="num_experts_per_tok: expected at least 2, .* got 1"):
             pretrained.load(folder, given | dict(num_experts_per_tok=1))
