@@ -453,6 +453,16 @@ def test_null_in_a_config_is_as_absent(kind):
     assert kind != "llada" or absent.ffn == 4 * D
 
 
+@pytest.mark.parametrize("kind", [kind for kind in GIVEN if kind != "llada"])
+def test_a_config_that_transformers_5_wrote(kind):
+    moved = {name: GIVEN[kind][name] for name in ("rope_theta", "partial_rotary_factor") if name in GIVEN[kind]}
+    given = {name: x for name, x in GIVEN[kind].items() if name not in moved}
+    given |= dict(rope_parameters=moved | dict(rope_type="default"))
+    assert pretrained.described("there", given) == pretrained.described("there", GIVEN[kind])
+    with pytest.raises(ValueError, match="config.json: rope_type: expected default, .* got yarn"):
+        pretrained.described("there", given | dict(rope_parameters=moved | dict(rope_type="yarn")))
+
+
 @by_blocks
 def test_what_does_not_fit_blocks_is_refused(published):
     kind, _, _, folder = published

@@ -177,7 +177,7 @@ def llada2_config(given):
     """
     fixed = dict(
         use_qk_norm=True, use_qkv_bias=False, use_bias=False, norm_head=False, norm_topk_prob=True, score_function="sigmoid",
-        moe_router_enable_expert_bias=True, use_linear_attention=False, expert_capacity=None, rope_parameters=None,
+        moe_router_enable_expert_bias=True, use_linear_attention=False, expert_capacity=None,
     )  # fmt: skip
     _refuse(given, fixed)
     if given["num_experts_per_tok"] < 2:
@@ -258,7 +258,9 @@ def gemma_config(given):
 def _qwen_config(given, **own):
     """What the config.json of models that come from Qwen, or are written like it, have in common, and what each adds of its own."""
     kinds = sorted(set(given.get("layer_types") or ["full_attention"]))
-    only = dict(hidden_act="silu", rope_scaling=None, use_sliding_window=False, layer_types=["full_attention"])
+    only = dict(
+        hidden_act="silu", rope_scaling=None, rope_type="default", use_sliding_window=False, layer_types=["full_attention"]
+    )  # fmt: skip
     _refuse(given | dict(layer_types=kinds), only)
     # One that is not told is the other: Dream's configuration class has no other end, and no pad is ever read.
     pad = given["pad_token_id"] if "pad_token_id" in given else given["eos_token_id"]

@@ -14,6 +14,7 @@ def described(directory, config):
     """The config of a published checkpoint; config: its config.json. Raises ValueError for what is not computed here."""
     to_config, _ = architectures.of(config)
     told = {name: x for name, x in config.items() if x is not None}  # their classes write null for what is left to the default
+    told |= told.get("rope_parameters", {})  # where transformers 5 writes rope_theta
     try:
         return to_config(told)
     except KeyError as error:
