@@ -26,6 +26,7 @@ from dlm_kernels.pallas_kernels import attention, chips
 from dlm_kernels.xla import attention as xla_attention
 from dlm_kernels.xla import cross_entropy as xla_cross_entropy
 from dlm_kernels.xla import divergence as xla_divergence
+from dlm_kernels.xla import experts as xla_experts
 from dlm_kernels.xla import guidance as xla_guidance
 from dlm_kernels.xla import lm_head as xla_lm_head
 from dlm_kernels.xla import truncation as xla_truncation
@@ -58,6 +59,7 @@ def cases():
     yield from head_cases()
     yield from score_cases()
     yield from loss_cases()
+    yield from experts_cases()
 
 
 def attention_cases():
@@ -204,6 +206,30 @@ def loss_cases():
                 products * r * d * v,
                 {OURS: [Contender(function, arrays, live)], "XLA": [Contender(peer, arrays)]},
             )
+
+
+def experts_cases():
+    """A block of 32 tokens, of which each has 8 experts at random, most of which have a tile each."""
+    from dlm_kernels.pallas_kernels import experts
+
+    rows, chosen, cores = 32, 8, chips.chip().cores
+    for model, count, d, f in (("LLaDA2-mini", 256, 2048, 512), ("SDAR-30B", 128, 2048, 768)):
+        rng = np.random.default_rng(0)
+        expert = np.array([rng.permutation(count)[:chosen] for _ in range(rows)], np.int32)
+        tiles = chips.round_up(min(rows * chosen, rows * chosen // experts.LEAST_ROWS + count), cores)
+        plan = experts.schedule(jnp.asarray(expert), count, experts.LEAST_ROWS, tiles)
+        used = int(plan.used[0])
+        matrices = ((count, d, f), BF16), ((count, d, f), BF16), ((count, f, d), BF16)
+        operands = ((rows, d), BF16), *matrices, ((rows, chosen), INT), ((rows, chosen), jnp.float32)
+        ours, peer = (functools.partial(module.mix_experts, activation="silu") for module in (experts, xla_experts))
+        prefetched = {"mix_experts": [np.asarray(plan.expert), np.asarray(plan.used)]}
+        yield Case(
+            f"mix_experts {model} {rows} x {d}, {used} tiles of {count} experts, bfloat16",
+            "an expert",
+            used,
+            3 * used * experts.LEAST_ROWS * d * f,
+            {OURS: [Contender(ours, operands, prefetched)], "XLA": [Contender(peer, operands)]},
+        )
 
 
 def run(chip, only=None, pallas=False, out=None):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import dlm_kernels
-from bench import attention, harness, lm_head, machine, report
+from bench import attention, experts, harness, lm_head, machine, report
 from bench.harness import OURS, Contender, Patched
 from dlm_kernels.triton_kernels import launch, tiles
 
@@ -70,30 +70,15 @@ def _drawn(case):
 
 
 def _experts(dtype):
-    """LLaDA2-mini's layer on a block of tokens, and on so many that most experts fill tiles."""
-    e, d, f, chosen = 256, 2048, 512, 8
-
-    def inputs(rows, rng):
-        matrices = (harness.normal(rng, shape, dtype, shape[1] ** -0.5) for shape in ((e, d, f), (e, d, f), (e, f, d)))
-        _, expert = jax.lax.top_k(harness.normal(rng, (rows, e), "float32"), chosen)
-        return harness.normal(rng, (rows, d), dtype), *matrices, expert, harness.normal(rng, (rows, chosen), "float32")
-
-    def contenders():
-        mix = functools.partial(dlm_kernels.mix_experts, implementation=machine.implementation())
-        return {OURS: Contender(jax.jit(lambda *arrays: mix(*arrays)))}
-
-    return [
-        harness.Case("experts", f"LLaDA2-mini, {rows}, {dtype}", functools.partial(inputs, rows), contenders(), 0, dtype=dtype)
-        for rows in (32, 8192)
-    ]
+    return [experts.case("LLaDA2-mini", rows, 2048, 512, 256, 8, dtype) for rows in (32, 8192)]
 
 
-def _kernels(dtype, forward, backward, head, experts, stages):
+def _kernels(dtype, forward, backward, head, mixture, stages):
     return [
         Kernel("attention_forward", functools.partial(_attention, dtype), forward, stages=stages),
         Kernel("attention_backward", functools.partial(_backward, dtype), backward, stages=stages),
         Kernel("lm_head", functools.partial(_head, dtype), head, stages=stages),
-        Kernel("experts", functools.partial(_experts, dtype), experts, stages=stages),
+        Kernel("experts", functools.partial(_experts, dtype), mixture, stages=stages),
     ]
 
 

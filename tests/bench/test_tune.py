@@ -92,7 +92,7 @@ def test_tune_asks_for_every_kind(monkeypatch):
     from dlm_kernels.triton_kernels import launch, tiles
 
     monkeypatch.setattr(machine, "implementation", lambda: "triton")
-    zeros = SimpleNamespace(standard_normal=lambda shape, dtype: np.broadcast_to(np.float32(0), shape))
+    zeros = SimpleNamespace(standard_normal=lambda shape, dtype: np.broadcast_to(np.float32(0), shape), permutation=np.arange)
     kinds = {}
     for kernel in tune_triton.KERNELS:
         for case in kernel.cases():

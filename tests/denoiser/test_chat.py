@@ -166,10 +166,10 @@ def test_the_command_answers(answering, tmp_path, capsys):
 
 def test_broken_files_are_named(answering, tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffusion_gemma"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "sedd"}))
     (tmp_path / "tokenizer.json").write_text(pointer)
     with pytest.raises(ValueError, match=f"{tmp_path}: its tokenizer cannot be read"):
         checkpoint.load(tmp_path)
     answering[2].save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="model_type: expected one of llada, .*, llada2_moe, .*, got diffusion_gemma"):
+    with pytest.raises(ValueError, match="model_type: expected one of llada, .*, llada2_moe, .*, got sedd"):
         checkpoint.load(tmp_path)

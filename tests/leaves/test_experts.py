@@ -8,7 +8,6 @@ import pytest
 from dlm_kernels.reference import experts as reference
 from dlm_kernels.xla import experts as xla
 
-leaves = pytest.mark.parametrize("leaf", ["cpu", "xla"], indirect=True)
 WAYS = {"tiles": xla.mix_by_tiles, "all": xla.mix_by_all}
 # (rows, experts, of each row, D, F): one row; lists of no row, of a part of a tile and of more; odd widths; a panel and a rest.
 SHAPES = [(1, 5, 2, 16, 8), (7, 16, 1, 17, 9), (20, 4, 3, 48, 40)]
@@ -30,7 +29,6 @@ def error(got, given, activation="silu"):
     return np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected)
 
 
-@leaves
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 8e-3), ("float16", 1e-3)])
@@ -69,7 +67,6 @@ def test_rows_do_not_depend_on_the_batch(leaf):
         np.testing.assert_array_equal(got[row], alone[0])
 
 
-@leaves
 def test_an_expert_that_comes_twice_counts_twice(leaf):
     given = operands(6, 4, 3, 16, 8)
     given[4][:, 2] = given[4][:, 0]
@@ -77,7 +74,6 @@ def test_an_expert_that_comes_twice_counts_twice(leaf):
     assert error(got, given) < 1e-6
 
 
-@leaves
 def test_what_an_expert_makes_of_others_rows_does_not_count(leaf):
     """Experts that would overflow on the rows that are not their own."""
     x, gate, up, down, expert, weight = operands(6, 2, 1, 16, 8)
@@ -88,7 +84,6 @@ def test_what_an_expert_makes_of_others_rows_does_not_count(leaf):
     assert np.isfinite(got).all() and np.abs(got[0]).max() > 0
 
 
-@leaves
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_touches_no_other(leaf, bad):
     given = operands(9, 4, 2, 16, 8)
@@ -100,7 +95,6 @@ def test_a_row_that_is_not_finite_touches_no_other(leaf, bad):
     np.testing.assert_array_equal(np.delete(got, 4, 0), np.delete(expected, 4, 0))
 
 
-@leaves
 def test_experts_that_nobody_chose_are_not_read(leaf):
     given = operands(5, 6, 2, 16, 8)
     given[4][:] = [1, 4]
@@ -111,7 +105,6 @@ def test_experts_that_nobody_chose_are_not_read(leaf):
     np.testing.assert_array_equal(run(*given, activation="silu")[0], expected)
 
 
-@leaves
 def test_an_unknown_expert_makes_its_row_nan(leaf):
     given = operands(6, 4, 3, 16, 8)
     run = leaf("experts", "mix_experts")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 import dlm_kernels
+from dlm_kernels.denoiser.experts import Experts
 
 LENGTH = 128  # columns of the canvas that is asked about
 
@@ -43,8 +44,9 @@ def taken(config, params, block=64, *, truncated=False, every=False):
             dict(mask_id=config.mask_id, num_unmask=1),
         ),
     }
-    if config.experts is not None:
-        count, chosen, width = (getattr(config.experts, name) for name in ("count", "chosen", "ffn"))
+    mixture = Experts(8, 2, config.ffn) if every and config.experts is None else config.experts
+    if mixture is not None:
+        count, chosen, width = mixture.count, mixture.chosen, mixture.ffn
         matrices = (shaped(count, *shape) for shape in ((config.d_model, width), (config.d_model, width), (width, config.d_model)))
         expert, weight = (shaped(block, chosen, dtype=each) for each in (jnp.int32, jnp.float32))
         calls["mix_experts"] = dlm_kernels.mix_experts, (shaped(block, config.d_model), *matrices, expert, weight), {}
