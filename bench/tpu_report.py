@@ -85,14 +85,15 @@ def readme(folder):
     return "\n".join(
         [
             "Static cycles on TPUs, counted in the compiler's schedules; nothing was timed. Attention, 32 heads of 128 unless "
-            "said: ours over splash attention's at the best block sizes tried. Head, scores and truncation: our cycles over "
-            "those of their HBM copies alone; below 1, HBM is the limit.\n",
+            "said: ours over splash attention's at the best block sizes tried. Head, scores, truncation and experts: our "
+            "cycles over those of their HBM copies alone; below 1, HBM is the limit.\n",
             "| | " + " | ".join(chips) + " |",
             "|---" * (len(chips) + 1) + "|",
             *rows("attention", against_splash),
             *rows("lm_head_scores", of_copies),
             *rows("score_tokens", of_copies),
             *rows("truncate_logits", of_copies),
+            *rows("mix_experts", of_copies),
             "",
         ]
     )
