@@ -7,13 +7,12 @@ Source: google/diffusiongemma-26B-A4B-it, as transformers' modeling_diffusion_ge
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from dlm_kernels import attention, masks, mix_experts
 from dlm_kernels.denoiser import experts as mixtures
 from dlm_kernels.denoiser import half, limits
-from dlm_kernels.denoiser.model import rms_norm, rope, rotate, write_window
+from dlm_kernels.denoiser.model import geglu, rms_norm, rope, rotate, self_conditioned, write_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +136,8 @@ def canvas_states(config, params, tokens, soft, cache, at, *, start, end, implem
     begin, end, first = (jnp.broadcast_to(x[:, None], column.shape) for x in (start, end, at))
     seen = masks.KeyIntervals(begin, end)
     near = masks.KeyIntervals(jnp.maximum(begin, first - (config.window - 1)), end)
-    p = {name: params[f"soft.{name}"] for name in _geglu_shapes(config)}
-    signal = _geglu(config, p, soft * _root(config, soft.dtype))
-    embedded = rms_norm(_embedded(config, params, tokens) + signal, None, config.rms_norm_eps)
+    embedded = self_conditioned(config, params, _embedded(config, params, tokens), soft * _root(config, soft.dtype))
+    embedded = rms_norm(embedded, None, config.rms_norm_eps)
     return _states(config, params, embedded, cache, at, column - begin, seen, near, implementation)
 
 
@@ -168,7 +166,7 @@ def _states(config, params, x, cache, at, positions, seen, near, implementation)
         mixed = attention(query, *written[i], mask=mask, scale=1.0, implementation=implementation)
         out = half.product(mixed.reshape(b * length, -1), p["out"])
         x = x + rms_norm(out, p["attention_out_norm"], c.rms_norm_eps)
-        dense = rms_norm(_geglu(c, p, x), p["ffn_out_norm"], c.rms_norm_eps)
+        dense = rms_norm(geglu(p, x, c.rms_norm_eps), p["ffn_out_norm"], c.rms_norm_eps)
         routed = rms_norm(_mixture(c, p, x, implementation), p["experts_out_norm"], c.rms_norm_eps)
         x = (x + rms_norm(dense + routed, p["out_norm"], c.rms_norm_eps)) * p["scalar"]
     return rms_norm(x.reshape(b, length, -1), params["final_norm"], c.rms_norm_eps), written
@@ -180,11 +178,6 @@ def _query_key_value(config, p, h, shape, rotation):
     value = half.product(h, p["value"]).reshape(*shape, -1, size) if "value" in p else key
     query, key = (rotate(rms_norm(x, p[name], eps), rotation) for x, name in ((query, "query_norm"), (key, "key_norm")))
     return query, key, rms_norm(value, None, eps)
-
-
-def _geglu(config, p, x):
-    h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
-    return half.product(jax.nn.gelu(half.product(h, p["gate"])) * half.product(h, p["up"]), p["down"])
 
 
 def _mixture(config, p, x, implementation):

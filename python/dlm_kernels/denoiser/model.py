@@ -93,8 +93,13 @@ def self_conditioned(config, params, embedded, soft):
     soft [B, L, d_model]: the `soft_embedding` of that pass. As DiffusionGemma's, but without the norm after the sum.
     """
     p = {name: params[f"soft.{name}"] for name in ("ffn_norm", "gate", "up", "down")}
-    h = rms_norm(soft, p["ffn_norm"], config.rms_norm_eps)
-    return embedded + product(jax.nn.gelu(product(h, p["gate"])) * product(h, p["up"]), p["down"])
+    return embedded + geglu(p, soft, config.rms_norm_eps)
+
+
+def geglu(p, x, eps):
+    """A gated layer of p's ffn_norm, gate, up and down, with GELU by tanh."""
+    h = rms_norm(x, p["ffn_norm"], eps)
+    return product(jax.nn.gelu(product(h, p["gate"])) * product(h, p["up"]), p["down"])
 
 
 def empty_cache(config, batch, length, dtype):
