@@ -270,6 +270,8 @@ def test_a_config_written_later_is_the_same(published):
     later = {name: x for name, x in TEXT.items() if not name.startswith(("global_", "num_global_", "final_logit"))}
     later |= dict(per_layer_config={"1": dict(head_dim=16, num_key_value_heads=1)})
     assert pretrained.described("there", GIVEN | dict(text_config=later)) == pretrained.described("there", GIVEN)
+    nulls = dict.fromkeys(["per_layer_config", "final_logit_softcapping"])
+    assert pretrained.described("there", GIVEN | dict(text_config=TEXT | nulls)) == pretrained.described("there", GIVEN)
 
 
 @pytest.mark.parametrize(

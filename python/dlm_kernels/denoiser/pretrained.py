@@ -13,12 +13,16 @@ from dlm_kernels.denoiser import architectures, gemma, model
 def described(directory, config):
     """The config of a published checkpoint; config: its config.json. Raises ValueError for what is not computed here."""
     to_config, _ = architectures.of(config)
-    told = {name: x for name, x in config.items() if x is not None}  # their classes write null for what is left to the default
+    told = _without_nulls(config)  # as which their classes write what is left to the default
     told |= told.get("rope_parameters", {})  # where transformers 5 writes rope_theta
     try:
         return to_config(told)
     except KeyError as error:
         raise ValueError(f"{directory}/config.json: expected {error}, got none") from None
+
+
+def _without_nulls(values):
+    return {name: _without_nulls(x) if isinstance(x, dict) else x for name, x in values.items() if x is not None}
 
 
 def load(directory, config, *, dtype=None):
