@@ -199,6 +199,19 @@ inline bool any_not_less(F x, F y) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of lanes its own, lowest first.
+struct LanesOf {
+  uint8_t lanes[256][kLanes] = {};
+  constexpr LanesOf() {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 0, n = 0; lane < kLanes; ++lane)
+        if (set >> lane & 1) lanes[set][n++] = (uint8_t)lane;
+  }
+};
+constexpr LanesOf kLanesOf;
+#endif
+
 // Stores the words beside those lanes of x that are at least `least`, closed up; returns how many. Writes a whole vector.
 inline int64_t store_at_least(float least, F x, U words, uint32_t* to) {
 #if defined(__AVX512F__)
@@ -207,6 +220,11 @@ inline int64_t store_at_least(float least, F x, U words, uint32_t* to) {
   // Into its own operand: with zeros behind, it would wait for what the register held before.
   store(to, (U)_mm512_mask_compress_epi32((__m512i)words, set, (__m512i)words));
   return __builtin_popcountll(_cvtmask16_u32(set));
+#elif defined(__AVX2__)
+  const int set = _mm256_movemask_ps((__m256)(x >= least));
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLanesOf.lanes[set]));
+  store(to, (U)_mm256_permutevar8x32_epi32((__m256i)words, lanes));
+  return __builtin_popcount((unsigned)set);
 #else
   int64_t n = 0;
   for (int i = 0; i < kLanes; ++i) {
@@ -252,7 +270,11 @@ inline float max_lane(F x) {
 }
 
 // Where it stands is 0 in float32 already; a product with -inf would be NaN.
+#if defined(__AVX512F__)
 constexpr float kLeastExponent = -104.0f;
+#else
+constexpr float kLeastExponent = -87.8f;
+#endif
 
 // Each of N vectors becomes e^x for kLeastExponent <= x <= 88, NaN for NaN. The relative error is at most 1.6e-7 + 4.5e-8 |x|: the
 // terms of a softmax that matter have x near 0. e^0 is 1. Below -87.33 the result is subnormal or 0. One vector alone waits for
@@ -279,8 +301,7 @@ template <int N>
 #if defined(__AVX512F__)
   DLM_EACH x[i] = (F)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);
 #else
-  DLM_EACH p[i] = p[i] * as_float((as_bits(shifted[i]) << 23) + 0x3F800000u);  // 2^n, n >= -126
-  DLM_EACH x[i] = select(x[i] < -87.33f, splat(0.0f), p[i]);
+  DLM_EACH x[i] = p[i] * as_float((as_bits(shifted[i]) << 23) + 0x3F800000u);  // 2^n; +0 for n = -127
 #endif
 #undef DLM_EACH
 }
