@@ -200,7 +200,7 @@ inline bool any_not_less(F x, F y) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For each set of lanes its own, lowest first.
+// For each set of lanes, as bits, the lanes in it, from the lowest.
 struct LanesOf {
   uint8_t lanes[256][kLanes] = {};
   constexpr LanesOf() {
@@ -269,7 +269,8 @@ inline float max_lane(F x) {
   return fold(x, [](F a, F b) { return max(a, b); });
 }
 
-// Where it stands is 0 in float32 already; a product with -inf would be NaN.
+// Stands for what is below it, and for -inf, whose product with another number would be NaN. exp_bounded makes it 0: without
+// AVX-512, where 2^n by its bits is 0 from n = -127 on, that is sooner.
 #if defined(__AVX512F__)
 constexpr float kLeastExponent = -104.0f;
 #else
