@@ -366,20 +366,26 @@ def page(name, result, plots):
 
 
 def readme_block():
-    """The README's results: for each results file the headlines, where we lose, and a link to all the rest."""
-    parts = [BEGIN]
+    """The README's results: for each results file the headlines, where we lose, and a link to all the rest. Of several devices of
+    one kind the fastest is shown, the others are there to unfold.
+    """
+    kinds = {}
     for path in sorted(RESULTS.glob("*.json")):
-        if path.stem.endswith("-quick") or path.stem.startswith("tpu-static-"):
-            continue
-        result = load(path)
-        parts += [
-            head(result),
-            headlines(result["rows"]),
-            losses(result["rows"]),
-            f"All {len(result['rows'])} cases, with memory, plots and the cost of the first call: "
-            f"[{path.stem}](bench/results/{path.stem}.md)\n",
-        ]
+        if not (path.stem.endswith("-quick") or path.stem.startswith("tpu-static-")):
+            result = load(path)
+            kinds.setdefault(result["machine"]["kind"], []).append((path.stem, result))
+    parts = [BEGIN]
+    for devices in kinds.values():
+        (name, fastest), *others = sorted(devices, key=lambda device: -device[1]["rows"][0]["rates"]["bfloat16"])
+        parts.append(_device(name, fastest))
+        parts += [f"<details><summary>{name}</summary>\n\n{_device(name, each)}\n</details>\n" for name, each in others]
     return "\n".join([*parts, tpu_report.readme(RESULTS), END])
+
+
+def _device(name, result):
+    rows = result["rows"]
+    rest = f"All {len(rows)} cases, with memory, plots and the cost of the first call: [{name}](bench/results/{name}.md)\n"
+    return "\n".join([head(result), headlines(rows), losses(rows), rest])
 
 
 def rewrite_readme():

@@ -33,6 +33,18 @@ def result(*rows):
     return dict(machine=about, rows=[dict(each, case=str(i)) for i, each in enumerate(rows)])
 
 
+def test_of_devices_of_one_kind_the_readme_shows_the_fastest_and_folds_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name, rate, kind in (("a", 10.0, "one"), ("b", 30.0, "one"), ("c", 20.0, "one"), ("d", 1.0, "other"), ("e-quick", 1.0, "one")):
+        about = result(dict(row([1.0] * 7, peer=[2.0] * 7), rates=dict(RATES, bfloat16=rate)))
+        about["machine"]["kind"] = kind
+        (tmp_path / f"{name}.json").write_text(json.dumps(about))
+    block = report.readme_block()
+    order = [block.index(text) for text in ("](bench/results/b.md)", "<summary>c<", "](bench/results/c.md)", "<summary>a<")]
+    assert sorted(order) == order and block.count("<summary>") == block.count("</details>") == 2
+    assert "(bench/results/d.md)" in block and "e-quick" not in block
+
+
 # Above 1 ours is faster; each ratio is of one round, so what slows a whole round changes none.
 def test_a_ratio_is_of_one_round_and_above_1_where_ours_is_faster():
     burst = row([1.0, 10.0, 2.0], peer=[3.0, 30.0, 2.0])
