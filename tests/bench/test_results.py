@@ -35,7 +35,8 @@ def result(*rows):
 
 def test_of_devices_of_one_kind_the_readme_shows_the_fastest_and_folds_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    for name, rate, kind in (("a", 10.0, "one"), ("b", 30.0, "one"), ("c", 20.0, "one"), ("d", 1.0, "other"), ("e-quick", 1.0, "one")):
+    devices = [("a", 10.0, "one"), ("b", 30.0, "one"), ("c", 20.0, "one"), ("d", 1.0, "other"), ("e-quick", 1.0, "one")]
+    for name, rate, kind in devices:
         about = result(dict(row([1.0] * 7, peer=[2.0] * 7), rates=dict(RATES, bfloat16=rate)))
         about["machine"]["kind"] = kind
         (tmp_path / f"{name}.json").write_text(json.dumps(about))

@@ -177,9 +177,13 @@ def _decode(static, params, tokens, columns, data):
         decoded = decoded._replace(tokens=jnp.where(over, ended, decoded.tokens))
         soft = state.soft
         if config.self_conditioning:
-            soft = soft_embedding(
-                hidden, head, embedding=params["embed"], temperature=t, logits_soft_cap=soft_cap, implementation=implementation
-            )
+
+            def softened():
+                return soft_embedding(
+                    hidden, head, embedding=params["embed"], temperature=t, logits_soft_cap=soft_cap, implementation=implementation
+                )
+
+            soft = jax.lax.cond(over, lambda: state.soft, softened)  # the next block begins without
         if on_pass is not None:
             jax.debug.callback(lambda *fields: on_pass(blocks.Decoded(*fields)), *decoded, ordered=True)
         return _State(decoded, at, state.index, step + 1, inside, likeliest.token, cache, soft, settled, over)
