@@ -62,19 +62,6 @@ def test_attention_and_its_gradients_with_overlapping_intervals(native):
     same([x.grad for x in tensors], back(tuple(map(jnp.asarray, cotangent))))
 
 
-def test_attention_and_its_gradients_in_a_graph_of_torch_compile(native):
-    from dlm_kernels.torch import attention
-
-    inputs = [torch.tensor(draw(i, B, L, 4, 16), requires_grad=True) for i in range(3)]
-    mask = torch.arange(L) < 3
-    torch.compiler.reset()
-    made = torch.compile(lambda *x: attention(*x, mask=mask), backend="aot_eager", fullgraph=True)
-    results = [run(*inputs) for run in (functools.partial(attention, mask=mask), made)]
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-    mine, eager = ([*torch.autograd.grad(out.square().sum(), inputs)] for out in results)
-    torch.testing.assert_close(mine, eager, rtol=0, atol=0)
-
-
 def test_the_loss_and_its_gradients(native):
     arrays = [draw(0, B, L, D), draw(1, V, D), np.array([[0, 1, 2, 0, 1], [0.5] * 5], np.float32)]
     targets = np.random.default_rng(0).integers(0, V, (B, L))

@@ -214,6 +214,7 @@ _attention = _on_tensors(dlm_kernels.attention, differentiable=True)
 
 
 @torch.compiler.disable
+@functools.wraps(_attention)
 def _eager_attention(query, key, value, *, mask=None, **options):
     # Of other than queries and keys of four axes `_attention` says what is wrong.
     if isinstance(mask, torch.Tensor) and all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (query, key)):
@@ -221,25 +222,31 @@ def _eager_attention(query, key, value, *, mask=None, **options):
     return _attention(query, key, value, mask=mask, **options)
 
 
-_compiled_attention = compiled.as_node(_eager_attention)
+def _in_graphs(eager, as_node):
+    """`eager`, which torch.compile takes into its graph as a node."""
+    node = as_node(eager)
+
+    @functools.wraps(eager, updated=())  # what says that torch.compile is to leave it alone is eager's own
+    def call(*args, **kwargs):
+        return (node if torch.compiler.is_compiling() else eager)(*args, **kwargs)
+
+    return call
 
 
-@functools.wraps(dlm_kernels.attention)
-def attention(query, key, value, **options):
-    way = _compiled_attention if torch.compiler.is_compiling() else _eager_attention
-    return way(query, key, value, **options)
+def _with_gradients(operation, as_node):
+    return _in_graphs(_on_tensors(operation, differentiable=True), as_node)
 
 
-attention.__module__ = __name__
+attention = _in_graphs(_eager_attention, compiled.attention)
 combine_guidance = _on_tensors(dlm_kernels.combine_guidance)
 lm_head_scores = _of_int64(_on_tensors(dlm_kernels.lm_head_scores))
-masked_cross_entropy = _on_tensors(dlm_kernels.masked_cross_entropy, differentiable=True)
-masked_divergence = _on_tensors(dlm_kernels.masked_divergence, differentiable=True)
-mix_experts = _on_tensors(dlm_kernels.mix_experts, differentiable=True)
+masked_cross_entropy = _with_gradients(dlm_kernels.masked_cross_entropy, compiled.masked_cross_entropy)
+masked_divergence = _with_gradients(dlm_kernels.masked_divergence, compiled.masked_divergence)
+mix_experts = _with_gradients(dlm_kernels.mix_experts, compiled.mix_experts)
 mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
 pack_lm_head = _on_tensors(dlm_kernels.pack_lm_head)
 score_tokens = _of_int64(_on_tensors(dlm_kernels.score_tokens))
-soft_embedding = _on_tensors(dlm_kernels.soft_embedding, differentiable=True)
+soft_embedding = _with_gradients(dlm_kernels.soft_embedding, compiled.soft_embedding)
 truncate_logits = _of_its_own(_on_tensors(dlm_kernels.truncate_logits))
 unmask_step = _of_their_dtype(_on_tensors(dlm_kernels.unmask_step))
 unmask_topk = _of_their_dtype(_on_tensors(dlm_kernels.unmask_topk))

@@ -1,95 +1,132 @@
-"""`attention` as a node of torch.compile's graph, into which the compiler does not look: an operation of torch's own library.
+"""The operations with gradients as nodes of torch.compile's graph, into which the compiler does not look: `torch.ops.dlm_kernels`.
 
-The other operations end a model's pass or stand between passes, and break the graph. This one stands in every layer.
+They stand in a model's layers and in a training step. The others end a model's pass or stand between passes, and break the graph.
+Each function takes the eager operation on tensors, and gives what torch.compile traces in its place.
 """
-
-from collections.abc import Sequence
 
 import torch
 
 from dlm_kernels import masks
 
 
-def as_node(eager):
-    """`eager`, the operation on tensors, for torch.compile to trace. Its gradient computes the forward anew."""
+def attention(eager):
+    def flat(query, key, value, *ends, **options):
+        return eager(query, key, value, mask=_mask(*ends), return_lse=True, **options)
 
-    @torch.library.custom_op("dlm_kernels::attention", mutates_args=())
-    def forward(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Sequence[torch.Tensor],
-        scale: float | None,
-        logits_soft_cap: float | None,
-        implementation: str | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        options = dict(scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation)
+    def results(query, *_, **options):
+        b, t, n = (query.shape[i : i + 1] for i in range(3))  # of fewer axes the run says what is wrong
+        return query.new_empty(query.shape), query.new_empty((*b, *n, *t), dtype=torch.float32)
+
+    arrays = "Tensor query, Tensor key, Tensor value, Tensor? start, Tensor? stop, Tensor? start2, Tensor? stop2"
+    options = "float? scale=None, float? logits_soft_cap=None, str? implementation=None"
+    node = _node(eager.__name__, arrays, options, flat, results, "(Tensor, Tensor)")
+
+    def call(query, key, value, *, mask=None, scale=None, return_lse=False, **options):
+        out, lse = node(query, key, value, *_ends(mask), scale=None if scale is None else float(scale), **options)
+        return (out, lse) if return_lse else out
+
+    return call
+
+
+def _ends(mask):
+    """What an operation of torch's library can take of a mask: four tensors or None, of which a dense mask is the first."""
+    return (mask.start, mask.stop, mask.start2, mask.stop2) if isinstance(mask, masks.KeyIntervals) else (mask, None, None, None)
+
+
+def _mask(start, stop, *second):
+    return start if stop is None else masks.KeyIntervals(start, stop, *second)
+
+
+def mix_experts(eager):
+    arrays = "Tensor x, Tensor gate, Tensor up, Tensor down, Tensor expert, Tensor weight"
+    options = 'str activation="silu", str? implementation=None'
+    return _node(eager.__name__, arrays, options, eager, lambda x, *_, **options: x.new_empty(x.shape))
+
+
+def masked_cross_entropy(eager):
+    arrays = "Tensor hidden, Tensor weight, Tensor targets, Tensor weights"
+    options = 'str reduction="sum", float? logits_soft_cap=None, str? implementation=None'
+    return _node(eager.__name__, arrays, options, eager, _loss)
+
+
+def masked_divergence(eager):
+    arrays = "Tensor hidden, Tensor weight, Tensor target_hidden, Tensor target_weight, Tensor weights"
+    options = 'str reduction="sum", str? implementation=None'
+    return _node(eager.__name__, arrays, options, eager, _loss)
+
+
+def _loss(*arrays, reduction="sum", **options):
+    weights = arrays[-1]
+    return weights.new_empty(() if reduction == "sum" else weights.shape, dtype=torch.float32)
+
+
+def soft_embedding(eager):
+    def flat(hidden, weight, embedding, temperature, *, number=1.0, **options):
+        temperature = number if temperature is None else temperature
+        return eager(hidden, weight, embedding=embedding, temperature=temperature, **options)
+
+    def results(hidden, weight, embedding, *_, **options):
+        return hidden.new_empty((*hidden.shape[:-1], (weight if embedding is None else embedding).shape[-1]))
+
+    arrays = "Tensor hidden, Tensor weight, Tensor? embedding, Tensor? temperature"
+    options = "float number=1.0, float? logits_soft_cap=None, str? implementation=None"
+    node = _node(eager.__name__, arrays, options, flat, results)
+
+    def call(hidden, weight, *, embedding=None, temperature=1.0, **options):
+        if isinstance(temperature, torch.Tensor):
+            return node(hidden, weight, embedding, temperature, **options)
+        return node(hidden, weight, embedding, None, number=float(temperature), **options)
+
+    return call
+
+
+def _node(name, arrays, options, eager, results, returns="Tensor"):
+    """`eager(*arrays, **options)` as an operation of torch's library, whose gradient computes the forward anew.
+
+    arrays, options, returns: of its schema. What may have a gradient is among the arrays. The options have eager's defaults, for
+    torch leaves out of the call what equals them. results: what looks as the results do, of the same arguments.
+    """
+    arguments = f"{arrays}, *, {options}"
+
+    @torch.library.custom_op(f"dlm_kernels::{name}", mutates_args=(), schema=f"({arguments}) -> {returns}")
+    def forward(*arrays, **options):
         with torch.no_grad():
-            out, lse = eager(query, key, value, mask=_whole(mask), return_lse=True, **options)
-        return out.contiguous(), lse.contiguous()
+            made = eager(*arrays, **options)
+        return made.contiguous() if isinstance(made, torch.Tensor) else tuple(x.contiguous() for x in made)
 
-    @forward.register_fake
-    def _(query, key, value, mask, *options):
-        b, t, n, _ = query.shape
-        return query.new_empty(query.shape), query.new_empty((b, n, t), dtype=torch.float32)
+    schema = f"(Tensor[] cotangents, bool[] learnt, {arguments}) -> Tensor[]"
 
-    @torch.library.custom_op("dlm_kernels::attention_backward", mutates_args=())
-    def backward(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Sequence[torch.Tensor],
-        dout: torch.Tensor,
-        dlse: torch.Tensor,
-        scale: float | None,
-        logits_soft_cap: float | None,
-        implementation: str | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        options = dict(scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation)
-        arrays = [x.detach().requires_grad_() for x in (query, key, value)]
-        with torch.enable_grad():
-            results = eager(*arrays, mask=_whole(mask), return_lse=True, **options)
-        return tuple(x.contiguous() for x in torch.autograd.grad(results, arrays, (dout, dlse)))
+    @torch.library.custom_op(f"dlm_kernels::{name}_backward", mutates_args=(), schema=schema)
+    def backward(cotangents, learnt, *arrays, **options):
+        arrays = [x.detach().requires_grad_() if own else x for x, own in zip(arrays, learnt)]
+        # Torch runs an operation without autograd, which the eager one and its gradient need; this alone brings it back.
+        with torch.inference_mode(False):
+            made = eager(*arrays, **options)
+            gradients = torch.autograd.grad(made, _of(arrays, learnt), cotangents, materialize_grads=True)
+        return [x.contiguous() for x in gradients]
 
-    @backward.register_fake
-    def _(query, key, value, *rest):
-        return tuple(x.new_empty(x.shape) for x in (query, key, value))
+    forward.register_fake(results)
+    backward.register_fake(lambda _, learnt, *arrays, **options: [x.new_empty(x.shape) for x in _of(arrays, learnt)])
 
-    def keep(ctx, inputs, output):  # by this name it is given
-        *arrays, mask, scale, cap, implementation = inputs
-        ctx.save_for_backward(*arrays, *mask)
-        ctx.options = scale, cap, implementation
+    def keep(ctx, inputs, keyword_only_inputs, output):  # by these names they are given
+        ctx.save_for_backward(*inputs)
+        ctx.options = keyword_only_inputs
 
-    def differentiate(context, dout, dlse):
-        query, key, value, *mask = context.saved_tensors
-        gradients = backward(query, key, value, mask, dout, dlse, *context.options)
-        return *gradients, [None] * len(mask), None, None, None
+    def differentiate(context, *cotangents):
+        learnt = context.needs_input_grad
+        gradients = iter(backward([*cotangents], [*learnt], *context.saved_tensors, **context.options))
+        return tuple(next(gradients) if own else None for own in learnt)
 
     forward.register_autograd(differentiate, setup_context=keep)
 
-    def attention(
-        query, key, value, *, mask=None, scale=None, logits_soft_cap=None, return_lse=False, implementation=None
-    ):
-        parts, scale = _parts(mask), None if scale is None else float(scale)
-        out, lse = forward(query, key, value, parts, scale, logits_soft_cap, implementation)
-        return (out, lse) if return_lse else out
+    def node(*arrays, **options):
+        for x in (*arrays, *options.values()):
+            if not isinstance(x, (torch.Tensor, str, float, int, type(None))):
+                raise ValueError(f"{name}: expected arrays as tensors under torch.compile, got one of {type(x).__name__}")
+        return forward(*arrays, **options)
 
-    return attention
-
-
-def _parts(mask):
-    """A mask as a list of tensors, which is what an operation of torch's library can take."""
-    if mask is None:
-        return []
-    ends = (mask.start, mask.stop, mask.start2, mask.stop2) if isinstance(mask, masks.KeyIntervals) else (mask,)
-    ends = [x for x in ends if x is not None]
-    for x in ends:
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"mask: expected one of tensors under torch.compile, got one of {type(x).__name__}")
-    return ends
+    return node
 
 
-def _whole(parts):
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else masks.KeyIntervals(*parts)
+def _of(arrays, learnt):
+    return [x for x, own in zip(arrays, learnt) if own]
