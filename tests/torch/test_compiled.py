@@ -17,7 +17,6 @@ DEVICE = "cpu" if os.environ.setdefault("TRITON_INTERPRET", "1") == "1" else "cu
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 adapter = importlib.import_module("dlm_kernels.torch")
 compiled = importlib.import_module("dlm_kernels.torch.compiled")
-native = pytest.importorskip("dlm_kernels.torch.native", reason="the gpu extra is not installed")
 
 B, L, V, D = 2, 5, 40, 16
 CASES = {
@@ -33,7 +32,7 @@ CASES = {
 def arguments(case, length=L):
     """By name. All floats are learnt but a few."""
     torch.manual_seed(0)
-    hidden, weight, weights = torch.randn(B, length, D), torch.randn(V, D), torch.rand(B, length)
+    hidden, weight, weights = torch.randn(B, length, D), torch.randn(V, D), torch.rand(length, B).T
     soft = dict(hidden=hidden, weight=weight, logits_soft_cap=3.0)
     given = {
         "attention": dict(query=hidden[:, :, None], key=hidden[:, :, None] + 1, value=torch.randn(B, length, 1, D), scale=0.3),
@@ -63,6 +62,7 @@ def same_in_a_graph(eager, made, given):
     mine, other = (torch.autograd.grad(out, learnt, cotangent.to(out.dtype)) for out in results)
     assert len(learnt) > 1 and all(x.abs().max() > 0 for x in mine)
     torch.testing.assert_close(mine, other, rtol=0, atol=0)
+    assert results[1].is_contiguous()  # which the graph counts on
     with torch.no_grad():  # as the graph's own forward runs
         torch.testing.assert_close(results[1].detach(), eager(**given), rtol=0, atol=0)
 
@@ -73,7 +73,8 @@ def no_graphs():
 
 
 def by_triton(case):
-    """What runs on CUDA tensors, and its node, which has a name of its own beside that of both."""
+    """What runs on CUDA tensors, and a node of it alone, which has another name than the package's, of both."""
+    native = importlib.import_module("dlm_kernels.torch.native")
     operation = functools.partial(getattr(native, CASES[case]))
     operation.__name__ = "of_triton_" + case.replace(" ", "_")
     return operation, torch.compile(getattr(compiled, CASES[case])(operation), backend="aot_eager", fullgraph=True)
@@ -134,9 +135,10 @@ def test_torch_compile_keeps_attention_in_its_graph(backend):
             np.testing.assert_array_equal(mine, other)
 
 
-def test_torch_compile_takes_a_scale_of_numpy():
+def test_torch_compile_takes_numbers_of_numpy():
     def run(x):
-        return adapter.attention(x, x, x, scale=1 / np.sqrt(x.shape[-1] + 3))
+        scale = 1 / np.sqrt(x.shape[-1] + 3)
+        return adapter.attention(x, x, x, scale=scale)[:, :, 0] + adapter.soft_embedding(x[:, :, 0], x[0, :, 0], temperature=scale)
 
     x = torch.randn(1, 5, 1, 8)
     np.testing.assert_array_equal(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))

@@ -15,8 +15,9 @@ The first call with new shapes compiles: on a GPU kernels, in seconds, which Tri
 of XLA, in tenths of a second, which stay in memory, megabytes each. Lengths that grow are better padded to multiples of 64 or more.
 Masks may be those of scaled_dot_product_attention, boolean or of 0 and -inf: most are `masks.KeyIntervals`, which the kernels take,
 and become so at each call; the others go to XLA on the CPU and are refused on a GPU.
-torch.compile takes `attention` into its graph as it is, with a mask of tensors, and breaks it around the others; torch.func's
-transforms take none of them.
+torch.compile and torch.export take those that have gradients into their graphs as they are, where masks and all arrays are tensors;
+gradients there compute the forward anew. What was exported loads where this module was imported. torch.compile breaks its graph
+around the others; torch.func's transforms take none.
 After a call on the CPU JAX hangs in processes that are forked: workers of a DataLoader which call an operation need
 multiprocessing_context="spawn".
 """
