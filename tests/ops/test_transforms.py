@@ -352,15 +352,17 @@ def test_symbolic_sizes_are_exported(platform):
     """By the CPU's kernels; the others' tiles are chosen for sizes that are known, so that XLA's code is exported there."""
     rows, length = export.symbolic_shape("rows, length")
 
-    def denoise(logits, query, tokens):
+    def denoise(logits, query, tokens, x, expert):
         attended = dlm_kernels.attention(query, query, query)
-        return attended, dlm_kernels.unmask_step(logits, tokens, mask_id=3, num_unmask=2)
+        mixed, back = jax.vjp(lambda x: dlm_kernels.mix_experts(x, *EXPERTS, expert, jnp.ones(expert.shape)), x)
+        return attended, dlm_kernels.unmask_step(logits, tokens, mask_id=3, num_unmask=2), mixed, back(x)
 
     shapes = ((rows, length, 9), jnp.float32), ((rows, length, 2, 16), jnp.float32), ((rows, length), jnp.int32)
+    shapes += ((rows, length, 40), jnp.float32), ((rows, length, 2), jnp.int32)
     sizes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     exported = export.export(jax.jit(denoise), platforms=[platform], disabled_checks=UNCHECKED)(*sizes)
     assert ("dlm_kernels_attention" in exported.mlir_module()) == (platform == "cpu")
-    arrays = normal(1, 2, 5, 9), normal(2, 2, 5, 2, 16), jnp.full((2, 5), 3)
+    arrays = normal(1, 2, 5, 9), normal(2, 2, 5, 2, 16), jnp.full((2, 5), 3), normal(7, 2, 5, 40), EXPERT[:2, :5]
     if platform == "cpu":
         same(jax.tree.leaves(exported.call(*arrays)), jax.tree.leaves(denoise(*arrays)))
 

@@ -17,9 +17,9 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
 
 def mix_by_all(x, gate, up, down, expert, weight, *, activation):
     """Every expert computes every token. A block of tokens needs most of the experts: their weights are read once either way."""
-    rows = jnp.arange(len(x))[:, None]
+    rows = jnp.arange(x.shape[0])[:, None]
     known = (expert >= 0) & (expert < len(gate))
-    of_all = jnp.zeros((len(gate), len(x)), jnp.float32).at[jnp.where(known, expert, 0), rows].add(jnp.where(known, weight, 0))
+    of_all = jnp.zeros((len(gate), x.shape[0]), jnp.float32).at[jnp.where(known, expert, 0), rows].add(jnp.where(known, weight, 0))
     own = jnp.zeros(of_all.shape, bool).at[jnp.where(known, expert, 0), rows].max(known)[..., None]
     # Not a share of 0: what an expert makes of another's token may be infinite.
     g, u = (jnp.where(own, jnp.einsum("rd,edf->erf", x, matrix), 0) for matrix in (gate, up))
@@ -32,8 +32,7 @@ def mix_by_all(x, gate, up, down, expert, weight, *, activation):
 def mix_by_tiles(x, gate, up, down, expert, weight, *, activation):
     """Tokens sorted by expert, a tile of one expert's tokens after the other. Experts that nobody chose are not read."""
     n, chosen = expert.shape
-    # As long as a mean expert's list, so that most are one tile.
-    tile = min(max(8, 1 << (n * chosen // len(gate)).bit_length()), 256, n)
+    tile = _tile(n, chosen, len(gate))
     known = (expert >= 0) & (expert < len(gate))
     # Those that are unknown come last, where the loop ends before them.
     expert = jnp.where(known, expert, len(gate)).reshape(-1)
@@ -71,6 +70,11 @@ def mix_experts_backward(x, gate, up, down, expert, weight, dout, *, activation)
 
     _, pull = jax.vjp(of_all, x, gate, up, down, weight)
     return pull(dout)
+
+
+def _tile(n, chosen, experts):
+    """As long as a mean expert's list, so that most are one tile; n may be symbolic."""
+    return min(max(8, 1 << (n * chosen // experts).bit_length()), 256, n) if isinstance(n, int) else 64
 
 
 def _product(x, weight):
