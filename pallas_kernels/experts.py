@@ -102,7 +102,7 @@ def _columns(gate):
     width = chips.round_up(width, LANES)
     # Of every block there are two, one of them on its way. The rest of VMEM is for the products.
     left = chips.chip().vmem * 5 // 8 - 2 * _most_rows(gate.dtype) * width * (size + 4)
-    most = left // (2 * 3 * width * size) // LANES * LANES
+    most = max(left, 0) // (2 * 3 * width * size) // LANES * LANES
     return inner if chips.round_up(inner, LANES) <= most else most and chips.even_tile(inner, most, LANES)
 
 

@@ -170,15 +170,16 @@ def test_a_vocabulary_that_vmem_does_not_hold_takes_xla():
 
 
 def test_experts_that_do_not_fit():
-    def choice(width, rows=1):
-        gate = array(2, width, 128, dtype=jnp.bfloat16)
-        arrays = array(rows, width, dtype=jnp.bfloat16), gate, gate, array(2, 128, width, dtype=jnp.bfloat16)
+    def choice(width, rows=1, inner=128):
+        gate = array(2, width, inner, dtype=jnp.bfloat16)
+        arrays = array(rows, width, dtype=jnp.bfloat16), gate, gate, array(2, inner, width, dtype=jnp.bfloat16)
         pairs = array(rows, 8), array(rows, 8, dtype=jnp.float32)
         (found,) = dlm_kernels.explain(dlm_kernels.mix_experts, *arrays, *pairs)
         return found
 
     assert choice(8192).implementations["tpu"] == "pallas"
     assert choice(16384).refused["pallas"] == "VMEM holds no 128 columns of experts of width 16384"
+    assert choice(28672, inner=64).refused["pallas"] == "VMEM holds no 128 columns of experts of width 28672"
     assert choice(64, 2**27).refused["pallas"] == "it sorts pairs by their expert and place in 32 bits"
 
 
