@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dlm_kernels
 from dlm_kernels.reference import experts as reference
@@ -92,6 +92,23 @@ def test_gradients_where_devices_share_rows_and_experts():
         for function in (shared, dlm_kernels.mix_experts)
     )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), got, expected)
+
+
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+def test_devices_share_the_work_of_the_gradients(axis):
+    """Whichever of the rows and of the experts is split over them, in the layer's own axes and not in a shard_map."""
+    given = operands(16)
+    gradients = jax.jit(jax.grad(lambda *given: (dlm_kernels.mix_experts(*given) ** 2).sum(), (0, 1, 2, 3, 5)))
+    mesh = jax.make_mesh((4,), ("all",), (axis,), devices=jax.devices("cpu")[:4])
+    whole, split = PartitionSpec(), PartitionSpec("all")
+    expected = gradients(*given)
+    for rows, experts in ((split, whole), (whole, split)):
+        specs = rows, *[experts] * 3, rows, rows
+        placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(given, specs)]
+        with jax.set_mesh(mesh):
+            compiled = gradients.lower(*placed).compile()
+        assert compiled.cost_analysis()["flops"] < gradients.lower(*given).compile().cost_analysis()["flops"] / 2
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), compiled(*placed), expected)
 
 
 def test_half_precision_is_not_widened_in_memory():

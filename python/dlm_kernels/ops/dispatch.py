@@ -51,7 +51,8 @@ class Leaf:
     """A kernel's contract, the same in every package that implements it.
 
     `operands` and `results` give each array's axes as letters; the same letter is the same size, or 1 in an operand that
-    broadcasts. A batched axis is folded into `fold`; the axes in `sharded` may be split over devices, the others may not.
+    broadcasts. A batched axis is folded into `fold`; the axes in `sharded` may be split over devices, the others may not. None:
+    XLA alone implements it, and splits its own code.
     """
 
     module: str
@@ -59,7 +60,7 @@ class Leaf:
     operands: tuple[tuple[str, str], ...]
     results: tuple[str, ...]
     fold: str
-    sharded: str
+    sharded: str | None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -162,7 +163,8 @@ def _call(leaf, implementation, operands, static):
 
     # Split before they are folded: the parts of a length would be strips of the rows.
     arrays = [operands[name] for name in present]
-    return sharding.by_parts(of_part, arrays, present.values(), map(unfolded, leaf.results), unfolded(leaf.sharded))
+    results, sharded = map(unfolded, leaf.results), leaf.sharded and unfolded(leaf.sharded)
+    return sharding.by_parts(of_part, arrays, present.values(), results, sharded)
 
 
 def _folded(leaf, implementation, operands, several, static):
@@ -256,7 +258,7 @@ def _function(leaf, implementation, implementations, present, axes, groups, stat
     def run(*arrays):
         return jax.lax.platform_dependent(*arrays, **kernels, default=default) if kernels else default(*arrays)
 
-    partitioned = sharding.partitioned(leaf, run, axes, groups)
+    partitioned = run if leaf.sharded is None else sharding.partitioned(leaf, run, axes, groups)
 
     def anywhere(*arrays):
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=partitioned)

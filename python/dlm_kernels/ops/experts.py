@@ -10,7 +10,7 @@ from dlm_kernels.ops import checks, dispatch, sharding
 _INPUTS = (("x", "rd"), ("gate", "edf"), ("up", "edf"), ("down", "efd"), ("expert", "rk"), ("weight", "rk"))
 MIX = dispatch.Leaf("experts", "mix_experts", _INPUTS, ("rd",), fold="r", sharded="r")
 BACKWARD = dispatch.Leaf(
-    "experts", "mix_experts_backward", (*_INPUTS, ("dout", "rd")), ("rd", "edf", "edf", "efd", "rk"), fold="r", sharded=""
+    "experts", "mix_experts_backward", (*_INPUTS, ("dout", "rd")), ("rd", "edf", "edf", "efd", "rk"), fold="r", sharded=None
 )
 
 

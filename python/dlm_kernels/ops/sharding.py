@@ -75,13 +75,17 @@ def _sharding_rule(leaf, axes, groups):
 def by_parts(function, arrays, axes, results, sharded):
     """function(*arrays), on each device of its part where explicit axes of a mesh split any: there the compiler splits nothing.
 
-    `axes` and `results` are the letters of the arrays and of what the function returns; those in `sharded` may be split.
+    `axes` and `results` are the letters of the arrays and of what the function returns; those in `sharded` may be split. None: all
+    may, and the compiler splits the function as along auto axes.
     """
     if (mesh := explicit_mesh(arrays)) is None:
         return function(*arrays)
     axes = axis_names(axes, [array.shape for array in arrays])
     described = [(array.shape, jax.typeof(array).sharding.spec) for array in arrays]
-    operands, results = (_split(sharded, axes, mesh, described, terms) for terms in (axes, results))
+    may_split = "".join(axes) if sharded is None else sharded
+    operands, results = (_split(may_split, axes, mesh, described, terms) for terms in (axes, results))
+    if sharded is None:
+        return jax.sharding.auto_axes(function, out_sharding=results)(*arrays)
     in_specs, out_specs = (tuple(x.spec for x in shardings) for shardings in (operands, results))
     of_parts = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     # Within a shard_map that checks, the results of one that does not are known to vary over nothing.
