@@ -57,6 +57,20 @@ def test_gradients(activation):
         assert abs((np.asarray(ours, np.float64) * direction).sum() - slope) < 1e-4 * abs(slope)
 
 
+@pytest.mark.parametrize("unknown", [[-1, -1], [0, 4]])
+def test_padding_with_nan_in_it_has_no_part_in_the_gradients(unknown):
+    """A row with no expert or with some, whatever is in it: zeros times a NaN would still be NaN."""
+    x, gate, up, down, expert, weight = operands()
+    expert[3] = unknown
+
+    def gradients(x, weight):
+        arrays = x, gate, up, down, weight
+        return jax.grad(lambda *a: (dlm_kernels.mix_experts(*a[:4], expert, a[4])[np.arange(9) != 3] ** 2).sum(), range(5))(*arrays)
+
+    wrong = [np.where(np.arange(9)[:, None] == 3, np.nan, array) for array in (x, weight)]
+    jax.tree.map(np.testing.assert_array_equal, gradients(*wrong), gradients(x, weight))
+
+
 def test_gradients_under_vmap():
     *arrays, expert, weight = operands()
 

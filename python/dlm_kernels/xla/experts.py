@@ -65,6 +65,10 @@ def mix_by_tiles(x, gate, up, down, expert, weight, *, activation):
 def mix_experts_backward(x, gate, up, down, expert, weight, dout, *, activation):
     """dout [R,D]. Returns dx, dgate, dup, ddown in the dtype of x, and dweight float32; 0 of a row with an unknown expert."""
 
+    known = ((expert >= 0) & (expert < len(gate))).all(-1, keepdims=True)
+    # Zeros times a NaN of a row that has no part would still be NaN.
+    x, expert = jnp.where(known, x, 0), jnp.where(known, expert, -1)
+
     def of_all(x, gate, up, down, weight):
         return mix_by_all(x, gate, up, down, expert, weight, activation=activation)
 
