@@ -149,7 +149,15 @@ def test_the_gradient_of_embeddings_of_16_bits():
     expected, wide = jax.vjp(lambda table: table[tokens], table.astype(jnp.float32))
     np.testing.assert_array_equal(found, expected)
     # Sums of bfloat16 slopes, rounded once more.
-    np.testing.assert_allclose(back(slope)[0].astype(jnp.float32), wide(slope)[0], rtol=2**-7, atol=2**-8)
+    (gradient,) = back(slope)
+    np.testing.assert_allclose(gradient.astype(jnp.float32), wide(slope)[0], rtol=2**-7, atol=2**-8)
+    # Of a table that devices share, within a shard_map that checks it, the same; and forward.
+    rows = jax.P("data")
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    part = jax.shard_map(lambda *given: half.look_up(*given), mesh=mesh, in_specs=(jax.P(), rows), out_specs=rows)
+    (shared,) = jax.vjp(lambda table: part(table, tokens).astype(jnp.float32), table)[1](slope)
+    np.testing.assert_allclose(shared.astype(jnp.float32), gradient.astype(jnp.float32), rtol=2**-7, atol=2**-8)
+    np.testing.assert_array_equal(jax.jvp(lambda table: half.look_up(table, tokens), (table,), (table,))[1], expected)
 
 
 def test_the_command_answers(answering, tmp_path, capsys):
