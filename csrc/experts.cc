@@ -46,7 +46,8 @@ struct Pairs {
 };
 
 inline F activated(MixtureArgs::Activation activation, F x) {
-  if (activation == MixtureArgs::Activation::kSilu) return x / (1.0f + exp(min(splat(88.0f), -x)));
+  // exp ends at 88, where silu is less than any normal number.
+  if (activation == MixtureArgs::Activation::kSilu) return x < -88.0f ? splat(0.0f) : x / (1.0f + exp(-x));
   return 0.5f * x * (1.0f + tanh(0.797884561f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
 }
 

@@ -95,6 +95,24 @@ def test_a_row_that_is_not_finite_touches_no_other(leaf, bad):
     np.testing.assert_array_equal(np.delete(got, 4, 0), np.delete(expected, 4, 0))
 
 
+LOW = [("float32", -1.0, 3e38)]  # (dtype, x, gate)
+
+
+def far_below_zero(dtype, x, gate):
+    """A row of one number, and experts that each are one."""
+    one = np.ones((1, 1, 1), dtype)
+    return np.full((1, 1), x, dtype), gate * one, one, one, np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32)
+
+
+@pytest.mark.parametrize("dtype, x, gate", LOW)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_nothing_is_left_of_what_is_far_below_zero(leaf, activation, dtype, x, gate):
+    """What is float32 until it is past the activation; gelu has its third power, of which float32 holds that of float16 alone."""
+    given = far_below_zero(dtype, x, gate if dtype == "float16" or activation == "silu" else 1e12)
+    (got,) = leaf("experts", "mix_experts")(*given, activation=activation)
+    assert got == 0
+
+
 def test_experts_that_nobody_chose_are_not_read(leaf):
     given = operands(5, 6, 2, 16, 8)
     given[4][:] = [1, 4]
