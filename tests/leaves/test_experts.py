@@ -95,7 +95,7 @@ def test_a_row_that_is_not_finite_touches_no_other(leaf, bad):
     np.testing.assert_array_equal(np.delete(got, 4, 0), np.delete(expected, 4, 0))
 
 
-LOW = [("float32", -1.0, 3e38)]  # (dtype, x, gate)
+LOW = [("float32", -1.0, 3e38), ("float16", -300.0, 300.0)]  # a product past all float16; (dtype, x, gate)
 
 
 def far_below_zero(dtype, x, gate):
@@ -111,6 +111,13 @@ def test_nothing_is_left_of_what_is_far_below_zero(leaf, activation, dtype, x, g
     given = far_below_zero(dtype, x, gate if dtype == "float16" or activation == "silu" else 1e12)
     (got,) = leaf("experts", "mix_experts")(*given, activation=activation)
     assert got == 0
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_all_at_once_nothing_is_left_of_it_either(activation):
+    given = far_below_zero(*LOW[1])
+    assert xla.mix_by_all(*given, activation=activation) == 0
+    assert all(np.isfinite(x).all() for x in xla.mix_experts_backward(*given, given[0], activation=activation))
 
 
 def test_experts_that_nobody_chose_are_not_read(leaf):

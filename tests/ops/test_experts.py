@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dlm_kernels
@@ -123,6 +124,16 @@ def test_devices_share_the_work_of_the_gradients(axis):
             compiled = gradients.lower(*placed).compile()
         assert compiled.cost_analysis()["flops"] < gradients.lower(*given).compile().cost_analysis()["flops"] / 2
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), compiled(*placed), expected)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_gradients_of_float32_have_all_its_bits(platform):
+    *arrays, expert, weight = map(jnp.asarray, operands())
+    mixed = functools.partial(dlm_kernels.mix_experts, implementation="xla")
+    gradients = jax.jit(jax.value_and_grad(lambda *a: mixed(*a[:4], expert, a[4]).sum(), (0, 1, 2, 3, 4)))
+    exported = export.export(gradients, platforms=[platform])(*arrays, weight)
+    products = [line for line in exported.mlir_module().splitlines() if "stablehlo.dot_general" in line]
+    assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 def test_half_precision_is_not_widened_in_memory():

@@ -17,15 +17,10 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
 
 def mix_by_all(x, gate, up, down, expert, weight, *, activation):
     """Every expert computes every token. A block of tokens needs most of the experts: their weights are read once either way."""
-    rows = jnp.arange(x.shape[0])[:, None]
-    known = (expert >= 0) & (expert < len(gate))
-    of_all = jnp.zeros((len(gate), x.shape[0]), jnp.float32).at[jnp.where(known, expert, 0), rows].add(jnp.where(known, weight, 0))
-    own = jnp.zeros(of_all.shape, bool).at[jnp.where(known, expert, 0), rows].max(known)[..., None]
-    # Not a share of 0: what an expert makes of another's token may be infinite.
-    g, u = (jnp.where(own, jnp.einsum("rd,edf->erf", x, matrix), 0) for matrix in (gate, up))
-    a = ACTIVATIONS[activation](g) * u
-    weighed = (a.astype(jnp.float32) * of_all[..., None]).astype(x.dtype)
-    out = jnp.einsum("erf,efd->rd", weighed, down, preferred_element_type=jnp.float32).astype(x.dtype)
+    known, own, share = _of_all(len(gate), expert, weight)
+    g, u = _inside(x, gate, up, own)
+    weighed = (ACTIVATIONS[activation](g) * u).astype(x.dtype).astype(jnp.float32) * share
+    out = _product("erf,efd->rd", weighed.astype(x.dtype), down).astype(x.dtype)
     return jnp.where(known.all(-1, keepdims=True), out, jnp.nan)
 
 
@@ -50,10 +45,11 @@ def mix_by_tiles(x, gate, up, down, expert, weight, *, activation):
         token = own // chosen
         h = x[token]
         own_gate, own_up, own_down = (_at(weights, this) for weights in (gate, up, down))
-        y = _product(ACTIVATIONS[activation](_product(h, own_gate)) * _product(h, own_up), own_down)
+        g, u = _product("rd,df->rf", h, own_gate), _product("rd,df->rf", h, own_up)
+        y = _product("rf,fd->rd", (ACTIVATIONS[activation](g) * u).astype(x.dtype), own_down)
         share = weight.reshape(-1)[own, None]
         # Not a share of 0: what this expert makes of another's token may be infinite.
-        added = jnp.where(counts[:, None], y.astype(jnp.float32) * share, 0)
+        added = jnp.where(counts[:, None], y * share, 0)
         return at + counts.sum(dtype=jnp.int32), total.at[token].add(added)
 
     # Like the operands, for within a shard_map the state must vary from the start over the axes over which they do.
@@ -67,13 +63,35 @@ def mix_experts_backward(x, gate, up, down, expert, weight, dout, *, activation)
 
     known = ((expert >= 0) & (expert < len(gate))).all(-1, keepdims=True)
     # Zeros times a NaN of a row that has no part would still be NaN.
-    x, expert = jnp.where(known, x, 0), jnp.where(known, expert, -1)
+    x, dout, expert = jnp.where(known, x, 0), jnp.where(known, dout, 0), jnp.where(known, expert, -1)
 
-    def of_all(x, gate, up, down, weight):
-        return mix_by_all(x, gate, up, down, expert, weight, activation=activation)
+    known, own, share = _of_all(len(gate), expert, weight)
+    hidden, pull = jax.vjp(lambda g, u: ACTIVATIONS[activation](g) * u, *_inside(x, gate, up, own))
+    hidden = hidden.astype(x.dtype)
+    dhidden = jnp.where(own, _product("rd,efd->erf", dout, down), 0)
+    # 16 bits again: a product of two dtypes would be one of float32.
+    dg, du = (gradient.astype(x.dtype) for gradient in pull(dhidden * share))
+    dx = _product("erf,edf->rd", dg, gate) + _product("erf,edf->rd", du, up)
+    dgate, dup = (_product("rd,erf->edf", x, gradient) for gradient in (dg, du))
+    ddown = _product("erf,rd->efd", (hidden.astype(jnp.float32) * share).astype(x.dtype), dout)
+    dshare = (hidden.astype(jnp.float32) * dhidden).sum(-1)
+    dweight = jnp.where(known, dshare[jnp.where(known, expert, 0), jnp.arange(x.shape[0])[:, None]], 0)
+    return *(gradient.astype(x.dtype) for gradient in (dx, dgate, dup, ddown)), dweight
 
-    _, pull = jax.vjp(of_all, x, gate, up, down, weight)
-    return pull(dout)
+
+def _of_all(experts, expert, weight):
+    """Whether each is known, [R,K]; and of every expert and row, [E,R,1], whether it is one of the row's, and its weight."""
+    known = (expert >= 0) & (expert < experts)
+    at, shape = (jnp.where(known, expert, 0), jnp.arange(expert.shape[0])[:, None]), (experts, expert.shape[0])
+    own = jnp.zeros(shape, bool).at[at].max(known)
+    share = jnp.zeros(shape, jnp.float32).at[at].add(jnp.where(known, weight, 0))
+    return known, own[..., None], share[..., None]
+
+
+def _inside(x, gate, up, own):
+    """Of every expert and row, float32 [E,R,F] each: x times the expert's matrices, which is float32 until past the activation."""
+    # Not a share of 0: what an expert makes of another's token may be infinite.
+    return [jnp.where(own, _product("rd,edf->erf", x, matrix), 0) for matrix in (gate, up)]
 
 
 def _tile(n, chosen, experts):
@@ -81,9 +99,12 @@ def _tile(n, chosen, experts):
     return min(max(8, 1 << (n * chosen // experts).bit_length()), 256, n) if isinstance(n, int) else 64
 
 
-def _product(x, weight):
-    """x @ weight. Of 16 bits the sum is float32 by name: else XLA on a CPU widens all weights, and keeps them for the loop."""
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+def _product(formula, a, b):
+    """The einsum, summed in float32 by name: else XLA on a CPU widens all weights of 16 bits, and keeps them for the loop; and of
+    float32 factors a TPU and a GPU would take some of the bits.
+    """
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _at(weights, index):
