@@ -202,8 +202,8 @@ def uniform_loss(config, params, tokens, key, *, implementation=None):
 
 
 def optimizer(train):
-    """Muon for the layers' matrices and Adam for the rest, with decoupled weight decay; without the learning rate, which the loop
-    gives each step as data, because it may follow the clock.
+    """Muon for the layers' matrices and Adam for the rest, the stacked matrices of experts among it, with decoupled weight decay;
+    without the learning rate, which the loop gives each step as data, because it may follow the clock.
 
     Muon's updates are scaled to the size of Adam's, so that one learning rate serves both. Source: Jordan et al. 2024,
     Liu et al. 2025.

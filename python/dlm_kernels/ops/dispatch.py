@@ -290,8 +290,8 @@ def _without_derivative(leaf, function):
         results = function(*primals)
         if any(jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in results):
             raise ValueError(
-                f"{leaf.name} has no derivative: put jax.lax.stop_gradient around its arguments; "
-                "attention and the losses have a first gradient, in reverse mode alone"
+                f"{leaf.name} has no derivative: put jax.lax.stop_gradient around its arguments; attention, the losses, "
+                "soft_embedding and mix_experts have a first gradient, in reverse mode alone"
             )
         return results, tuple(np.zeros(x.shape, jax.dtypes.float0) for x in results)
 
