@@ -21,8 +21,9 @@ class Experts(torch.autograd.Function):
         """One expert after the other, which waits for the host to know how many rows it has."""
         refuse_second_gradients()
         x, gate, up, down, expert, weight = context.saved_tensors
-        known = (expert >= 0) & (expert < len(gate))
-        dout = torch.where(known.all(-1, keepdim=True), dout, 0)  # as in ops/experts.py
+        # A row with an unknown expert has no part at all: zeros times a NaN in it would be NaN.
+        known = ((expert >= 0) & (expert < len(gate))).all(-1, keepdim=True).expand_as(expert)
+        expert = torch.where(known, expert, -1)
         # Of each pair, to be added up in one order.
         dx = x.new_zeros((*expert.shape, x.shape[-1]), dtype=torch.float32)
         dgate, dup, ddown, dweight = map(torch.zeros_like, (gate, up, down, weight))
