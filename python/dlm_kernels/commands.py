@@ -32,7 +32,6 @@ from dlm_kernels.denoiser import (
     view,
 )
 from dlm_kernels.denoiser.config import DenoiserConfig
-from dlm_kernels.denoiser.gemma import GemmaConfig
 
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
 GENERATE_OPTIONS = (
@@ -49,10 +48,11 @@ def _check_file(option, path):
         raise ValueError(f"{option}: expected a file in a folder that is there, got {path}")
 
 
-def _load(name):
+def _load(name, learnt_masks=True):
     """A published checkpoint as it is stored, which in float32 would take twice the memory; one of ours in float32."""
     directory = checkpoint.find(name)
-    return checkpoint.load(directory, dtype=None if checkpoint.published(directory) else jnp.float32)
+    dtype = None if checkpoint.published(directory) else jnp.float32
+    return checkpoint.load(directory, dtype=dtype, learnt_masks=learnt_masks)
 
 
 def run_generate(options):
@@ -64,15 +64,16 @@ def run_generate(options):
     if generate.HOLE.search(prompt) and (options.length is not None or options.exact):
         raise ValueError("--length, --exact: expected none with holes such as <mask:20>, which say their length")
     _check_file("--html", options.html)
-    model = _load(options.model)
-    if options.html is not None and isinstance(model[0], GemmaConfig):
+    if generate.HOLE.search(prompt) and options.chat:
+        raise ValueError("--chat: expected a turn, which is answered behind it, got holes such as <mask:20>")
+    model = _load(options.model, learnt_masks=False)
+    if options.html is not None and not model[0].learnt_masks:
         raise ValueError("--html: expected a model that one token at a time is written by too, got a DiffusionGemma")
     if options.drafts is not None and options.html is not None:
         raise ValueError("--drafts, --html: expected one of them; the page shows every step")
     named = {name: getattr(options, name) for name in GENERATE_OPTIONS if getattr(options, name) is not None}
-    if options.drafts is None and options.noise_budget is None and not isinstance(model[0], GemmaConfig):
-        published = checkpoint.published(checkpoint.find(options.model))
-        named.setdefault("temperature", 0.0 if published else 1.0)
+    if options.drafts is None and options.noise_budget is None and not checkpoint.published(checkpoint.find(options.model)):
+        named.setdefault("temperature", 1.0)
     named["length"] = next(n for n in (options.length, options.block, 64) if n is not None)
     named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     named["required"] = options.require
@@ -83,7 +84,7 @@ def run_generate(options):
         raise ValueError("--classifier-scale: expected a --classifier with it, got none")
     if options.drafter is not None:
         drafter = _load(options.drafter)
-        if drafter[0] != model[0]:
+        if drafter[0] != model[0] and model[0].learnt_masks:  # of others `generate` says that nobody drafts for them
             theirs, ours = (dataclasses.asdict(config) for config in (drafter[0], model[0]))
             apart = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
             raise ValueError(f"--drafter: expected a student of the model's shape, got {'; '.join(apart)}")
@@ -150,7 +151,7 @@ def run_correct(options):
 
 
 def run_info(options):
-    config, params, _ = _load(options.model)
+    config, params, _ = _load(options.model, learnt_masks=False)
     device = jax.devices()[0]
     print(f"dlm_kernels {dlm_kernels.__version__}, jax {jax.__version__}")
     print(f"device: {device.device_kind} ({device.platform}), {len(jax.devices())} of them")
@@ -234,6 +235,6 @@ def students(teacher, names):
     if names and "teacher" in names:
         raise ValueError("--students: expected another name than teacher, which is the model's")
     known = compare.STUDENTS if names is None else names
-    models = {name: checkpoint.load(checkpoint.find(name), dtype=jnp.float32) for name in known}
+    models = {name: checkpoint.load(checkpoint.find(name), dtype=jnp.float32, learnt_masks=True) for name in known}
     fit = {n for n, model in models.items() if model[0] == teacher[0] and compare.same_tokenizer(model, teacher)}
     return {name: model for name, model in models.items() if names is not None or name in fit}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from dlm_kernels.denoiser import checkpoint
+from dlm_kernels.denoiser import checkpoint, generate
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 
@@ -38,6 +38,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(config, tmp_path, saved):
         checkpoint.load_state(tmp_path / "state", {"a": jnp.ones(4)})
     checkpoint.save(tmp_path, config, params, tokenizer)
     with pytest.raises(ValueError, match="expected a tokenizer of at most 53 ids, got 300"):
+        checkpoint.load(tmp_path)
+
+
+def test_ids_of_a_tokenizer_with_a_gap(tmp_path, saved):
+    """None is beyond the embeddings, where an id would read another token's, and each is found by its text."""
+    config, params, tokenizer = checkpoint.load(saved)
+    told = json.loads(tokenizer.to_str())
+    moved = max(told["model"]["vocab"], key=len)
+    told["model"]["vocab"][moved] = config.vocab
+    tokenizer = Tokenizer.from_str(json.dumps(told))
+    assert tokenizer.get_vocab_size() == config.vocab == 300
+    assert generate.tokens_with(tokenizer, tokenizer.decode([300])) == [300]
+    checkpoint.save(tmp_path, config, params, tokenizer)
+    with pytest.raises(ValueError, match="expected a tokenizer of at most 300 ids, got 301"):
         checkpoint.load(tmp_path)
 
 

@@ -54,7 +54,7 @@ def test_the_likeliest_alone_at_any_temperature(command):
 
 def test_infill_keeps_the_text_around(command, saved):
     status, out, _ = command(
-        "generate", "--infill", r"def add(a, b):\n    <mask:5@2>\n    return c", "--steps", "5", "--json"
+        "generate", "--infill", r"def add(a, b):\n    <mask:5@2.>\n    return c", "--steps", "5", "--json"
     )
     numbers = json.loads(out)
     assert status == 0 and numbers["tokens"] == 5 and numbers["passes"] == 5

@@ -244,8 +244,12 @@ def test_a_turn_is_answered_in_whole_canvases(published, capsys):
     arguments = ["generate", *asked, "--model", str(published[1])]
     assert cli.main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["text"] == made.answers[0]
+    alone = "DiffusionGemma: goes with steps and temperature alone, got "
     for more, expected in {
-        ("--threshold", "0.9"): "noise_budget: goes with steps and temperature alone, got ['threshold']",
+        ("--threshold", "0.9"): alone + "['threshold']",
+        ("--cache",): alone + "['cache']",
+        ("--require", "x"): alone + "['required']",
+        ("--drafts", "2", "--drafter", "student-8"): alone + "['drafts', 'drafter']",
         ("--html", "out.html"): "--html: expected a model that one token at a time is written by too, got a DiffusionGemma",
         ("--temperature", "0"): "temperature: expected above 0 with a noise_budget, got 0",
     }.items():
@@ -261,8 +265,25 @@ def test_what_asks_for_masks_refuses_it(published):
         sampler.decode(config, params, tokens, block=3, steps=1)
     with pytest.raises(ValueError, match=expected):
         speculative.decode(config, params, tokens, block=3, steps=3, drafts=1)
-    with pytest.raises(ValueError, match=expected):
-        generate.generate(loaded, ["x"], required=["y"])
+    with pytest.raises(ValueError, match=r"DiffusionGemma: goes with steps and temperature alone, got \['<mask:n@scale>'\]"):
+        generate.generate(loaded, ["x<mask:3@2>"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train OUT --steps 1 --initial MODEL", "distill OUT --steps 1 --model MODEL", "generate x --drafts 2 --drafter MODEL",
+        "evaluate --control --model MODEL", "evaluate --decoding --model MODEL", "evaluate --by-steps --students MODEL",
+        "correct x --model MODEL",
+    ],
+)  # fmt: skip
+def test_commands_that_ask_for_masks_refuse_it(arguments, published, tmp_path, capsys):
+    named = dict(OUT=str(tmp_path / "out"), MODEL=str(published[1]))
+    assert cli.main([named.get(word, word) for word in arguments.split()]) == 2
+    said = capsys.readouterr()
+    expected = "config: expected a model that has learnt masks, got a DiffusionGemma, which `generate` alone decodes"
+    assert said.err.endswith(f"dlm-kernels: {expected}\n")
+    assert said.out == "" and not (tmp_path / "out").exists()
 
 
 def test_a_config_written_later_is_the_same(published):

@@ -90,6 +90,9 @@ def test_generate(arguments, command):
 OTHERS = {
     "generate --infill 'no hole'": "--infill: expected a hole such as <mask:20> in it, got 'no hole'",
     "generate --infill '<mask:0>'": "prompts: expected a hole of at least one token in each, got '<mask:0>'",
+    "generate '<mask:99999999999999999999>'": "prompts: expected marks <mask:n> or <mask:n@scale>, got '<mask:9999",
+    f"generate '<mask:3@1{'0' * 47}>'": f"prompts: <mask:3@1{'0' * 47}>: expected a finite number, got 1e+47",
+    "generate --chat 'a<mask:3>b'": "--chat: expected a turn, which is answered behind it, got holes such as <mask:20>",
     "generate --infill '<mask:2><mask:4@x>'": "prompts: expected marks <mask:n> or <mask:n@scale>, got '<mask:4@x>'",
     "generate \udcff": "prompts: expected a text of Unicode characters, got '\\udcff'",
     "correct \udcff": "text: expected a text of Unicode characters, got '\\udcff'",

@@ -472,8 +472,13 @@ def test_what_does_not_fit_blocks_is_refused(published):
         sampler.decode(config, params, tokens, block=3, steps=1)
     with pytest.raises(ValueError, match="refresh: expected a cache of keys that grow old"):
         sampler.decode(config, params, tokens, block=size, steps=1, cache=True, refresh=2)
+    other = dict(unconditional=tokens, unconditional_start=3, guidance_scale=2.0)
     with pytest.raises(ValueError, match=f"unconditional_start: expected a multiple of the block_size {size} from start "):
-        generate.generate(loaded, ["def add("], length=8, cache=True, guidance=2.0, negative_prompt="x")
+        sampler.decode(config, params, tokens, block=size, steps=1, cache=True, **other)
+    options = dict(length=8, steps=2, guidance=2.0, exact=True)
+    for away in (dict(negative_prompt="x"), dict(style="y = 1\n")):  # neither fills whole blocks beside the prompt
+        plain, cached = (generate.generate(loaded, ["def add("], cache=cache, **away, **options) for cache in (False, True))
+        np.testing.assert_array_equal(cached.decoded.tokens, plain.decoded.tokens)
     with pytest.raises(ValueError, match=f"mask: expected None or one interval a query, with the block_size {size}, got another"):
         model.hidden_states(config, params, tokens, mask=masks.block_diffusion(12, 4))
     if kind == "fast_dllm":

@@ -237,6 +237,7 @@ def test_bad_arguments(config, params, board):
         (dict(block=0), "block: expected an int of at least 1, got 0"),
         (dict(key=jax.random.key(0)), "key: expected a key for each of 2 rows"),
         (dict(temperature=0.8), "temperature: expected two numbers"),
+        (dict(temperature=(0.0, 0.0)), "temperature: expected above 0, got 0.0"),
         (dict(tokens=board["tokens"][0]), r"tokens: expected shape \[B, L\]"),
     ]:
         with pytest.raises(ValueError, match=message):

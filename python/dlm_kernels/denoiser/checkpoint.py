@@ -52,13 +52,16 @@ def save_parameters(directory, params, *, dtype=jnp.bfloat16):
     write_atomic(pathlib.Path(directory) / "model.safetensors", safetensors.numpy.save(arrays, {"format": "pt"}))
 
 
-def load(directory=SHIPPED, *, dtype=None):
+def load(directory=SHIPPED, *, dtype=None, learnt_masks=False):
     """(config, params, tokenizer) of a checkpoint directory, ours or a published one (see `pretrained`); `dtype` converts.
 
-    Raises ValueError where there is none, or a parameter is missing, unknown, or of another shape than the config says.
+    Raises ValueError where there is none, or a parameter is missing, unknown, or of another shape than the config says; with
+    `learnt_masks` for a DiffusionGemma too.
     """
     directory, values = pathlib.Path(directory), _config(directory)
     config, tokenizer = described(directory)
+    if learnt_masks:
+        model.check_masks(config)
     if architectures.of(values):
         return config, pretrained.load(directory, values, dtype=dtype), tokenizer
     arrays = read(directory / "model.safetensors")
@@ -87,8 +90,9 @@ def described(directory):
         except ValueError as error:
             raise ValueError(f"{directory}/config.json: {error}") from None
     # An id beyond the embeddings would read another token's, and no error say so.
-    if tokenizer.get_vocab_size() > config.vocab:
-        raise ValueError(f"{directory}: expected a tokenizer of at most {config.vocab} ids, got {tokenizer.get_vocab_size()}")
+    most = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if most > config.vocab:
+        raise ValueError(f"{directory}: expected a tokenizer of at most {config.vocab} ids, got {most}")
     return config, tokenizer
 
 

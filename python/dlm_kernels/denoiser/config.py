@@ -1,6 +1,7 @@
 """The shape of a denoiser: everything that its parameters' shapes and its forward pass depend on."""
 
 import dataclasses
+from typing import ClassVar
 
 from dlm_kernels.denoiser import limits
 from dlm_kernels.denoiser.experts import Experts
@@ -31,6 +32,8 @@ class DenoiserConfig:
     rotary_size: int | None = None  # RoPE turns so many of the head_size, the first ones; None: all
     experts: Experts | None = None  # in the place of the SwiGLU
     threshold: float = 0.85  # above which a model with a block_size is decoded by default
+
+    learnt_masks: ClassVar[bool] = True
 
     def __post_init__(self):
         sizes = ("layers", "d_model", "heads", "kv_heads", "head_size", "ffn", "vocab")

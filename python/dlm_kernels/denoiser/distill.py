@@ -34,7 +34,7 @@ def run(
     limits.numbers(0, 1, on_policy=on_policy)
     if pathlib.Path(teacher).resolve() == pathlib.Path(out).resolve():
         raise ValueError(f"teacher: expected another directory than the one that is written, got {out}")
-    config, params, tokenizer = checkpoint.load(teacher, dtype=jnp.float32)
+    config, params, tokenizer = checkpoint.load(teacher, dtype=jnp.float32, learnt_masks=True)
     if initial is not None:
         its, own = checkpoint.described(initial)
         if its != config or own.to_str() != tokenizer.to_str():

@@ -46,6 +46,7 @@ class GemmaConfig:
     self_conditioning: ClassVar[bool] = True
     shifted: ClassVar[bool] = False
     block_size: ClassVar[None] = None
+    learnt_masks: ClassVar[bool] = False
 
     def __post_init__(self):
         counted = (

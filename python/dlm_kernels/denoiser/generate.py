@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 import re
 import time
@@ -11,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels.denoiser import blocks, chat, control, limits, renoise, sampler, speculative
-from dlm_kernels.denoiser.gemma import GemmaConfig
 from dlm_kernels.denoiser.text import encode
 
-HOLE = re.compile(r"<mask:(\d+)(?:@(-?\d*\.?\d+))?>")  # how many tokens, and under which guidance scale
+HOLE = re.compile(r"<mask:(\d{1,18})(?:@(-?(?:\d+\.?\d*|\.\d+)))?>")  # how many tokens, and under which guidance scale
 ALL = {"threshold": 0.0, "factor": 1e6, "entropy_budget": 1e6}  # by which a rule commits all in one pass
 # Options of `sampler.decode` that `generate` makes itself, and from what.
 MADE = {
@@ -78,13 +78,12 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
         own = [np.nan] * len(row)
         for holes, scale, piece in zip(marked[::3], marked[1::3], marked[2::3]):
             given = read(piece)
+            limits.numbers(**{f"prompts: <mask:{holes}@{scale}>": scale and float(scale)})
             row += [config.mask_id] * int(holes) + given
             own += [np.nan if scale is None else float(scale)] * int(holes) + [np.nan] * len(given)
         # Such a model has seen whole blocks only; canvases begin behind the prompt.
-        if isinstance(config, GemmaConfig):
-            added = 0 if marked else length + -length % config.canvas
-        else:
-            added = 0 if marked else length + -(len(row) + length) % (config.block_size or 1)
+        fills = -(len(row) + length) % (config.block_size or 1) if config.learnt_masks else -length % config.canvas
+        added = 0 if marked else length + fills
         if marked and config.mask_id not in row:
             raise ValueError(f"prompts: expected a hole of at least one token in each, got {prompt!r}")
         rows.append(row + [config.mask_id] * added)
@@ -167,8 +166,8 @@ def generate(
     """
     config, params, tokenizer = model
     _check(prompts, required, options)
-    by_blocks, of_canvases = config.block_size is not None, isinstance(config, GemmaConfig)
-    if of_canvases and noise_budget is None and drafts is None:
+    by_blocks, of_canvases = config.block_size is not None, not config.learnt_masks
+    if of_canvases and noise_budget is None:
         noise_budget = BUDGET
     if block is None:
         block = config.canvas if of_canvases else config.block_size or 64
@@ -198,13 +197,16 @@ def generate(
     away = None if negative_prompt is None else encode(config, tokenizer, "negative_prompt", negative_prompt)
     board = canvas(config, tokenizer, prompts, length, style or "", least=block, before=len(away or []))
     guided = guidance != 1 or options.get("guidance_final") is not None or not np.isnan(board.guidance).all()
-    named = dict(
-        temperature=temperature or None, guidance=guidance if guided else None, logit_bias=logit_bias, eos_bias=eos_bias or None,
-        on_pass=on_pass, drafts=drafts, noise_budget=noise_budget, **options,
-    )  # fmt: skip
+    given = {
+        "temperature": temperature or None, "guidance": None if guidance == 1 else guidance, "logit_bias": logit_bias,
+        "eos_bias": eos_bias or None, "on_pass": on_pass, "drafts": drafts, "drafter": drafter, "noise_budget": noise_budget,
+        "<mask:n@scale>": None if np.isnan(board.guidance).all() else True, **options,
+    }  # fmt: skip
+    if of_canvases:  # where a text is likeliest, masks tell
+        given["required"] = required or None
     if noise_budget is not None and temperature is None:
         temperature = HEAT
-    decode, its_own = _decoder(drafts, drafter, noise_budget, temperature, named)
+    decode, its_own = _decoder(config, temperature, given)
     ends = chat.ends(config, tokenizer)
     banned = _banned(config, tokenizer, [*banned, *(ends if exact or required or marked else ())], bool(temperature))
     board = _with_required(model, board, required, banned, options.get("implementation"))
@@ -213,6 +215,9 @@ def generate(
         options |= dict(temperature=temperature or None, key=keys)
     if guided:
         options |= _guidance(config, board, guidance, adaptive, away)
+        # A cache holds whole blocks, from both streams' starts on: without one the text is the same.
+        if by_blocks and ((options.get("unconditional_start", board.start) - board.start) % config.block_size).any():
+            options.pop("cache", None)
     elif adaptive is not None or negative_prompt is not None:
         raise ValueError("adaptive, negative_prompt: expected a guidance other than 1 with them, got 1")
     if logit_bias is not None or eos_bias:
@@ -287,24 +292,23 @@ def _check(prompts, required, options):
         raise ValueError(f"{name}: expected {MADE[name]} in its place, of which it is made, got {name}")
 
 
-def _alone(name, company, fits, given):
-    """Raises ValueError where of `given`, by name, more than `fits` is there beside the option `name`."""
-    more = [other for other, option in given.items() if option is not None and other not in (name, "implementation", *fits)]
-    if more:
-        raise ValueError(f"{name}: goes with {company} alone, got {more}")
-
-
-def _decoder(drafts, drafter, noise_budget, temperature, given):
-    """The decoder, and the options that it alone takes. Raises ValueError where of `given` something does not go with it."""
-    if drafts is not None:
-        _alone("drafts", "steps and greedy decoding", (), given)
-        return speculative.decode, dict(drafts=drafts, drafter=drafter)
-    if drafter is not None:
+def _decoder(config, temperature, given):
+    """The decoder, and the options that it alone takes. Raises ValueError where of `given`, by name, something does not go with it."""
+    if given["drafts"] is not None and config.learnt_masks:
+        name, company, decode = "drafts", "steps and greedy decoding", speculative.decode
+        own = dict(drafts=given["drafts"], drafter=given["drafter"])
+    elif given["noise_budget"] is not None:
+        name, company, decode = "noise_budget", "steps and temperature", renoise.decode
+        own = dict(budget=given["noise_budget"], temperature=(temperature, temperature / 2))
+    elif given["drafter"] is not None:
         raise ValueError("drafter: expected drafts with it, got none")
-    if noise_budget is not None:
-        _alone("noise_budget", "steps and temperature", ("temperature", "on_pass"), given)
-        return renoise.decode, dict(budget=noise_budget, temperature=(temperature, temperature / 2))
-    return sampler.decode, {}
+    else:
+        return sampler.decode, {}
+    fits = {name, *inspect.signature(decode).parameters}
+    more = [other for other, option in given.items() if option is not None and other not in fits]
+    if more:
+        raise ValueError(f"{name if config.learnt_masks else 'DiffusionGemma'}: goes with {company} alone, got {more}")
+    return decode, own
 
 
 def _banned(config, tokenizer, banned, sampled):
@@ -349,7 +353,7 @@ def tokens_with(tokenizer, text):
     """Ids of the tokens whose text contains `text`: banning them keeps it out, unless two tokens spell it together."""
     if not text:
         raise ValueError("banned: expected texts of at least one character, got ''")
-    found = [i for i in range(tokenizer.get_vocab_size()) if text in tokenizer.decode([i])]
+    found = [i for i in sorted(tokenizer.get_vocab().values()) if text in tokenizer.decode([i])]
     if not found:
         raise ValueError(f"banned: expected texts that a single token contains, got {text!r}, which only several spell together")
     return found

@@ -14,7 +14,7 @@ def numbers(low=-np.inf, high=np.inf, *, above=False, **given):
     if high < np.inf:
         expected = f"a number {f'above {low} and at most {high}' if above else f'in [{low}, {high}]'}"
     else:
-        expected = f"at least {low}" if low > -np.inf else "a finite number"
+        expected = f"{'above' if above else 'at least'} {low}" if low > -np.inf else "a finite number"
     for name, value in given.items():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if part is None or isinstance(part, jax.Array):

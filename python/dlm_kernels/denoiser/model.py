@@ -8,8 +8,13 @@ import jax.numpy as jnp
 
 from dlm_kernels import attention, masks, mix_experts
 from dlm_kernels.denoiser import experts
-from dlm_kernels.denoiser.config import DenoiserConfig
 from dlm_kernels.denoiser.half import look_up, product
+
+
+def check_masks(config):
+    """Raises ValueError for a model that `renoise.decode` alone computes."""
+    if not config.learnt_masks:
+        raise ValueError("config: expected a model that has learnt masks, got a DiffusionGemma, which `generate` alone decodes")
 
 
 def parameter_shapes(config):
@@ -187,8 +192,7 @@ def _by_blocks(config, mask, column, positions):
 
 def _states(config, params, tokens, positions, attend, embedded=None, *, implementation=None):
     """The layers; attend(i, query, key, value) is layer i's attention, [B, L, heads, head_size]."""
-    if not isinstance(config, DenoiserConfig):
-        raise ValueError("config: expected a model that has learnt masks, got a DiffusionGemma, which `generate` alone decodes")
+    check_masks(config)
     b, length = tokens.shape
     rotation = rope(positions, config.rotary_size or config.head_size, config.rope_theta)
     x = look_up(params["embed"], tokens) if embedded is None else embedded

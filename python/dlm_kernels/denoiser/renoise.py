@@ -50,7 +50,7 @@ def decode(
         of `soft`, and it is not computed.
       tokens: int32 [B, L]; the masks in it are what is written. start, first, stop, block, banned_tokens, stop_at, on_pass: as in
         `sampler.decode`. key: a JAX threefry key for each row, [B].
-      steps: passes a block at most. budget: in nats. temperature: of the first pass, and what it falls to. calm: in nats.
+      steps: passes a block at most. budget: in nats. temperature: of the first pass, above 0, and what it falls to. calm: in nats.
 
     All but block are data. A row does not depend on its batch. Returns Decoded: `revealed` is the pass that last changed the token.
     Raises ValueError for arguments that do not fit. Source: DiffusionGemma's sampler; its ports', which end by writing argmax.
@@ -64,6 +64,7 @@ def decode(
     if np.shape(temperature) != (2,):
         raise ValueError(f"temperature: expected two numbers, the first pass's and the last's, got {temperature}")
     limits.numbers(0, budget=budget, temperature=temperature, calm=calm)
+    limits.numbers(0, above=True, temperature=temperature[0])  # no pass reaches the other
     columns = blocks.columns(config, tokens, start, first, stop)
     data = dict(
         steps=jnp.asarray(steps, jnp.int32), budget=jnp.asarray(budget, jnp.float32), calm=jnp.asarray(calm, jnp.float32),
@@ -80,7 +81,7 @@ def _decode(static, params, tokens, columns, data):
     position = jnp.arange(length, dtype=jnp.int32)[None]
     hole = blocks.holes(config, tokens, columns)
     head = model.head_weight(config, params)
-    encoded = isinstance(config, gemma.GemmaConfig)
+    encoded = not config.learnt_masks
     soft_cap = config.soft_cap if encoded else None
 
     def unwritten(decoded):

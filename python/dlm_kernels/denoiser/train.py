@@ -325,7 +325,7 @@ def _start(config, train, out, initial, told):
     if initial is not None:
         if pathlib.Path(initial).resolve() == out.resolve():
             raise ValueError(f"initial: expected another directory than the one that is written, got {out}")
-        found, params, tokenizer = checkpoint.load(initial, dtype=jnp.float32)
+        found, params, tokenizer = checkpoint.load(initial, dtype=jnp.float32, learnt_masks=True)
         config = _agreed(config, found, initial)
     learns = {name: getattr(train, name) for name in LEARNS} | (told or {})
     learns["initial"] = params and fingerprint(params)
