@@ -293,7 +293,7 @@ def _check(prompts, required, options):
 
 
 def _decoder(config, temperature, given):
-    """The decoder, and the options that it alone takes. Raises ValueError where of `given`, by name, something does not go with it."""
+    """The decoder, and the options that it alone takes. Raises ValueError where something of `given` does not go with it."""
     if given["drafts"] is not None and config.learnt_masks:
         name, company, decode = "drafts", "steps and greedy decoding", speculative.decode
         own = dict(drafts=given["drafts"], drafter=given["drafter"])
