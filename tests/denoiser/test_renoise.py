@@ -4,6 +4,7 @@ Rows are ragged (prompts of 5 and 3, a given token among the holes), and blocks 
 """
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -164,7 +165,13 @@ def test_a_block_settles_in_its_second_pass_at_the_earliest(config, params, boar
 
 def test_generate_cools_to_half_its_temperature(saved, monkeypatch):
     given, decode = [], renoise.decode
-    monkeypatch.setattr(renoise, "decode", lambda *x, **options: given.append(options["temperature"]) or decode(*x, **options))
+
+    @functools.wraps(decode)  # whose signature tells `generate` what goes with it
+    def told(*arguments, **options):
+        given.append(options["temperature"])
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(renoise, "decode", told)
     for temperature in (None, 0.5):
         options = dict(length=6, block=6, steps=2, noise_budget=0.5, temperature=temperature)
         generate.generate(checkpoint.load(saved, dtype=jnp.float32), ["def add("], **options)
