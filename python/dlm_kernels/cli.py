@@ -10,10 +10,13 @@ import threading
 
 def main(arguments=None):
     """Runs one subcommand; returns the exit status: 2 for an error in what was asked for, 130 for Ctrl-C, each with one line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called, `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
     options = _parser().parse_args(arguments)
     try:
         _check_implementation(options.implementation)
-        from dlm_kernels import commands  # not for --help, which answers at once
+        from dlm_kernels import commands  # not for --help, which needs none of it
 
         getattr(commands, f"run_{options.command}")(options)
         sys.stdout.flush()
@@ -70,10 +73,10 @@ def _parser():
     holes = "text with holes: <mask:20> is one of 20 tokens, <mask:20@3> one under guidance 3"
     add("--infill", help=holes, **texts)
     add("--chat", action="store_true", help="make the prompt a user's turn, as published instruction-tuned models read it")
-    add("--length", type=int, help="tokens to add at most (default: --block, or 64)")
+    add("--length", type=int, help="tokens to add at most (default: --block, or 64); DiffusionGemma fills canvases")
     add("--exact", action="store_true", default=None, help="exactly --length tokens")
-    add("--block", type=int, help="tokens decoded together (default: 64; SDAR's and LLaDA2's own block, 8 of Fast-dLLM v2's)")
-    add("--steps", type=int, help="passes per block at most (default: a quarter of its tokens; for these by --threshold)")
+    add("--block", type=int, help="tokens decoded together (default: 64, or the model's own block or canvas; 8 of Fast-dLLM v2's)")
+    add("--steps", type=int, help="passes per block at most (default: block / 4; of models of blocks by threshold; from noise 48)")
     add("--threshold", type=float, help="commit all tokens more certain than this")
     add("--factor", type=float, help="commit by Fast-dLLM's factor rule")
     add("--entropy-budget", type=float, help="commit the most certain while their entropies sum to this")
@@ -83,7 +86,7 @@ def _parser():
     rules = ("least", "cap", "rescale", "confidence")
     add("--remask-rule", choices=rules, help="the least certain, or ReMDM's rules of strength --remask")
     add("--confidence", help="probability (the default), margin, neg_entropy or random")
-    heat = "0 is greedy (default: 1; 0 with --drafts and for published models; 0.8 with --noise-budget)"
+    heat = "0 is greedy (default: 1; 0 with --drafts and for published models; 0.8 from noise)"
     add("--temperature", type=float, help=heat)
     add("--top-p", type=float, help="choose among the most likely tokens, whose probabilities sum to this")
     add("--top-k", type=int, help="choose among this many of the most likely tokens")

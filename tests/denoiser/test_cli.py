@@ -402,6 +402,13 @@ def test_a_reader_that_has_enough_is_no_error():
         assert process.wait() == 128 + signal.SIGPIPE and "dlm-kernels" not in said and "BrokenPipe" not in said
 
 
+def test_a_closed_stream_is_nobody_who_reads(saved, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["info", "--model", str(saved)]) == 0
+    assert cli.main(["info", "--model", "nowhere"]) == 2
+
+
 def test_layers_beside_a_checkpoint_are_those_of_it(command, saved, texts, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "files", lambda: texts)
     status, _, err = command("train", str(tmp_path / "out"), "--initial", str(saved), "--layers", "7", "--steps", "1")

@@ -426,6 +426,8 @@ def test_drafts_in_blocks_are_lossless(published):
     drafted = speculative.decode(config, params, tokens, block=4, steps=4, drafts=1, first=7)
     np.testing.assert_array_equal(drafted.tokens[0], expected)
     assert drafted.passes < passes == drafted.steps[0] == 9
+
+
 def test_sizes_and_ids_that_a_config_leaves_out():
     """As published: none of the config.json has the mask, and SDAR's and LLaDA2's have no block size."""
     published = {name: x for name, x in (SDAR | dict(vocab_size=151936)).items() if name not in ("block_size", "mask_token_id")}
@@ -440,6 +442,8 @@ def test_sizes_and_ids_that_a_config_leaves_out():
     published = {name: x for name, x in (LLADA2 | dict(vocab_size=157184)).items() if name not in left_out}
     config = pretrained.described("there", published | dict(pad_token_id=156892))
     assert (config.block_size, config.mask_id, config.pad_id, config.eos_id) == (32, 156895, 156892, 156892)
+    del published["pad_token_id"]
+    assert pretrained.described("there", published | dict(eos_token_id=156892)) == config
 
 
 @pytest.mark.parametrize("kind", GIVEN)

@@ -121,9 +121,8 @@ def llada_config(given):
         qk_norm=False,
         qkv_bias=bool(given.get("include_qkv_bias")),
         tie_embeddings=given["weight_tying"],
-        pad_id=given["pad_token_id"],
-        eos_id=given["eos_token_id"],
         mask_id=given["mask_token_id"],
+        **_ends(given),
     )
 
 
@@ -181,7 +180,7 @@ def llada2_config(given):
     )  # fmt: skip
     _refuse(given, fixed)
     if given["num_experts_per_tok"] < 2:
-        raise ValueError("config.json: num_experts_per_tok: expected at least 2, whose weights are shares of 1, got 1")
+        raise ValueError("num_experts_per_tok: expected at least 2, whose weights are shares of 1, got 1")
     width = given["moe_intermediate_size"]
     experts = Experts(
         count=given["num_experts"],
@@ -195,7 +194,6 @@ def llada2_config(given):
         dense_layers=given["first_k_dense_replace"],
     )
     ids = dict(block_size=given.get("block_size", 32), mask_id=given.get("mask_token_id", 156895), threshold=0.95)
-    given = dict(eos_token_id=given["pad_token_id"]) | given
     config = _qwen_config(given, qk_norm=True, qkv_bias=False, experts=experts, **ids)
     return dataclasses.replace(config, rotary_size=int(config.head_size * given["partial_rotary_factor"]))
 
@@ -219,10 +217,10 @@ def gemma_config(given):
     _refuse(text, fixed)
     _refuse(given, dict(tie_word_embeddings=True))
     if text.get("use_bidirectional_attention") == "all":
-        raise ValueError("config.json: use_bidirectional_attention: expected a causal encoder, the only one computed here, got all")
+        raise ValueError("use_bidirectional_attention: expected a causal encoder, the only one computed here, got all")
     kinds = text["layer_types"]
     if len(kinds) != text["num_hidden_layers"] or set(kinds) - {"sliding_attention", "full_attention"}:
-        raise ValueError(f"config.json: layer_types: expected sliding_attention or full_attention for each layer, got {kinds}")
+        raise ValueError(f"layer_types: expected sliding_attention or full_attention for each layer, got {kinds}")
     near, everywhere = (text["rope_parameters"][kind] for kind in ("sliding_attention", "full_attention"))
     _refuse(near, dict(rope_type="default"))
     _refuse(everywhere, dict(rope_type="proportional", factor=1.0))
@@ -249,10 +247,18 @@ def gemma_config(given):
         soft_cap=text.get("final_logit_softcapping", 30.0),
         rms_norm_eps=text["rms_norm_eps"],
         # Behind a text it has learnt pads, which are banned only where they are no end of it: our filler is the end.
-        pad_id=text["eos_token_id"],
-        eos_id=text["eos_token_id"],
+        **_ends(dict(eos_token_id=text["eos_token_id"])),
         mask_id=given.get("mask_token_id", 4),
     )
+
+
+def _ends(given):
+    """The pad, and what ends a text, which may be several ids. One that is not told is the other: Dream's configuration class has
+    no other end, LLaDA2's config.json has the pad alone, and no pad is ever read.
+    """
+    told = given["pad_token_id"] if "eos_token_id" not in given else given["eos_token_id"]
+    first, *more = told if isinstance(told, list) and told else [told]
+    return dict(pad_id=given.get("pad_token_id", first), eos_id=first, ends=tuple(more))
 
 
 def _qwen_config(given, **own):
@@ -262,8 +268,6 @@ def _qwen_config(given, **own):
         hidden_act="silu", rope_scaling=None, rope_type="default", use_sliding_window=False, layer_types=["full_attention"]
     )  # fmt: skip
     _refuse(given | dict(layer_types=kinds), only)
-    # One that is not told is the other: Dream's configuration class has no other end, and no pad is ever read.
-    pad = given["pad_token_id"] if "pad_token_id" in given else given["eos_token_id"]
     return DenoiserConfig(
         layers=given["num_hidden_layers"],
         d_model=given["hidden_size"],
@@ -275,8 +279,7 @@ def _qwen_config(given, **own):
         rope_theta=given["rope_theta"],
         rms_norm_eps=given["rms_norm_eps"],
         tie_embeddings=given["tie_word_embeddings"],
-        pad_id=pad,
-        eos_id=given.get("eos_token_id", pad),
+        **_ends(given),
         **own,
     )
 
@@ -304,4 +307,4 @@ def _refuse(given, fixed):
     """Absent keys are as `model` has them; a value that it does not compute would only show as nonsense."""
     for name, value in fixed.items():
         if given.get(name, value) != value:
-            raise ValueError(f"config.json: {name}: expected {value}, the only one computed here, got {given[name]}")
+            raise ValueError(f"{name}: expected {value}, the only one computed here, got {given[name]}")

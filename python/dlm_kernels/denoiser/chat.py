@@ -38,9 +38,9 @@ def turn(tokenizer, text):
 
 
 def ends(config, tokenizer):
-    """Ids of the tokens that end a text: end-of-text, and where the tokenizer has one the end of a turn."""
+    """Ids of the tokens that end a text: end-of-text, those of the config, and where the tokenizer has one the end of a turn."""
     known = (tokenizer.token_to_id(name) for name in ENDS_OF_TURNS)
-    return [config.eos_id, *(token for token in known if token not in (None, config.eos_id))]
+    return list(dict.fromkeys([config.eos_id, *config.ends, *(token for token in known if token is not None)]))
 
 
 def tokenizer(directory):

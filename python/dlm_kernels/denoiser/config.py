@@ -32,6 +32,7 @@ class DenoiserConfig:
     rotary_size: int | None = None  # RoPE turns so many of the head_size, the first ones; None: all
     experts: Experts | None = None  # in the place of the SwiGLU
     threshold: float = 0.85  # above which a model with a block_size is decoded by default
+    ends: tuple[int, ...] = ()  # ids that end a text beside eos_id
 
     learnt_masks: ClassVar[bool] = True
 
@@ -60,6 +61,7 @@ class DenoiserConfig:
             limits.counts(0, **{name: getattr(self, name)})
             if not getattr(self, name) < self.vocab:
                 raise ValueError(f"{name}: expected an id in [0, {self.vocab}), got {getattr(self, name)}")
+        limits.ids(self.vocab, ends=self.ends)
         if self.mask_id in (self.pad_id, self.eos_id):
             raise ValueError(f"mask_id: expected another id than pad_id and eos_id, got {self.mask_id}")
 
@@ -70,6 +72,8 @@ class DenoiserConfig:
     def from_dict(cls, values):
         if values.get("experts") is not None:
             values = values | {"experts": _fields(Experts, "config: experts", values["experts"])}
+        if isinstance(values.get("ends"), list):
+            values = values | {"ends": tuple(values["ends"])}
         return _fields(cls, "config", values)
 
 

@@ -40,6 +40,7 @@ class GemmaConfig:
     pad_id: int
     eos_id: int
     mask_id: int  # of a hole; the model has learnt nothing about it
+    ends: tuple[int, ...] = ()  # ids that end a text beside eos_id
 
     # What is asked of a DenoiserConfig too.
     tie_embeddings: ClassVar[bool] = True
@@ -61,7 +62,7 @@ class GemmaConfig:
         if self.heads % self.kv_heads or self.heads % self.global_kv_heads:
             given = self.kv_heads, self.global_kv_heads
             raise ValueError(f"kv_heads, global_kv_heads: expected divisors of heads {self.heads}, got {given}")
-        limits.ids(self.vocab, **{name: [getattr(self, name)] for name in ("pad_id", "eos_id", "mask_id")})
+        limits.ids(self.vocab, **{name: [getattr(self, name)] for name in ("pad_id", "eos_id", "mask_id")}, ends=self.ends)
 
 
 def parameter_shapes(config):

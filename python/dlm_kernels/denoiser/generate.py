@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels.denoiser import blocks, chat, control, limits, renoise, sampler, speculative
-from dlm_kernels.denoiser.text import encode
+from dlm_kernels.denoiser.text import encode, opened
 
 HOLE = re.compile(r"<mask:(\d{1,18})(?:@(-?(?:\d+\.?\d*|\.\d+)))?>")  # how many tokens, and under which guidance scale
 ALL = {"threshold": 0.0, "factor": 1e6, "entropy_budget": 1e6}  # by which a rule commits all in one pass
@@ -35,7 +35,7 @@ class Canvas:
     start: np.ndarray  # int32 [B], the first column that is not padding
     first: np.ndarray  # int32 [B], the first hole: blocks are counted from here
     guidance: np.ndarray  # float32 [B, L], the scale that a hole's own mark gives, elsewhere NaN
-    style: int  # tokens of it, with which each row begins
+    style: int  # tokens up to its end, with which each row begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,9 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
     rows, scales = [], []
     for prompt in prompts:
         piece, *marked = HOLE.split(prompt)
-        row = ahead + read(piece)
+        given = read(piece)
+        row = opened(tokenizer, ahead + given)
+        behind = len(row) - len(given)
         own = [np.nan] * len(row)
         for holes, scale, piece in zip(marked[::3], marked[1::3], marked[2::3]):
             given = read(piece)
@@ -92,7 +94,7 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
     tokens = _padded(rows, config.pad_id, np.int32, least)
     start = np.array([tokens.shape[1] - len(row) for row in rows], np.int32)
     first = (tokens == config.mask_id).argmax(1).astype(np.int32)
-    return Canvas(tokens, start, first, _padded(scales, np.nan, np.float32, least), len(ahead))
+    return Canvas(tokens, start, first, _padded(scales, np.nan, np.float32, least), behind if ahead else 0)
 
 
 def _padded(rows, filler, dtype, least):
@@ -194,7 +196,7 @@ def generate(
             options["threshold"] = config.threshold
         else:
             steps = max(block // 4, 1)
-    away = None if negative_prompt is None else encode(config, tokenizer, "negative_prompt", negative_prompt)
+    away = None if negative_prompt is None else opened(tokenizer, encode(config, tokenizer, "negative_prompt", negative_prompt))
     board = canvas(config, tokenizer, prompts, length, style or "", least=block, before=len(away or []))
     guided = guidance != 1 or options.get("guidance_final") is not None or not np.isnan(board.guidance).all()
     given = {

@@ -14,11 +14,23 @@ def described(directory, config):
     """The config of a published checkpoint; config: its config.json. Raises ValueError for what is not computed here."""
     to_config, _ = architectures.of(config)
     told = _without_nulls(config)  # as which their classes write what is left to the default
-    told |= told.get("rope_parameters", {})  # where transformers 5 writes rope_theta
     try:
-        return to_config(told)
+        return to_config(told | told.get("rope_parameters", {}))  # where transformers 5 writes rope_theta
     except KeyError as error:
         raise ValueError(f"{directory}/config.json: expected {error}, got none") from None
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:  # of a value of another kind than is told of
+        raise ValueError(f"{directory}/config.json: {error}") from None
+
+
+def read_object(path):
+    """The JSON object in a file."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {values!r}")
+    return values
 
 
 def _without_nulls(values):
@@ -26,27 +38,28 @@ def _without_nulls(values):
 
 
 def load(directory, config, *, dtype=None):
-    """The parameters of a published checkpoint, described as by `described`. `dtype` converts, None keeps what is stored.
+    """The parameters of a published checkpoint, described as by `described`. `dtype` converts; None keeps what is stored, but for
+    files of several dtypes, which come in the embedding's: all but the router, which computes in float32 and may be stored so.
 
     Reads one tensor at a time, from model.safetensors or from the shards that model.safetensors.index.json lists. Raises ValueError
     where the config does not fit, or a parameter is missing, unknown or of another shape.
     """
     directory, (_, names) = pathlib.Path(directory), architectures.of(config)
     ours = described(directory, config)
-    of_gemma = isinstance(ours, gemma.GemmaConfig)
-    shapes = (gemma if of_gemma else model).parameter_shapes(ours)
+    shapes = (model if ours.learnt_masks else gemma).parameter_shapes(ours)
     theirs = {name: _their_names(names, ours, name) for name in shapes}
     (stored, tensor), params = _tensors(directory), {}
     # Some files hold the embedding once more as the head that it is, and the frequencies that follow from the config.
     beside = {names["head"], *(name for name in stored if name.endswith(".rotary_emb.inv_freq"))}
-    if of_gemma:
+    if not ours.learnt_masks:
         beside |= _beside_the_decoder(ours, stored, tensor)
     unknown = sorted(stored - beside - {name for of_one in theirs.values() for name in of_one})
     if unknown:  # a bias, say, or one more layer, without which the model would be another
         raise ValueError(f"{directory}: expected what config.json tells of, got {len(unknown)} more, such as {unknown[0]}")
     for name, shape in shapes.items():
         arrays = [_own_rows(ours, one, name, tensor(one)) for one in theirs[name]]
-        array = jnp.asarray(np.stack(arrays) if arrays[0].ndim < len(shape) else arrays[0], dtype)
+        asked = dtype or (None if name.endswith(("embed", ".router", ".router_bias")) else params["embed"].dtype)
+        array = jnp.asarray(np.stack(arrays) if arrays[0].ndim < len(shape) else arrays[0], asked)
         if name not in ("embed", "head") and array.ndim > 1:
             array = array.swapaxes(-1, -2)
         if array.shape != shape:
@@ -100,7 +113,9 @@ def _tensors(directory):
         return files[file]
 
     if index.exists():
-        where = json.loads(index.read_text())["weight_map"]
+        where = read_object(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise ValueError(f"{index}: expected a weight_map from names to files, got {str(where)[:40]}")
     else:
         where = dict.fromkeys(opened("model.safetensors").keys(), "model.safetensors")
 

@@ -1,5 +1,7 @@
 """Between texts and tokens: the one way in which what a model reads is encoded, and what each token shows of a text."""
 
+import itertools
+
 
 def encode(config, tokenizer, name, text):
     """The ids of `text`, which came as the argument `name`. Only special tokens that it spells itself are among them.
@@ -14,6 +16,13 @@ def encode(config, tokenizer, name, text):
     if spelled:
         raise ValueError(f"{name}: expected a text without {tokenizer.id_to_token(min(spelled))}, got one with it")
     return ids
+
+
+def opened(tokenizer, ids):
+    """`ids` behind those with which the tokenizer itself begins every text: Gemma's `<bos>`, which its models have always read."""
+    made = tokenizer.encode("a")
+    own = [token for token, special in itertools.takewhile(lambda pair: pair[1], zip(made.ids, made.special_tokens_mask))]
+    return ids if ids[: len(own)] == own else own + ids
 
 
 def words(tokenizer, ids):

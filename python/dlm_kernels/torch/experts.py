@@ -18,24 +18,38 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(context, dout):
-        """One expert after the other, which waits for the host to know how many rows it has."""
+        """One expert's rows after the other's. The host waits once, to know how many each has; frozen arrays cost nothing."""
         refuse_second_gradients()
         x, gate, up, down, expert, weight = context.saved_tensors
-        # A row with an unknown expert has no part at all: zeros times a NaN in it would be NaN.
-        known = ((expert >= 0) & (expert < len(gate))).all(-1, keepdim=True).expand_as(expert)
-        expert = torch.where(known, expert, -1)
-        # Of each pair, to be added up in one order.
-        dx = x.new_zeros((*expert.shape, x.shape[-1]), dtype=torch.float32)
-        dgate, dup, ddown, dweight = map(torch.zeros_like, (gate, up, down, weight))
-        for e in expert[known].unique().tolist():
-            row, j = pair = (expert == e).nonzero(as_tuple=True)
-            own = [array.detach().requires_grad_() for array in (x[row], gate[e], up[e], down[e], weight[pair])]
+        *needed, _, of_weight, _ = context.needs_input_grad
+        # A row with an unknown expert has no part at all: zeros times a NaN in it would be NaN. Such rows are sorted last.
+        known = ((expert >= 0) & (expert < len(gate))).all(-1, keepdim=True)
+        sorted_by = torch.where(known, expert, len(gate)).flatten()
+        counts = sorted_by.bincount(minlength=len(gate) + 1).tolist()
+        # Of x for each pair of a row and an expert, to be added up in one order.
+        dx = torch.zeros((len(sorted_by), x.shape[1]), device=x.device) if needed[0] else None
+        dgate, dup, ddown, dweight = (
+            torch.zeros_like(array) if wanted else None
+            for array, wanted in zip((gate, up, down, weight.flatten()), (*needed[1:], of_weight))
+        )
+        gradients = dx, dgate, dup, ddown, dweight
+        for e, pair in enumerate(sorted_by.argsort(stable=True).split(counts)[:-1]):
+            if len(pair) == 0:
+                continue
+            row = pair // expert.shape[1]
+            own = [x[row], gate[e], up[e], down[e], weight.flatten()[pair]]
+            own = [array.detach().requires_grad_(gradient is not None) for array, gradient in zip(own, gradients)]
             with torch.enable_grad():
                 out = _one_expert(*own, context.activation)
-            of_own = torch.autograd.grad(out, own, dout[row].float())
-            for gradient, at, value in zip((dx, dgate, dup, ddown, dweight), (pair, e, e, e, pair), of_own):
-                gradient[at] = value.to(gradient.dtype)
-        return dx.sum(1).to(x.dtype), dgate, dup, ddown, None, dweight, None
+            found = iter(torch.autograd.grad(out, [array for array in own if array.requires_grad], dout[row].float()))
+            for gradient, at in zip(gradients, (pair, e, e, e, pair)):
+                if gradient is not None:
+                    gradient[at] = next(found).to(gradient.dtype)
+        if needed[0]:
+            dx = dx.view(*expert.shape, -1).sum(1).to(x.dtype)
+        if of_weight:
+            dweight = dweight.view_as(weight)
+        return dx, dgate, dup, ddown, None, dweight, None
 
 
 def _one_expert(x, gate, up, down, weight, activation):
