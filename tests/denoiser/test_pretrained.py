@@ -62,14 +62,17 @@ LLADA2 = dict(
     topk_group=2, first_k_dense_replace=1, routed_scaling_factor=2.5, score_function="sigmoid", norm_topk_prob=True,
     moe_router_enable_expert_bias=True, block_size=8, pad_token_id=1, mask_token_id=2,
 )  # fmt: skip
+# What it says of groups does not divide its experts: nothing reads it.
+DELETE, INSERT = 4, 5
+LLADA22 = LLADA2 | dict(expert_capacity=5, n_group=7, topk_group=4, delete_token_id=DELETE, split_token_id=INSERT)
 GIVEN = {
     "llada": LLADA, "llada_moe": LLADA_MOE, "dream": DREAM, "sdar": SDAR, "fast_dllm": FAST_DLLM, "sdar_moe": SDAR_MOE,
-    "llada2": LLADA2,
+    "llada2": LLADA2, "llada22": LLADA22,
 }  # fmt: skip
-MIXED = {"llada_moe": 0, "sdar_moe": 0, "llada2": 1}  # how many layers are dense
+MIXED = {"llada_moe": 0, "sdar_moe": 0, "llada2": 1, "llada22": 1}  # how many layers are dense
 BIASES, SHIFTED = ("dream", "fast_dllm"), ("dream", "fast_dllm")
 NORMS = dict.fromkeys(("llada_moe", "sdar", "sdar_moe"), ("self_attn.q_norm", "self_attn.k_norm"))
-NORMS["llada2"] = ("attention.query_layernorm", "attention.key_layernorm")
+NORMS["llada2"] = NORMS["llada22"] = ("attention.query_layernorm", "attention.key_layernorm")
 BLOCK = {
     "llada": dict(
         prefix="model.transformer.blocks.{}.", norm="attn_norm", q="q_proj", k="k_proj", v="v_proj", o="attn_out",
@@ -84,13 +87,16 @@ BLOCK = {
         norm2="post_attention_layernorm", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
     ),
 }  # fmt: skip
+BLOCK["llada22"] = BLOCK["llada2"]
 ENDS = {
     "llada": ("model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out"),
     "qwen": ("model.embed_tokens", "model.norm", "lm_head"),
     "llada2": ("model.word_embeddings", "model.norm", "lm_head"),
 }
+ENDS["llada22"] = ENDS["llada2"]
+BARRED = {"llada22": [2, DELETE, INSERT]}  # what is never written, of others the mask alone
 bidirectional = pytest.mark.parametrize("published", ["llada", "dream"], indirect=True)
-by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm", "llada2"], indirect=True)
+by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm", "llada2", "llada22"], indirect=True)
 
 
 def names_of(kind):
@@ -103,7 +109,7 @@ def tensors(kind, random):
     size = GIVEN[kind].get("head_dim", D // HEADS)
     queries, keys = HEADS * size, (HEADS if kind == "llada" else 2) * size
     attention = dict(q=(queries, D), k=(keys, D), v=(keys, D), o=(D, queries))
-    if kind == "llada2":
+    if "qkv" in names:
         attention = dict(qkv=(queries + 2 * keys, D), o=(D, queries))
     found = {}
     for i in range(LAYERS):
@@ -120,6 +126,8 @@ def tensors(kind, random):
     untied = [] if GIVEN[kind].get("tie_word_embeddings") else [head]
     found |= {f"{name}.weight": random.normal(size=(VOCAB, D)) for name in [embed, *untied]}
     found[f"{norm}.weight"] = random.uniform(0.5, 1.5, D)
+    if "delete_token_id" in GIVEN[kind]:  # often chosen
+        found[f"{head}.weight"][[DELETE, INSERT]] *= 2.5
     return {name: x.astype(np.float32) for name, x in found.items()}
 
 
@@ -154,9 +162,17 @@ def mixed(config, w, prefix, h):
         return down @ (y / (1 + np.exp(-y)) * (up @ x))
 
     out = np.zeros_like(h)
+    capacity, block = config.get("expert_capacity"), np.arange(len(h)) // config.get("block_size", len(h))
+    if capacity:
+        rank = 1 / (1 + np.exp(-h @ w[f"{prefix}gate.weight"].T)) + w[f"{prefix}gate.expert_bias"]
+        wanted = np.stack([rank[block == block[at]].max(0) for at in range(len(h))])
+        admitted = np.argsort(np.argsort(-wanted, -1), -1) < capacity
     for at, x in enumerate(h):
         found = w[f"{prefix}gate.weight"] @ x
-        if "n_group" in config:
+        if capacity:
+            scores = 1 / (1 + np.exp(-found))
+            rank = np.where(admitted[at], scores + w[f"{prefix}gate.expert_bias"], -np.inf)
+        elif "n_group" in config:
             scores = 1 / (1 + np.exp(-found))
             rank = (scores + w[f"{prefix}gate.expert_bias"]).reshape(config["n_group"], -1)
             best = np.argsort(-np.sort(rank)[:, -2:].sum(-1))[: config["topk_group"]]
@@ -296,7 +312,7 @@ def test_confidence_at_a_temperature_is_as_in_the_published_code(published):
     )
     (at,) = np.flatnonzero(decoded.revealed[0] == 0)
     found = logits(kind, given, weights, tokens[0])[at] / (1.0 if kind in ("llada", "llada_moe") else 0.5)
-    found[2] = -np.inf
+    found[BARRED.get(kind, [2])] = -np.inf
     p = np.exp(found - found.max())
     np.testing.assert_allclose(decoded.confidence[0, at], (p / p.sum())[decoded.tokens[0, at]], rtol=1e-4)
 
@@ -329,7 +345,7 @@ def decoded_by_blocks(kind, config, weights, board, part, threshold, banned, edi
 
     def guess(end):
         found = logits(kind, config, weights, board[:end])
-        found[:, [2, *banned]] = -np.inf
+        found[:, [*BARRED.get(kind, [2]), *banned]] = -np.inf
         p = np.exp(found - found.max(-1, keepdims=True))
         return found.argmax(-1), (p / p.sum(-1, keepdims=True)).max(-1)
 
@@ -374,6 +390,73 @@ def test_edits_go_on_when_a_block_is_full(published):
     np.testing.assert_array_equal(unedited, [looped(row, 0)[0] for row in range(2)])
 
 
+def moved_by_blocks(kind, config, weights, board, threshold, edit_threshold, edit_passes):
+    """`board` [L] as LLaDA2.2's loop fills it, greedily, whose edits delete and insert; the passes of each block, and the edits.
+
+    Like its own `_joint_decode_block`, but that it never writes the mask, and ends in place of changing a token at random where it
+    comes back to what it has written before.
+    """
+    board, passes, size, made_of = board.copy(), [], config["block_size"], {DELETE: 0, INSERT: 0}
+    written = board == 2
+    for begin in range(0, len(board), size):
+        own, after, step = slice(begin, begin + size), 0, 0
+        prompt, original, there = ~written[own], written[own], written[own].any()
+        ended = not there
+        while not ended:
+            old = board[own].copy()
+            found = logits(kind, config, weights, board[: begin + size])[own]
+            found[:, 2] = -np.inf
+            p = np.exp(found - found.max(-1, keepdims=True))
+            token, sure = found.argmax(-1), (p / p.sum(-1, keepdims=True)).max(-1)
+            todo = (old == 2) & ~prompt
+            open_still = (todo & original).any()
+            after = 0 if open_still else after + 1
+            last = step >= size + edit_passes if open_still else after >= edit_passes
+            need = open_still + (todo & ~original).sum()
+            chosen = todo & (sure > threshold)
+            if chosen.sum() < need:
+                chosen = todo & (np.argsort(np.argsort(np.where(todo, -sure, 1), kind="stable")) < need)
+            edited = ~todo & ~prompt & (sure > edit_threshold) & (token != old)
+            if last:
+                chosen = todo
+                found[:, [DELETE, INSERT]] = -np.inf
+                token = np.where(np.isin(token, [DELETE, INSERT]), found.argmax(-1), token)
+            made = []
+            for place, new in enumerate(np.where(chosen | edited, token, old)):
+                pair = (new, original[place])
+                if new in made_of and not prompt[place]:
+                    made_of[new] += 1
+                    pair = () if new == DELETE else (2, False, old[place], original[place])
+                made += zip(pair[::2], pair[1::2])
+            made = (made + [(2, False)] * size)[:size]
+            board[own], original = [token for token, _ in made], np.array([first for _, first in made])
+            step += 1
+            ended = last or ((board[own] == old).all() and not (board[own] == 2).any())
+        passes += [step] * there
+    return board, passes, made_of
+
+
+@pytest.mark.parametrize("published", ["llada22"], indirect=True)
+@pytest.mark.parametrize("threshold, edit_threshold, edit_passes", [(0.9, 0.0, 1), (0.2, 0.0, 4), (0.2, 0.8, 30)])
+def test_edits_delete_and_insert(threshold, edit_threshold, edit_passes, published):
+    """Prompts that end within a block; the last settings' edits end before they have to."""
+    kind, given, weights, folder = published
+    config, params, _ = checkpoint.load(folder)
+    tokens, start, first = np.full((2, 32), 2, np.int32), np.array([0, 8]), np.array([13, 11])
+    edits = dict(threshold=threshold, edit_threshold=edit_threshold, edit_passes=edit_passes)
+    looped = []
+    for row, (begin, hole) in enumerate(zip(start, first)):
+        tokens[row, :begin] = config.pad_id
+        tokens[row, begin:hole] = np.random.default_rng(row).integers(6, VOCAB, hole - begin)
+        looped.append(moved_by_blocks(kind, given, weights, tokens[row, begin:], **edits))
+    assert all(sum(made_of[i] for _, _, made_of in looped) > 0 for i in (DELETE, INSERT))
+    for cache in (False, True):
+        decoded = sampler.decode(config, params, tokens, block=8, cache=cache, start=start, first=first, **edits)
+        for row, begin in enumerate(start):
+            np.testing.assert_array_equal(decoded.tokens[row, begin:], looped[row][0])
+        assert decoded.passes == sum(map(max, zip(*(passes for _, passes, _ in looped))))
+
+
 @by_blocks
 def test_blocks_are_decoded_as_published(published):
     """Rows of two lengths, one of whose prompts ends with a block; with a cache and without."""
@@ -410,7 +493,7 @@ def test_generation_is_the_projects_own_by_default(published):
     board = made.board.tokens[0, made.board.start[0] :]
     size = given.get("block_size", given.get("bd_size"))
     assert len(board) % size == 0 and 9 <= made.tokens < 9 + size
-    part, threshold = {"sdar": (4, 0.85), "fast_dllm": (8, 0.9), "llada2": (8, 0.95)}[kind]
+    part, threshold = {"sdar": (4, 0.85), "fast_dllm": (8, 0.9), "llada2": (8, 0.95), "llada22": (8, 0.5)}[kind]
     expected, passes = decoded_by_blocks(kind, given, weights, board, part, threshold, [1])
     np.testing.assert_array_equal(made.decoded.tokens[0, made.board.start[0] :], expected)
     assert made.passes == passes
@@ -451,7 +534,7 @@ def test_null_in_a_config_is_as_absent(kind):
     """So their configuration classes write what is not set. LLaDA's width of the FFN is then a multiple of the model's."""
     given = GIVEN[kind] | dict(vocab_size=157184, embedding_size=157184, mlp_ratio=4)
     left_out = ("bd_size", "block_size", "layer_types", "mlp_hidden_size", "num_shared_experts")
-    left_out += ("eos_token_id",) if kind == "llada2" else ("mask_token_id",) if kind not in ("llada", "dream") else ()
+    left_out += ("eos_token_id",) if kind.startswith("llada2") else ("mask_token_id",) if kind not in ("llada", "dream") else ()
     absent = pretrained.described("there", {name: x for name, x in given.items() if name not in left_out})
     assert pretrained.described("there", given | dict.fromkeys(left_out)) == absent
     assert kind != "llada" or absent.ffn == 4 * D
@@ -528,7 +611,7 @@ def test_what_is_not_computed_is_refused(published, tmp_path):
     wrong = {
         "llada": ("block_type", "sequential"), "dream": ("use_sliding_window", True), "sdar": ("attention_bias", True),
         "fast_dllm": ("layer_types", ["full_attention", "sliding_attention"]), "sdar_moe": ("norm_topk_prob", False),
-        "llada2": ("expert_capacity", 48), "llada_moe": ("moe_layer_freq", [0, 1]),
+        "llada2": ("norm_head", True), "llada22": ("score_function", "softmax"), "llada_moe": ("moe_layer_freq", [0, 1]),
     }[kind]  # fmt: skip
     with pytest.raises(ValueError, match=f"config.json: {wrong[0]}: expected .* got {re.escape(str(wrong[1]))}"):
         pretrained.load(folder, given | dict([wrong]))
@@ -548,6 +631,9 @@ def test_what_is_not_computed_is_refused(published, tmp_path):
             pretrained.load(folder, given | dict(num_experts_per_tok=1))
         with pytest.raises(ValueError, match=r"experts.chosen: expected no more than .* got 9"):
             pretrained.load(folder, given | dict(num_experts_per_tok=9))
+    if kind == "llada22":
+        with pytest.raises(ValueError, match=r"experts.capacity: expected from the 3 of a token to all 12, and no groups, got 13"):
+            pretrained.load(folder, given | dict(expert_capacity=13))
     fewer = {"n_layers" if kind == "llada" else "num_hidden_layers": 1, "layer_types": ["full_attention"]}
     fewer |= dict(moe_layer_freq=[1])
     with pytest.raises(ValueError, match=r"expected what config.json tells of, got \d+ more, such as model.*\.1\.\w+"):

@@ -171,29 +171,32 @@ def sdar_moe_config(given):
 def llada2_config(given):
     """LLaDA2's config.json, a dict, as a DenoiserConfig. Source: inclusionAI/LLaDA2.0-mini and -flash, LLaDA2.1's.
 
-    Where the config does not say them, the ids and the size of the blocks are those of their own code. LLaDA2.2, which has an
-    expert_capacity, chooses the experts of a block together, which is not computed here.
+    Where the config does not say them, the ids and the size of the blocks are those of their own code. LLaDA2.2 has an
+    expert_capacity, and then no groups, whatever its config.json says of them; it may delete and insert.
     """
     fixed = dict(
         use_qk_norm=True, use_qkv_bias=False, use_bias=False, norm_head=False, norm_topk_prob=True, score_function="sigmoid",
-        moe_router_enable_expert_bias=True, use_linear_attention=False, expert_capacity=None,
+        moe_router_enable_expert_bias=True, use_linear_attention=False,
     )  # fmt: skip
     _refuse(given, fixed)
     if given["num_experts_per_tok"] < 2:
         raise ValueError("num_experts_per_tok: expected at least 2, whose weights are shares of 1, got 1")
-    width = given["moe_intermediate_size"]
+    width, capacity = given["moe_intermediate_size"], given.get("expert_capacity") or None
+    grouped = dict(capacity=capacity) if capacity else dict(groups=given["n_group"], kept=given["topk_group"])
     experts = Experts(
         count=given["num_experts"],
         chosen=given["num_experts_per_tok"],
         ffn=width,
         router="sigmoid",
-        groups=given["n_group"],
-        kept=given["topk_group"],
+        **grouped,
         scale=given["routed_scaling_factor"],
         shared_ffn=width * (given.get("num_shared_experts") or 0),
         dense_layers=given["first_k_dense_replace"],
     )
     ids = dict(block_size=given.get("block_size", 32), mask_id=given.get("mask_token_id", 156895), threshold=0.95)
+    if capacity:
+        edits = dict(delete_id=given.get("delete_token_id", 156930), insert_id=given.get("split_token_id", 156931))
+        ids |= dict(threshold=0.5, **edits)
     config = _qwen_config(given, qk_norm=True, qkv_bias=False, experts=experts, **ids)
     return dataclasses.replace(config, rotary_size=int(config.head_size * given["partial_rotary_factor"]))
 

@@ -84,9 +84,14 @@ def row_keys(keys, *numbers):
     return jax.vmap(lambda key: functools.reduce(jax.random.fold_in, numbers, key))(keys)
 
 
-def banned_ids(config, more=None):
-    """int32: what no model here may write, and `more`. Where one id is pad and end-of-text at once it is banned as neither."""
+def banned_ids(config, more=None, *, moves=False):
+    """int32: what no model here may write, and `more`. Where one id is pad and end-of-text at once it is banned as neither.
+
+    moves: what deletes and inserts tokens may be chosen.
+    """
     own = [config.mask_id] + [config.pad_id] * (config.pad_id != config.eos_id)
+    if config.delete_id is not None and not moves:
+        own += [config.delete_id, config.insert_id]
     return jnp.concatenate([jnp.asarray(own, jnp.int32), jnp.asarray([] if more is None else more, jnp.int32)])
 
 

@@ -33,6 +33,8 @@ class DenoiserConfig:
     experts: Experts | None = None  # in the place of the SwiGLU
     threshold: float = 0.85  # above which a model with a block_size is decoded by default
     ends: tuple[int, ...] = ()  # ids that end a text beside eos_id
+    delete_id: int | None = None  # by which a model that has learnt it says that a token is one too many
+    insert_id: int | None = None  # that one is missing before it
 
     learnt_masks: ClassVar[bool] = True
 
@@ -62,6 +64,12 @@ class DenoiserConfig:
             if not getattr(self, name) < self.vocab:
                 raise ValueError(f"{name}: expected an id in [0, {self.vocab}), got {getattr(self, name)}")
         limits.ids(self.vocab, ends=self.ends)
+        if (self.delete_id is None) != (self.insert_id is None):
+            raise ValueError(f"delete_id, insert_id: expected both or neither, got {self.delete_id}, {self.insert_id}")
+        if self.delete_id is not None:
+            limits.ids(self.vocab, delete_id=[self.delete_id], insert_id=[self.insert_id])
+        if self.experts is not None and self.experts.capacity is not None and self.block_size is None:
+            raise ValueError("experts.capacity: expected a block_size, whose tokens choose experts together, got None")
         if self.mask_id in (self.pad_id, self.eos_id):
             raise ValueError(f"mask_id: expected another id than pad_id and eos_id, got {self.mask_id}")
 

@@ -21,6 +21,7 @@ class Experts:
     normalized: bool = True  # the weights of the chosen ones add up to 1
     groups: int = 1  # experts are chosen from the `kept` best of so many equal groups
     kept: int = 1
+    capacity: int | None = None  # a block of tokens has so many of them, those that one of its tokens wants most; None: all
     scale: float = 1.0  # of what the chosen ones give together
     shared_ffn: int = 0  # width inside one more that reads every token; 0: there is none
     dense_layers: int = 0  # the first layers have one SwiGLU, of the config's ffn
@@ -40,6 +41,11 @@ class Experts:
             )
         if self.chosen > self.count // self.groups * self.kept:
             raise ValueError(f"experts.chosen: expected no more than the groups that are kept hold, got {self.chosen}")
+        if self.capacity is not None:
+            limits.counts(**{"experts.capacity": self.capacity})
+            if self.groups > 1 or not self.chosen <= self.capacity <= self.count:
+                expected = f"from the {self.chosen} of a token to all {self.count}, and no groups"
+                raise ValueError(f"experts.capacity: expected {expected}, got {self.capacity} and {self.groups} groups")
 
 
 def parameter_shapes(experts, d_model):
@@ -58,7 +64,7 @@ def parameter_shapes(experts, d_model):
     return shapes
 
 
-def choose(experts, logits, bias=None):
+def choose(experts, logits, bias=None, block=None):
     """Which experts each token gets, and their weights: (int32 [N, chosen], float32 [N, chosen]).
 
         scores = softmax(logits)
@@ -66,8 +72,10 @@ def choose(experts, logits, bias=None):
         weight = scores[expert] / scores[expert].sum() * scale
 
     logits float32 [N, count]; bias [count] or None. With groups the experts outside of the `kept` best are left out: a group is as
-    good as its two best experts together. Not normalized, nothing is divided by the sum. Sources: SDAR's MoE, which is Qwen3's,
-    LLaDA-MoE's modeling_lladamoe.py and LLaDA2's modeling_llada2_moe.py.
+    good as its two best experts together. With a capacity those are left out that are not among the so many best of the token's
+    block: an expert is as good as for the token that wants it most; block: int32 [N], from 0 to below N, equal for its tokens. Not
+    normalized, nothing is divided by the sum. Sources: SDAR's MoE, which is Qwen3's, LLaDA-MoE's modeling_lladamoe.py and
+    modeling_llada2_moe.py of LLaDA2.0 and, of the capacity, 2.2.
     """
     scores = jax.nn.softmax(logits, axis=-1) if experts.router == "softmax" else jax.nn.sigmoid(logits)
     rank = scores if bias is None else scores + bias.astype(jnp.float32)
@@ -76,6 +84,11 @@ def choose(experts, logits, bias=None):
         _, kept = jax.lax.top_k(jax.lax.top_k(grouped, 2)[0].sum(-1), experts.kept)
         is_kept = (kept[:, None] == jnp.arange(experts.groups)[:, None]).any(-1)
         rank = jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(rank.shape)
+    if experts.capacity is not None:
+        wanted = jax.ops.segment_max(rank, block, len(rank))
+        _, admitted = jax.lax.top_k(wanted, experts.capacity)
+        is_admitted = jnp.zeros(wanted.shape, bool).at[jnp.arange(len(rank))[:, None], admitted].set(True)
+        rank = jnp.where(is_admitted[block], rank, -jnp.inf)
     _, expert = jax.lax.top_k(rank, experts.chosen)
     weight = jnp.take_along_axis(scores, expert, axis=-1)
     if experts.normalized:

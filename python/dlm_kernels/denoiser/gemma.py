@@ -47,6 +47,7 @@ class GemmaConfig:
     self_conditioning: ClassVar[bool] = True
     shifted: ClassVar[bool] = False
     block_size: ClassVar[None] = None
+    delete_id: ClassVar[None] = None
     learnt_masks: ClassVar[bool] = False
 
     def __post_init__(self):

@@ -195,6 +195,11 @@ def _states(config, params, tokens, positions, attend, embedded=None, *, impleme
     check_masks(config)
     b, length = tokens.shape
     rotation = rope(positions, config.rotary_size or config.head_size, config.rope_theta)
+    block = None
+    if config.experts is not None and config.experts.capacity is not None:
+        # Each row's blocks are numbered on from those before; a row of `length` tokens has no more than so many.
+        number = positions // config.block_size - positions[:, :1] // config.block_size
+        block = (number + jnp.arange(b)[:, None] * length).reshape(-1)
     x = look_up(params["embed"], tokens) if embedded is None else embedded
     # Two axes, not three: XLA's CPU compiler takes half as long again over the gradients of products of [B, L, D].
     x = x.reshape(b * length, -1)
@@ -204,7 +209,7 @@ def _states(config, params, tokens, positions, attend, embedded=None, *, impleme
         mixed = attend(i, *_query_key_value(config, p, h, (b, length), rotation))
         x = x + product(mixed.reshape(b * length, -1), p["out"])
         h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
-        x = x + (_mixture(config.experts, p, h, implementation) if "router" in p else _swiglu(p, h))
+        x = x + (_mixture(config.experts, p, h, block, implementation) if "router" in p else _swiglu(p, h))
     x = x.reshape(b, length, -1)
     if config.shifted:
         x = jnp.where(positions[..., None] == 0, x, jnp.concatenate([x[:, :1], x[:, :-1]], axis=1))
@@ -216,9 +221,9 @@ def _swiglu(p, h, prefix=""):
     return product(jax.nn.silu(product(h, gate)) * product(h, up), down)
 
 
-def _mixture(shape, p, h, implementation):
+def _mixture(shape, p, h, block, implementation):
     logits = h.astype(jnp.float32) @ p["router"].astype(jnp.float32)
-    expert, weight = experts.choose(shape, logits, p.get("router_bias"))
+    expert, weight = experts.choose(shape, logits, p.get("router_bias"), block)
     matrices = (p[f"expert_{name}"] for name in ("gate", "up", "down"))
     mixed = mix_experts(h, *matrices, expert, weight, implementation=implementation)
     return mixed + _swiglu(p, h, "shared_") if shape.shared_ffn else mixed

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import lm_head_scores, mix_guidance, score_tokens, truncate_logits, unmask_topk
-from dlm_kernels.denoiser import blocks, guided, limits, model, streams
+from dlm_kernels.denoiser import blocks, guided, indel, limits, model, streams
 from dlm_kernels.denoiser import remask as remasking
 
 NEVER = 1_000_000  # more passes than a block takes, and more blocks than a canvas has
@@ -23,6 +23,7 @@ class _Static(NamedTuple):
     remask_rule: str
     seen: int | None  # size of the blocks that see nothing behind them, None where all see all
     cached: bool
+    moves: bool  # whether tokens may be deleted and inserted
     implementation: str | None
     on_pass: object
 
@@ -35,7 +36,8 @@ class _State(NamedTuple):
     step: jax.Array  # int32, passes made on it
     cache: list  # per layer (key, value), or empty
     other: tuple  # the unconditional stream's (hidden states of the window, cache) where it is not computed every pass, or empty
-    edits: jax.Array  # int32 [B], passes that may still edit that block, which is full; 0 where it is not
+    edits: jax.Array  # int32 [B], passes that may still edit that block; 0 where it is done, or has not been begun
+    original: jax.Array  # bool [B, L], masks that no edit has put there; of size 0 where nothing moves
 
 
 def decode(
@@ -98,7 +100,9 @@ def decode(
         with several the one that unmasks most holds, so steps with threshold is "all above it, and done in time".
       edit_threshold: also replace tokens of the block committed in an earlier pass, where the model is this sure of another.
       edit_passes: at most so many passes more over a block that is full, which only edit, until one changes nothing, as LLaDA2.1's
-        max_post_steps. Default: none.
+        max_post_steps. Default: none. With them a model that has a delete_id and an insert_id may move tokens within the block,
+        see `indel.apply`, unless it is remasked too: the masks that this leaves are filled in the next pass, and the last one
+        moves nothing. So many passes after as many as the block has places it ends in any case.
       remask: after every pass but a block's last, mask anew this share (rounded down) of what earlier passes wrote in it, the least
         confident when written first; the passes left commit so much more. Needs steps.
       remask_rule: "least", that; or "cap", "rescale" or "confidence", where remask is the strength of ReMDM's random rules, see
@@ -199,7 +203,13 @@ def decode(
         if ((np.asarray(other_start) - np.asarray(start)) % own).any():
             where = f"a multiple of the block_size {own} from start {start}"
             raise ValueError(f"unconditional_start: expected {where}, for a cache holds whole blocks, got {other_start}")
+    if config.experts is not None and config.experts.capacity is not None:
+        end = length if stop is None else stop
+        if not any(isinstance(x, jax.Array) for x in (start, end)) and ((np.asarray(end) - np.asarray(start)) % own).any():
+            where = f"whole blocks of {own} between them, whose tokens choose experts together"
+            raise ValueError(f"start, stop: expected {where}, got {start} and {end}")
     columns = blocks.columns(config, tokens, start, first, stop, unconditional_start=other_start)
+    moves = config.delete_id is not None and edit_passes is not None and remask is None
     if (classifier is None) != (classifier_scale is None):
         raise ValueError("classifier, classifier_scale: expected both or neither")
     if classifier is not None and not config.tie_embeddings:
@@ -216,7 +226,7 @@ def decode(
         guidance_refresh=whole(guidance_refresh),  # []
         stop_at=whole(stop_at),  # [] or [N]
         unconditional=whole(unconditional),  # [B, L]
-        banned=blocks.banned_ids(config, banned_tokens),  # int32 [M]
+        banned=blocks.banned_ids(config, banned_tokens, moves=moves),  # int32 [M]
         key=key,  # keys [B]
         classifier=classifier,  # a `classifier.Classifier`
         classifier_scale=real(classifier_scale),  # [] or [B]
@@ -233,7 +243,7 @@ def decode(
         guidance_remask=real(guidance_remask),  # []
         **real(rules),  # threshold, factor, entropy_budget: each [] or [B]
     )
-    static = _Static(config, min(block, length), confidence, remask_rule, seen, bool(cache), implementation, on_pass)
+    static = _Static(config, min(block, length), confidence, remask_rule, seen, bool(cache), moves, implementation, on_pass)
     return _decode(static, params, tokens, columns, data)
 
 
@@ -271,26 +281,39 @@ def _decode(static, params, tokens, columns, data):
         begun = todo.any(1)
         inside &= (begun | (state.edits > 0))[:, None]
         may = blocks.opened(config, columns["start"], at, todo, inside)
-        decoded = _commit(static, params, data, state.decoded, hidden, may, at, index, step)
+        original, last = todo, None
+        if static.moves:
+            original &= model.read_window(state.original, at, block)
+            last = jnp.where(original.any(1), step >= block + data["edit_passes"], state.edits <= 1)
+        decoded, left = _commit(static, params, data, state.decoded, hidden, may, original, last, at, index, step)
         if data["remask"] is not None:
             decoded = remasking.remask(config, static.remask_rule, data, decoded, inside, at, index, step)
-        decoded = decoded._replace(tokens=blocks.end_rows(config, data["stop_at"], decoded.tokens, hole))
-        edits = state.edits
+        edits, ended = state.edits, blocks.end_rows(config, data["stop_at"], decoded.tokens, hole)
         if data["edit_passes"] is not None:
-            full = ~(inside & (model.read_window(decoded.tokens, at, block) == config.mask_id)).any(1)
-            changed = (decoded.tokens != state.decoded.tokens).any(1)
-            edits = jnp.where(begun, full * data["edit_passes"], changed * (edits - 1))
+            changed = ((decoded.tokens if static.moves else ended) != state.decoded.tokens).any(1)
+            edits = jnp.where(original.any(1), data["edit_passes"], (changed | begun) * (edits - 1))
+        if static.moves:
+            edits = jnp.where(last, 0, edits)
+            # What stands behind an end may still move, and come before it.
+            ended = jnp.where((edits > 0)[:, None], decoded.tokens, ended)
+        decoded = decoded._replace(tokens=ended)
         if static.on_pass is not None:
             jax.debug.callback(lambda *fields: static.on_pass(blocks.Decoded(*fields)), *decoded, ordered=True)
-        return _State(decoded, index, step, cache, other, edits)
+        original = blocks.put(state.original, left, inside, at) if static.moves else state.original
+        return _State(decoded, index, step, cache, other, edits, original)
 
     # No block is the next after that.
-    before = _State(blocks.untouched(tokens), jnp.int32(-NEVER), jnp.int32(0), cache, other, jnp.zeros(b, jnp.int32))
+    edits, original = jnp.zeros(b, jnp.int32), hole if static.moves else jnp.zeros((b, 0), bool)
+    before = _State(blocks.untouched(tokens), jnp.int32(-NEVER), jnp.int32(0), cache, other, edits, original)
     return jax.lax.while_loop(lambda state: masked(state).any() | (state.edits > 0).any(), one_pass, before).decoded
 
 
-def _commit(static, params, data, decoded, hidden, inside, at, index, step):
-    """Scores the window's hidden states [B, block, D] and writes what is sure enough. inside: bool [B, block], may change."""
+def _commit(static, params, data, decoded, hidden, inside, original, last, at, index, step):
+    """Scores the window's hidden states [B, block, D] and writes what is sure enough. inside: bool [B, block], may change.
+
+    original: bool [B, block], the masks inside, where tokens move those alone that no edit has put there; last: bool [B], rows that
+    are to be left without masks. Returns Decoded, and `original` where its masks are then.
+    """
     config, block, implementation = static.config, static.block, static.implementation
     b = decoded.tokens.shape[0]
     window = model.read_window(decoded.tokens, at, block)
@@ -313,15 +336,28 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         implementation=implementation,
         **sampling,
     )
-    if data["top_p"] is None and data["top_k"] is None:
-        scores = lm_head_scores(hidden[:b], head, banned_tokens=data["banned"], **guidance, **scoring)
-    else:
-        scores = score_tokens(_most_likely(static, data, hidden[:b], head, **guidance), **scoring)
-    quota = None
+
+    def scored(banned):
+        if data["top_p"] is None and data["top_k"] is None:
+            return lm_head_scores(hidden[:b], head, banned_tokens=banned, **guidance, **scoring)
+        return score_tokens(_most_likely(static, data, banned, hidden[:b], head, **guidance), **scoring)
+
+    scores, quota = scored(data["banned"]), None
     if data["steps"] is not None:
         # The rest spread evenly over the passes left, so that none of them is idle.
         left = jnp.maximum(jnp.asarray(data["steps"], jnp.int32) - step, 1)
-        quota = -(-todo.sum(-1) // left)
+        quota = -(-original.sum(-1) // left)
+    if static.moves:
+        if quota is None:
+            quota = original.any(-1).astype(jnp.int32)
+        quota = jnp.where(last, todo.sum(-1), quota + (todo & ~original).sum(-1))
+        moving = jnp.asarray([config.delete_id, config.insert_id])
+        unfit = inside & last[:, None] & jnp.isin(scores.token, moving)
+
+        def settled():
+            return jnp.where(unfit, scored(jnp.concatenate([data["banned"], moving])).token, scores.token)
+
+        scores = scores._replace(token=jax.lax.cond(unfit.any(), settled, lambda: scores.token))
     rules = {name: data[name] for name in ("threshold", "factor", "entropy_budget", "edit_threshold")}
     result = unmask_topk(
         window,
@@ -333,15 +369,21 @@ def _commit(static, params, data, decoded, hidden, inside, at, index, step):
         **rules,
     )
     changed = result.tokens != window
-    return blocks.Decoded(
+    made = blocks.Decoded(
         blocks.put(decoded.tokens, result.tokens, changed, at),
         blocks.put(decoded.revealed, decoded.passes, changed, at),
         blocks.put(decoded.confidence, scores.confidence, changed, at),
         decoded.passes + 1,
     )
+    if static.moves:
+        revealed, sure = (model.read_window(x, at, block) for x in (made.revealed, made.confidence))
+        moved = (revealed, -1), (sure, 1.0), (original, False)
+        *arrays, original = indel.apply(config, result.tokens, window, inside, *moved)
+        made = blocks.Decoded(*(blocks.put(x, new, inside, at) for x, new in zip(made, arrays)), made.passes)
+    return made, original
 
 
-def _most_likely(static, data, hidden, head, unconditional_hidden=None, guidance_scale=None):
+def _most_likely(static, data, banned, hidden, head, unconditional_hidden=None, guidance_scale=None):
     """float32 logits [B, block, V] of hidden [B, block, D], -inf for all but the most likely that may be written."""
     implementation = static.implementation
     if guidance_scale is not None:
@@ -350,9 +392,9 @@ def _most_likely(static, data, hidden, head, unconditional_hidden=None, guidance
     rows = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.einsum("rd,vd->rv", rows, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:2], -1)
     # Before the truncation: else what is left of a row might be banned, all of it.
-    banned = jnp.isin(jnp.arange(head.shape[0]), data["banned"])
+    is_banned = jnp.isin(jnp.arange(head.shape[0]), banned)
     return truncate_logits(
-        jnp.where(banned, -jnp.inf, logits),
+        jnp.where(is_banned, -jnp.inf, logits),
         top_p=data["top_p"],
         top_k=data["top_k"],
         temperature=1.0 if data["temperature"] is None else data["temperature"],
