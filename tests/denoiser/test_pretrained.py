@@ -432,7 +432,7 @@ def moved_by_blocks(kind, config, weights, board, threshold, edit_threshold, edi
             board[own], original = [token for token, _ in made], np.array([first for _, first in made])
             step += 1
             ended = last or ((board[own] == old).all() and not (board[own] == 2).any())
-        passes += [step] * there
+        passes += [step] * int(there)
     return board, passes, made_of
 
 
