@@ -11,7 +11,7 @@ from jax.extend.core import Primitive, primitives
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dlm_kernels
-from dlm_kernels import _cpu, masks
+from dlm_kernels import masks
 from dlm_kernels.ops.soft_embedding import CHUNK
 
 
@@ -335,7 +335,7 @@ def test_an_array_of_no_mesh_beside_some_of_explicit_axes():
     same(function(query, *split), function(query, key, value))
 
 
-UNCHECKED = [export.DisabledSafetyCheck.custom_call(f"dlm_kernels_{kernel}") for kernel in _cpu.ffi_handlers()]
+UNCHECKED = dlm_kernels.export_checks()
 
 
 @every_operation

@@ -15,12 +15,12 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-from jax.export import DisabledSafetyCheck
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 
 from dlm_kernels import (
     attention,
     combine_guidance,
+    export_checks,
     lm_head_scores,
     masked_cross_entropy,
     masked_divergence,
@@ -117,10 +117,9 @@ made = []  # every compilation; what is found on disk makes none
 make_ttgir = CUDABackend.make_ttgir
 CUDABackend.make_ttgir = staticmethod(lambda *arguments: made.append(None) or make_ttgir(*arguments))
 for operation, (function, *arguments) in OPERATIONS.items():
-    checks = [DisabledSafetyCheck.custom_call("triton_kernel_call")]
     made.clear()
     start = time.perf_counter()
-    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*arguments)
+    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=export_checks())(*arguments)
     row = {"operation": operation, "seconds": time.perf_counter() - start, "made": len(made)}
     found = list(kernels(exported.mlir_module()))
     # What was found on disk was assembled by the process that made it.

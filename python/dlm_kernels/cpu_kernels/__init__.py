@@ -24,14 +24,19 @@ def unavailable() -> str | None:
     return None
 
 
-def register():
-    """Makes the kernels known to XLA, on import: a program compiled or exported by another process asks for them by name."""
+def targets():
+    """The names by which XLA knows the kernels: {name: handler}, empty where there are none."""
     try:
         from dlm_kernels import _cpu
     except ImportError:  # `unavailable` says so where a kernel is wanted
-        return
-    for name, handler in _cpu.ffi_handlers().items():
-        jax.ffi.register_ffi_target(TARGETS + name, handler, platform="cpu")
+        return {}
+    return {TARGETS + name: handler for name, handler in _cpu.ffi_handlers().items()}
+
+
+def register():
+    """Makes the kernels known to XLA, on import: a program compiled or exported by another process asks for them by name."""
+    for name, handler in targets().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
 
 
 def isa() -> str:

@@ -29,7 +29,8 @@ def masked_cross_entropy(
         return jnp.sum(weights * loss)
 
     Arguments:
-      hidden: [B, L, D]; weight: [V, D], not packed; one dtype, float32, bfloat16 or float16.
+      hidden: [B, L, D]; weight: [V, D], not packed; one dtype, float32, bfloat16 or float16. A head's bias is one more column of
+        the weight, of which every hidden state has 1.
       targets: int [B, L] in [0, V). weights: float [B, L], zero where a position has no loss (LLaDA: 1 / t where masked);
         rows of weight zero are not computed, and their targets may be anything.
       reduction: "sum", or "none" for weights * loss of every position.
@@ -38,7 +39,8 @@ def masked_cross_entropy(
     Returns float32, a scalar or [B, L], in nats. Differentiable in hidden, weight and weights (zero where weights is zero): a
     first gradient, in reverse mode alone. A target outside [0, V) gives NaN.
     Raises ValueError for shapes or dtypes that do not fit.
-    Source: LLaDA and MDLM's loss; fused as Cut Cross-Entropy (Wijmans et al. 2024) does.
+    Source: LLaDA's loss, and MDLM's but for the mask, whose logit MDLM takes for -inf: here it is a token as others; fused as Cut
+    Cross-Entropy (Wijmans et al. 2024) does.
     """
     dispatch.check(implementation)
     hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")

@@ -87,7 +87,9 @@ def lm_head_scores(
         return score_tokens(logits, ...)
 
     Arguments:
-      hidden: [B, L, D]; weight: [V, D], or what `pack_lm_head` made of it; one dtype, float32, bfloat16 or float16.
+      hidden: [B, L, D]; weight: [V, D], or what `pack_lm_head` made of it; one dtype, float32, bfloat16 or float16. A head's bias
+        is one more column of the weight, of which every hidden state has 1. On a mesh rows may be split; a weight that is split is
+        gathered.
       unconditional_hidden, guidance_scale: guidance mixed before the head, once rounded to hidden's dtype. It is exact because the
         head is linear, and halves the work; a soft cap is not linear, so the two are refused together.
       logits_dtype: bfloat16 or float16 rounds the logits, as a model that materialises them would; for parity.

@@ -114,7 +114,8 @@ def score_tokens(
         `truncate_logits`, before this.
       temperature: scalar, [B] or [B, L], traced or not; 0 is greedy. Above 0 it needs `key` or `noise`.
       tempered_confidence: take p from logits / temperature, as Dream and DiffusionGemma do; LLaDA does not.
-      key: a JAX threefry key, or one per batch row [B], and then a row's samples do not depend on its batch.
+      key: a JAX threefry key, or one per batch row [B], and then a row's samples do not depend on its batch. Of each pass its own,
+        as jax.random.fold_in(key, step): the same key draws the same noise again.
       noise: float [B, L, V], a Gumbel draw to use instead of the key's (parity with other systems).
       active: bool [B, L]; rows where it is False are not read.
       banned_tokens: int [M] or a list of ints, ids never to be chosen; ids outside the vocabulary are ignored.
