@@ -450,11 +450,17 @@ def test_edits_delete_and_insert(threshold, edit_threshold, edit_passes, publish
         tokens[row, begin:hole] = np.random.default_rng(row).integers(6, VOCAB, hole - begin)
         looped.append(moved_by_blocks(kind, given, weights, tokens[row, begin:], **edits))
     assert all(sum(made_of[i] for _, _, made_of in looped) > 0 for i in (DELETE, INSERT))
-    for cache in (False, True):
-        decoded = sampler.decode(config, params, tokens, block=8, cache=cache, start=start, first=first, **edits)
-        for row, begin in enumerate(start):
-            np.testing.assert_array_equal(decoded.tokens[row, begin:], looped[row][0])
-        assert decoded.passes == sum(map(max, zip(*(passes for _, passes, _ in looped))))
+    asked = dict(block=8, start=start, first=first, **edits)
+    decoded = sampler.decode(config, params, tokens, **asked)
+    for row, begin in enumerate(start):
+        np.testing.assert_array_equal(decoded.tokens[row, begin:], looped[row][0])
+    assert decoded.passes == sum(map(max, zip(*(passes for _, passes, _ in looped))))
+    end = looped[0][0][18]  # in its second block; what stands behind an end moves until its block is done
+    decoded = sampler.decode(config, params, tokens, cache=True, stop_at=end, **asked)
+    for row, begin in enumerate(start):
+        expected = looped[row][0]
+        ended = np.cumsum((expected == end) & (tokens[row, begin:] == 2))
+        np.testing.assert_array_equal(decoded.tokens[row, begin:], np.where(ended - (expected == end) > 0, config.pad_id, expected))
 
 
 @by_blocks
