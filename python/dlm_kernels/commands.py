@@ -55,7 +55,8 @@ def _load(name, learnt_masks=True):
     return checkpoint.load(directory, dtype=dtype, learnt_masks=learnt_masks)
 
 
-def run_generate(options):
+def _prompt(options):
+    """Of `generate` the prompt or the text to fill. Raises ValueError, before the model is there, for what does not go together."""
     if (options.prompt is None) == (options.infill is None):
         raise ValueError("expected a prompt or --infill, one of them")
     if options.infill is not None and not generate.HOLE.search(options.infill):
@@ -66,7 +67,11 @@ def run_generate(options):
     _check_file("--html", options.html)
     if generate.HOLE.search(prompt) and options.chat:
         raise ValueError("--chat: expected a turn, which is answered behind it, got holes such as <mask:20>")
-    model = _load(options.model, learnt_masks=False)
+    return prompt
+
+
+def _told(options, model):
+    """What of its options `generate` hands to denoiser.generate, by the names that they have there."""
     if options.html is not None and not model[0].learnt_masks:
         raise ValueError("--html: expected a model that one token at a time is written by too, got a DiffusionGemma")
     if options.drafts is not None and options.html is not None:
@@ -89,6 +94,13 @@ def run_generate(options):
             apart = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
             raise ValueError(f"--drafter: expected a student of the model's shape, got {'; '.join(apart)}")
         named["drafter"] = drafter[1]
+    return named
+
+
+def run_generate(options):
+    prompt = _prompt(options)
+    model = _load(options.model, learnt_masks=False)
+    named = _told(options, model)
     console = rich.console.Console()
     if options.chat:
         prompt = chat.turn(model[2], prompt)

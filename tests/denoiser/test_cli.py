@@ -22,8 +22,8 @@ from dlm_kernels.denoiser import (
     data,
     generate,
     html,
+    losses,
     model,
-    train,
     view,
 )
 from dlm_kernels.denoiser.text import words
@@ -316,7 +316,7 @@ def test_the_model_for_random_tokens():
     text = next(text for _, text, held_out in data.files() if held_out)
     rows = np.array(tokenizer.encode(text).ids[:512], np.int32).reshape(8, 64)
     before = model.init(config, jax.random.key(0)) | teacher[1]
-    loss, teachers = (float(train.uniform_loss(config, p, rows, jax.random.key(1))) for p in (params, before))
+    loss, teachers = (float(losses.uniform_loss(config, p, rows, jax.random.key(1))) for p in (params, before))
     assert loss < teachers - 0.5
     made = generate.generate(renoise, ["def f(x):"], length=16, block=16, noise_budget=0.1, exact=True)
     assert made.tokens == 16 and not (made.decoded.tokens == config.mask_id).any()

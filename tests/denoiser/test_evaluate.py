@@ -16,10 +16,10 @@ from dlm_kernels.denoiser import (
     data,
     evaluate,
     generate,
+    losses,
     model,
     plot,
     sampler,
-    train,
 )
 
 TEXT = "def mul(a, b):\n    return a * b\n\n"
@@ -62,7 +62,7 @@ def test_an_empty_text_does_not_parse():
 
 
 def test_texts_that_are_too_short_are_refused_first(loaded, monkeypatch):
-    monkeypatch.setattr(train, "loss", None)  # nothing is computed before
+    monkeypatch.setattr(losses, "loss", None)  # nothing is computed before
     with pytest.raises(ValueError, match=r"texts: expected at least 8192 tokens, got \d+"):
         evaluate.report(loaded, [TEXT])
     with pytest.raises(ValueError, match=r"texts: expected at least 129 tokens, got \d+"):
@@ -104,7 +104,7 @@ def test_evaluate_measures_what_it_says(saved):
 def test_each_row_is_masked_by_draws_of_its_own(saved, monkeypatch):
     """Two batches of two draws each: four keys."""
     loaded, text = checkpoint.load(saved, dtype=np.float32), "x = 1\n" * 60
-    monkeypatch.setattr(train, "loss", lambda config, params, tokens, key, **_: jax.random.uniform(key))
+    monkeypatch.setattr(losses, "loss", lambda config, params, tokens, key, **_: jax.random.uniform(key))
     stream = data.stream(loaded[2], [text], loaded[0].eos_id)
     length = len(stream) // 4
     bits = evaluate.bits_per_byte(loaded, [text], rows=2, length=length, draws=2)

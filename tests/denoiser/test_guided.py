@@ -47,7 +47,7 @@ def test_guidance_goes_from_one_scale_to_another_as_the_block_fills(run, config,
     np.testing.assert_array_equal(falling.tokens[first], constant.tokens[first])
     assert (falling.tokens != constant.tokens).any() and (falling.tokens != plain.tokens).any()
     todo, inside = jnp.asarray([[True, False, False, True]]), jnp.asarray([[True, True, False, True]])
-    data = dict(guidance_scale=3.0, guidance_final=0.0, guidance_interval=None)
+    data = dict(guidance_scale=jnp.float32(3), guidance_final=jnp.float32(0), guidance_interval=None)
     np.testing.assert_allclose(guided.scale(data, todo, inside, jnp.zeros(1, jnp.int32)), [[2.0] * 4], rtol=1e-6)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import cli, masks
-from dlm_kernels.denoiser import checkpoint, generate, model, renoise, train
+from dlm_kernels.denoiser import checkpoint, generate, losses, model, renoise, train
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 
@@ -200,7 +200,7 @@ def test_the_loss_is_that_of_the_naive_code(conditioned, random):
     config, params = conditioned
     tokens = jnp.asarray(random.integers(3, config.vocab, (4, 9)), jnp.int32).at[:, 4].set(config.eos_id)
     key = jax.random.key(5)
-    found, gradient = jax.value_and_grad(lambda params: train.uniform_loss(config, params, tokens, key))(params)
+    found, gradient = jax.value_and_grad(lambda params: losses.uniform_loss(config, params, tokens, key))(params)
     for_ratio, for_place, for_token, for_rows = jax.random.split(key, 4)
     ratio = (jax.random.uniform(for_ratio, ()) + jnp.arange(4)[:, None] / 4) % 1.0
     noisy = jnp.where(

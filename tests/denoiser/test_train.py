@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dlm_kernels import masks
-from dlm_kernels.denoiser import checkpoint, data, model, train
+from dlm_kernels.denoiser import checkpoint, data, losses, model, train
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 
@@ -45,7 +45,7 @@ def test_the_bound_is_that_of_all_orders(config, params):
     ]
     exact = np.mean(orders) / 4
     rows = jnp.tile(row, (64, 1))
-    value = jax.jit(lambda key: train.loss(config, params, rows, key))
+    value = jax.jit(lambda key: losses.loss(config, params, rows, key))
     draws = np.array([value(jax.random.key(i)) for i in range(60)])
     assert abs(draws.mean() - exact) < 4 * draws.std() / np.sqrt(len(draws)) < 0.05 * exact
 
@@ -56,7 +56,7 @@ def test_corrupt_masks_every_count_alike(block_size, config):
     tokens = jnp.full((40, 10), 7, jnp.int32)
     counts = {}
     for seed in range(30):
-        noisy, masked, ratio = train.corrupt(tokens, jax.random.key(seed), config.mask_id, block_size)
+        noisy, masked, ratio = losses.corrupt(tokens, jax.random.key(seed), config.mask_id, block_size)
         np.testing.assert_array_equal(noisy == config.mask_id, masked)
         for begin in range(0, 10, block_size):
             block = slice(begin, begin + block_size)
@@ -76,8 +76,8 @@ def test_errors_are_other_tokens_of_the_batch_and_checked_with_as_many_intact_on
     """A quarter of the visible tokens replaced: every other column is checked. 7 and the last id here are special."""
     special = jnp.array([7, config.vocab - 1])
     tokens = jnp.asarray(random.integers(3, config.vocab, (50, 40)), jnp.int32)
-    noisy, masked, _ = train.corrupt(tokens, jax.random.key(1), config.mask_id, 40)
-    wrong, checked = (np.asarray(x) for x in train.with_errors(tokens, noisy, masked, jax.random.key(2), 0.25, special))
+    noisy, masked, _ = losses.corrupt(tokens, jax.random.key(1), config.mask_id, 40)
+    wrong, checked = (np.asarray(x) for x in losses.with_errors(tokens, noisy, masked, jax.random.key(2), 0.25, special))
     tokens, noisy, masked = (np.asarray(x) for x in (tokens, noisy, masked))
     changed = wrong != noisy
     assert not (changed & ~checked).any() and not (checked & masked).any() and not np.isin(tokens[checked], special).any()
@@ -92,7 +92,7 @@ def test_errors_are_other_tokens_of_the_batch_and_checked_with_as_many_intact_on
 def test_the_share_of_errors_is_what_it_says(share, expected, config):
     """Of 40 columns without a mask at most 2 share * 40 + 1 a row, which is what `loss` has room for, are checked."""
     tokens = jnp.full((50, 40), 9, jnp.int32)
-    _, checked = train.with_errors(tokens, tokens, jnp.zeros(tokens.shape, bool), jax.random.key(2), share, jnp.array([0]))
+    _, checked = losses.with_errors(tokens, tokens, jnp.zeros(tokens.shape, bool), jax.random.key(2), share, jnp.array([0]))
     assert np.asarray(checked).mean() == pytest.approx(expected, abs=0.015)
     assert np.asarray(checked).sum(1).max() <= 2 * share * 40 + 1
 
@@ -145,7 +145,7 @@ def test_block_loss_of_single_tokens_is_autoregression(config, params):
 def test_block_loss_of_one_block_is_the_loss(config, params, random):
     rows = jnp.asarray(random.integers(3, config.vocab, (3, 8)), jnp.int32)
     key = jax.random.key(4)
-    whole = jax.jit(train.loss, static_argnums=0)(config, params, rows, key)
+    whole = jax.jit(losses.loss, static_argnums=0)(config, params, rows, key)
     np.testing.assert_allclose(compiled_block_loss(config, params, rows, key, 8), whole, rtol=1e-5)
 
 
@@ -154,21 +154,21 @@ def test_block_loss_against_blocks_one_by_one(shifted, config, params, random):
     config = dataclasses.replace(config, shifted=shifted)
     rows = random.integers(3, config.vocab, (2, 7)).astype(np.int32)
     key = jax.random.key(4)
-    noisy, masked, ratio = (np.asarray(x) for x in train.corrupt(jnp.asarray(rows), key, config.mask_id, 3))
+    noisy, masked, ratio = (np.asarray(x) for x in losses.corrupt(jnp.asarray(rows), key, config.mask_id, 3))
     total = 0.0
     for row, begin in itertools.product(range(2), (0, 3, 6)):
         block = slice(begin, begin + 3)
         # What comes after the block nobody in it sees.
         tokens = np.where(np.arange(7) < begin, rows[row], noisy[row])
-        losses = nll(config, params, tokens, rows[row], masks.block_causal(7, 3))
-        total += (losses * masked[row] / ratio[row])[block].sum()
+        nats = nll(config, params, tokens, rows[row], masks.block_causal(7, 3))
+        total += (nats * masked[row] / ratio[row])[block].sum()
     np.testing.assert_allclose(compiled_block_loss(config, params, rows, key, 3), total / 14, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [train.loss, functools.partial(train.block_loss, block_size=8)])
+@pytest.mark.parametrize("loss", [losses.loss, functools.partial(losses.block_loss, block_size=8)])
 def test_no_ratio_counts_for_less_than_the_least(loss, config, params, random):
     rows = random.integers(3, config.vocab, (3, 8)).astype(np.int32)
-    noisy, masked, _ = (np.asarray(x) for x in train.corrupt(jnp.asarray(rows), jax.random.key(4), config.mask_id, 8))
+    noisy, masked, _ = (np.asarray(x) for x in losses.corrupt(jnp.asarray(rows), jax.random.key(4), config.mask_id, 8))
     assert 0 < masked.sum() < 24
     total = sum((nll(config, params, noisy[row], rows[row]) * masked[row]).sum() for row in range(3))
     value = loss(config, params, jnp.asarray(rows), jax.random.key(4), least_ratio=1.0)
@@ -178,15 +178,15 @@ def test_no_ratio_counts_for_less_than_the_least(loss, config, params, random):
 def test_every_checked_token_counts_once(config, params, random):
     """All that are visible, at this share."""
     rows, key = jnp.asarray(random.integers(3, config.vocab, (3, 8)), jnp.int32), jax.random.key(4)
-    noisy, masked, ratio = train.corrupt(rows, key, config.mask_id, 8)
-    wrong, checked = train.with_errors(rows, noisy, masked, jax.random.fold_in(key, 1), 0.5, jnp.arange(3))
+    noisy, masked, ratio = losses.corrupt(rows, key, config.mask_id, 8)
+    wrong, checked = losses.with_errors(rows, noisy, masked, jax.random.fold_in(key, 1), 0.5, jnp.arange(3))
     assert (masked | checked).all() and (wrong != noisy).any()
     weights = np.where(masked, 1 / ratio, 1)
     total = sum((nll(config, params, wrong[row], rows[row]) * weights[row]).sum() for row in range(3))
-    np.testing.assert_allclose(train.loss(config, params, rows, key, error_share=0.5), total / 24, rtol=1e-5)
+    np.testing.assert_allclose(losses.loss(config, params, rows, key, error_share=0.5), total / 24, rtol=1e-5)
 
 
-compiled_block_loss = jax.jit(train.block_loss, static_argnums=0)
+compiled_block_loss = jax.jit(losses.block_loss, static_argnums=0)
 
 
 def test_objectives_have_their_shares_and_blocks_every_size(config, monkeypatch):

@@ -23,7 +23,7 @@ def untouched(tokens):
     )
 
 
-def columns(config, tokens, start, first, stop, **more):
+def row_columns(config, tokens, start, first, stop, **more):
     """{name: int32 [B]}: a row is [start, stop) and its blocks are counted from `first`; stop None is the canvas's end.
 
     Where the model attends by blocks `first` moves to the beginning of the one that it is in.

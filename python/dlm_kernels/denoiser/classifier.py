@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dlm_kernels.denoiser import checkpoint, data, half, limits, model, train
+from dlm_kernels.denoiser import checkpoint, data, half, limits, losses, model
 
 TOKENS = 2**14  # whose hidden states `fit` and `accuracy` have in memory at once, or one row's
 
@@ -101,7 +101,7 @@ def _features(loaded, wanted, unwanted, length, maskings, seed, implementation):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _masked(rows, key, mask_id):
-    return train.corrupt(rows, key, mask_id, rows.shape[1])[0]
+    return losses.corrupt(rows, key, mask_id, rows.shape[1])[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels import lm_head_scores, masks
+from dlm_kernels import lm_head_scores
 from dlm_kernels.denoiser import limits, model
 
 
@@ -69,12 +69,9 @@ def _room(runs, lengths):
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _log_p(config, params, tokens, ids, start, implementation):
     """log p of each of `ids` [n] at every position: float32 [B, L, n]."""
-    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    begin = jnp.broadcast_to(start[:, None], tokens.shape)
-    seen = masks.KeyIntervals(begin, jnp.full_like(begin, tokens.shape[1]))
-    hidden = model.hidden_states(
-        config, params, tokens, positions=column - begin, mask=seen, implementation=implementation
-    )
+    length = tokens.shape[1]
+    where = model.within(start, jnp.full_like(start, length), length)
+    hidden = model.hidden_states(config, params, tokens, **where, implementation=implementation)
     head = model.head_weight(config, params)
     total = lm_head_scores(hidden, head, implementation=implementation).logsumexp
     return (hidden @ head[ids].T).astype(jnp.float32) - total[..., None]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels import lm_head_scores, masks, unmask_topk
+from dlm_kernels import lm_head_scores, unmask_topk
 from dlm_kernels.denoiser import limits, model
 from dlm_kernels.denoiser.text import encode
 
@@ -30,7 +30,7 @@ def correct(config, params, tokens, *, threshold=0.9, passes=8, editable=None, s
 
     tokens int32 [B, L] without masks to fill (they stay); editable: bool [B, L], default everything but masks and padding;
     start, stop: int or int32 [B], outside of which is padding. passes, threshold are data. The model must have learnt from errors
-    (`train.with_errors`): another knows nothing about tokens that it sees. Returns Corrected. Source: LLaDA2.1's editing.
+    (`losses.with_errors`): another knows nothing about tokens that it sees. Returns Corrected. Source: LLaDA2.1's editing.
     """
     tokens = limits.canvas(tokens)
     if editable is None:
@@ -72,19 +72,15 @@ def _unmarked(text):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _correct(config, implementation, params, tokens, editable, start, stop, threshold, passes):
-    column = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    inside = (start[:, None] <= column) & (column < stop[:, None])
-    editable &= inside & (tokens != config.mask_id)
-    begin = jnp.broadcast_to(start[:, None], tokens.shape)
-    seen = masks.KeyIntervals(begin, jnp.broadcast_to(stop[:, None], tokens.shape))
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    editable &= (start[:, None] <= column) & (column < stop[:, None]) & (tokens != config.mask_id)
+    where = model.within(start, stop, tokens.shape[1])
     none = jnp.zeros(tokens.shape[0], jnp.int32)
     given = tokens
 
     def one_pass(state):
         tokens, _, done = state
-        hidden = model.hidden_states(
-            config, params, tokens, positions=column - begin, mask=seen, implementation=implementation
-        )
+        hidden = model.hidden_states(config, params, tokens, **where, implementation=implementation)
         scores = lm_head_scores(
             hidden,
             model.head_weight(config, params),

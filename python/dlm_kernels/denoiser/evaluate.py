@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels import masked_cross_entropy
-from dlm_kernels.denoiser import correct, data, sampler, train
+from dlm_kernels.denoiser import correct, data, losses, sampler
 from dlm_kernels.denoiser import model as denoiser
 
 LEAST = 64 * 128  # tokens that `correction` asks for: who measures more beside it looks first, before minutes of work
@@ -21,8 +21,8 @@ def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4,
         loss(...) is nats per token; nats * tokens / log(2) / bytes
 
     model: (config, params, tokenizer). Averages `draws` stratified maskings of every row of `length` tokens. block_size: that
-    of `train.block_loss`, for decoding block after block, where 1 is autoregression, exact and in need of one draw only;
-    None is `train.loss`, whole rows. Returns a float.
+    of `losses.block_loss`, for decoding block after block, where 1 is autoregression, exact and in need of one draw only;
+    None is `losses.loss`, whole rows. Returns a float.
     """
     config, params, _ = model
     stream = stream_of(model, texts, rows * length)
@@ -32,8 +32,8 @@ def bits_per_byte(model, texts, *, block_size=None, rows=8, length=256, draws=4,
     @jax.jit
     def value(tokens, key):
         if block_size is None:
-            return train.loss(config, params, tokens, key, implementation=implementation)
-        return train.block_loss(config, params, tokens, key, block_size, implementation=implementation)
+            return losses.loss(config, params, tokens, key, implementation=implementation)
+        return losses.block_loss(config, params, tokens, key, block_size, implementation=implementation)
 
     key = jax.random.key(seed)
     nats = np.mean(
@@ -121,7 +121,7 @@ def left_to_right_bits(model, tokens, last, *, implementation=None):
 def _left_to_right_nats(config, params, tokens, weights, implementation):
     """-log p of each token given those before it, times its weight, summed."""
     masked = jnp.full_like(tokens, config.mask_id)
-    hidden = train.block_states(config, params, masked, tokens, 1, implementation=implementation)
+    hidden = losses.block_states(config, params, masked, tokens, 1, implementation=implementation)
     return masked_cross_entropy(hidden, denoiser.head_weight(config, params), tokens, weights, implementation=implementation)
 
 

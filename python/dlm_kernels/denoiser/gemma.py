@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dlm_kernels import attention, masks, mix_experts
 from dlm_kernels.denoiser import experts as mixtures
 from dlm_kernels.denoiser import half, limits
-from dlm_kernels.denoiser.model import geglu, rms_norm, rope, rotate, self_conditioned, write_window
+from dlm_kernels.denoiser.model import geglu, geglu_shapes, rms_norm, rope, rotate, self_conditioned, write_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +70,17 @@ def parameter_shapes(config):
     """Name -> shape of every parameter. Matrices are [in, out], except the embedding, which is the head too, [vocab, d_model]."""
     c = config
     shapes = {"embed": (c.vocab, c.d_model), "final_norm": (c.d_model,)}
-    shapes |= {f"soft.{name}": shape for name, shape in _geglu_shapes(c).items()}
+    shapes |= {f"soft.{name}": shape for name, shape in geglu_shapes(c).items()}
     for i in range(c.layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in _layer_shapes(c, i).items()}
     return shapes
-
-
-def _geglu_shapes(config):
-    d, f = config.d_model, config.ffn
-    return {"ffn_norm": (d,), "gate": (d, f), "up": (d, f), "down": (f, d)}
 
 
 def _layer_shapes(config, i):
     c = config
     size, kv_heads = _heads(c, i)
     norms = "attention_norm", "attention_out_norm", "ffn_out_norm", "experts_norm", "experts_out_norm", "out_norm"
-    layer = dict.fromkeys(norms, (c.d_model,)) | _geglu_shapes(c) | mixtures.parameter_shapes(c.experts, c.d_model)
+    layer = dict.fromkeys(norms, (c.d_model,)) | geglu_shapes(c) | mixtures.parameter_shapes(c.experts, c.d_model)
     layer |= {
         "query": (c.d_model, c.heads * size),
         "key": (c.d_model, kv_heads * size),

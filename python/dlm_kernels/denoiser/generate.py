@@ -168,34 +168,23 @@ def generate(
     """
     config, params, tokenizer = model
     _check(prompts, required, options)
-    by_blocks, of_canvases = config.block_size is not None, not config.learnt_masks
-    if of_canvases and noise_budget is None:
-        noise_budget = BUDGET
     if block is None:
-        block = config.canvas if of_canvases else config.block_size or 64
-        if by_blocks and config.shifted:
-            block = math.gcd(8, block)
+        block = _usual_block(config)
+    if noise_budget is None and not config.learnt_masks:
+        noise_budget = BUDGET
     limits.counts(block=block, length=length)
     limits.whole(1, steps=steps)  # the rehearsal has its own
     limits.whole(0, 2**32 - 1, seed=seed)
     limits.numbers(0, temperature=temperature, noise_budget=noise_budget)
     limits.numbers(0, 1, adaptive=adaptive)
     limits.numbers(guidance=guidance, eos_bias=eos_bias)
-    # As if not given: some goes with nothing that is.
-    plain = sampler.decode.__kwdefaults__
-    options = {n: x for n, x in options.items() if x is not None and not (isinstance(x, (str, bool)) and x == plain.get(n))}
+    if noise_budget is not None and temperature == 0:
+        raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
     marked = any(HOLE.search(prompt) for prompt in prompts)
-    if noise_budget is not None:
-        if temperature == 0:
-            raise ValueError("temperature: expected above 0 with a noise_budget, got 0")
-        steps = 48 if steps is None else steps
     # A draw is of a place in the block's window: one as narrow as the canvas happens to be would draw otherwise in a wider one.
-    block = block if marked or by_blocks or of_canvases else min(block, length)
-    if steps is None and all(options.get(rule) is None for rule in ALL):
-        if by_blocks and drafts is None:
-            options["threshold"] = config.threshold
-        else:
-            steps = max(block // 4, 1)
+    if not marked and config.block_size is None and config.learnt_masks:
+        block = min(block, length)
+    steps, options = _with_defaults(config, block, steps, drafts, noise_budget, options)
     away = None if negative_prompt is None else opened(tokenizer, encode(config, tokenizer, "negative_prompt", negative_prompt))
     board = canvas(config, tokenizer, prompts, length, style or "", least=block, before=len(away or []))
     guided = guidance != 1 or options.get("guidance_final") is not None or not np.isnan(board.guidance).all()
@@ -204,7 +193,7 @@ def generate(
         "eos_bias": eos_bias or None, "on_pass": on_pass, "drafts": drafts, "drafter": drafter, "noise_budget": noise_budget,
         "<mask:n@scale>": None if np.isnan(board.guidance).all() else True, **options,
     }  # fmt: skip
-    if of_canvases:  # where a text is likeliest, masks tell
+    if not config.learnt_masks:  # where a text is likeliest, masks tell
         given["required"] = required or None
     if noise_budget is not None and temperature is None:
         temperature = HEAT
@@ -212,20 +201,16 @@ def generate(
     ends = chat.ends(config, tokenizer)
     banned = _banned(config, tokenizer, [*banned, *(ends if exact or required or marked else ())], bool(temperature))
     board = _with_required(model, board, required, banned, options.get("implementation"))
-    if temperature or "remask_rule" in options or options.get("confidence") == "random":
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
-        options |= dict(temperature=temperature or None, key=keys)
+    options |= _draws(temperature, seed, len(prompts), options)
     if guided:
         options |= _guidance(config, board, guidance, adaptive, away)
         # A cache holds whole blocks, from both streams' starts on: without one the text is the same.
-        if by_blocks and ((options.get("unconditional_start", board.start) - board.start) % config.block_size).any():
+        apart = options.get("unconditional_start", board.start) - board.start
+        if config.block_size is not None and (apart % config.block_size).any():
             options.pop("cache", None)
     elif adaptive is not None or negative_prompt is not None:
         raise ValueError("adaptive, negative_prompt: expected a guidance other than 1 with them, got 1")
-    if logit_bias is not None or eos_bias:
-        bias = control.logit_bias(config, {} if logit_bias is None else logit_bias)
-        bias[ends] += eos_bias
-        options["logit_bias"] = bias
+    options |= _bias(config, logit_bias, eos_bias, ends)
     options |= dict(block=block, start=board.start, first=board.first, stop_at=np.array(ends, np.int32))
     options |= dict(banned_tokens=np.array(banned, np.int32)) | its_own
     decoded, seconds, compile_seconds = _measured(functools.partial(decode, config, params, board.tokens), steps, on_pass, options)
@@ -243,6 +228,46 @@ def generate(
         seconds=seconds,
         compile_seconds=compile_seconds,
     )
+
+
+def _usual_block(config):
+    """How many positions a model of this kind is decoded by at once."""
+    if not config.learnt_masks:
+        return config.canvas
+    if config.block_size is None:
+        return 64
+    return math.gcd(8, config.block_size) if config.shifted else config.block_size
+
+
+def _with_defaults(config, block, steps, drafts, noise_budget, options):
+    """(steps, options): by what a model of this kind is decoded where no rule is given; without options that say nothing."""
+    # As if not given: some goes with nothing that is.
+    plain = sampler.decode.__kwdefaults__
+    options = {n: x for n, x in options.items() if x is not None and not (isinstance(x, (str, bool)) and x == plain.get(n))}
+    if noise_budget is not None:
+        return 48 if steps is None else steps, options
+    if steps is not None or any(options.get(rule) is not None for rule in ALL):
+        return steps, options
+    if config.block_size is not None and drafts is None:
+        return None, options | dict(threshold=config.threshold)
+    return max(block // 4, 1), options
+
+
+def _draws(temperature, seed, rows, options):
+    """Of `sampler.decode`'s options what something random asks for, {} where nothing is."""
+    if not temperature and "remask_rule" not in options and options.get("confidence") != "random":
+        return {}
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
+    return dict(temperature=temperature or None, key=keys)
+
+
+def _bias(config, logit_bias, eos_bias, ends):
+    """Of `sampler.decode`'s options the bias, {} where there is none. ends: ids that end a text."""
+    if logit_bias is None and not eos_bias:
+        return {}
+    bias = control.logit_bias(config, {} if logit_bias is None else logit_bias)
+    bias[ends] += eos_bias
+    return dict(logit_bias=bias)
 
 
 def _measured(decode, steps, on_pass, options):

@@ -10,15 +10,15 @@ def scale(data, todo, inside, at):
 
     todo: what is still masked of `inside`, the block's holes, both bool [B, block]; at: the window's first column, int32 [B].
     """
-    given = jnp.asarray(data["guidance_scale"], jnp.float32)
+    given = data["guidance_scale"]
     scale = model.read_window(given, at, todo.shape[1]) if given.ndim == 2 else given[..., None]
     scale = jnp.broadcast_to(scale, todo.shape)
     share = (todo.sum(1) / jnp.maximum(inside.sum(1), 1))[:, None]
     if data["guidance_final"] is not None:
-        final = jnp.asarray(data["guidance_final"], jnp.float32)[..., None]
+        final = data["guidance_final"][..., None]
         scale = final + (scale - final) * share
     if data["guidance_interval"] is not None:
-        low, high = (jnp.asarray(x)[..., None] for x in data["guidance_interval"])
+        low, high = (x[..., None] for x in data["guidance_interval"])
         scale = jnp.where((low <= share) & (share <= high), scale, 1.0)
     return scale
 

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels import masks
-from dlm_kernels.denoiser import classifier, compare, data, evaluate, generate, model, train
+from dlm_kernels.denoiser import classifier, compare, data, evaluate, generate, losses, model
 
 CLASS = """class Stack:
     def push(self, x):
@@ -113,22 +112,19 @@ def _probability(loaded, found, made, *, implementation=None):
     config, params, _ = loaded
     tokens = made.decoded.tokens
     seen = tokens != config.pad_id
-    start = np.broadcast_to(seen.argmax(1)[:, None], tokens.shape).astype(np.int32)
-    where = dict(
-        positions=np.arange(tokens.shape[1], dtype=np.int32) - start,
-        mask=masks.KeyIntervals(jnp.asarray(start), jnp.full(start.shape, tokens.shape[1])),
-    )
+    start, length = jnp.asarray(seen.argmax(1), jnp.int32), tokens.shape[1]
+    where = model.within(start, jnp.full_like(start, length), length)
     states = jax.jit(model.hidden_states, static_argnums=0, static_argnames="implementation")
     hidden = states(config, params, tokens, implementation=implementation, **where)
     return float(jnp.exp(classifier.log_p(found, hidden, seen)).mean())
 
 
 def _nats_under_noise(teacher, renoise, texts, *, rows=64, length=128, seed=1, implementation=None):
-    """`train.uniform_loss` of both, on the same rows under the same noise; the teacher's soft embedding changes nothing."""
+    """`losses.uniform_loss` of both, on the same rows under the same noise; the teacher's soft embedding changes nothing."""
     config, params, tokenizer = renoise
     stream = data.stream(tokenizer, texts, config.eos_id)
     tokens = jnp.asarray(evaluate.rows_of(stream, rows, length, np.random.default_rng(seed)))
-    loss = jax.jit(train.uniform_loss, static_argnums=0, static_argnames="implementation")
+    loss = jax.jit(losses.uniform_loss, static_argnums=0, static_argnames="implementation")
     both = (params | teacher[1] | {"soft.down": jnp.zeros_like(params["soft.down"])}, params)
     return [float(loss(config, p, tokens, jax.random.key(seed), implementation=implementation)) for p in both]
 

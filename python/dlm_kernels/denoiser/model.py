@@ -24,7 +24,7 @@ def parameter_shapes(config):
     if not c.tie_embeddings:
         shapes["head"] = (c.vocab, c.d_model)
     if c.self_conditioning:
-        shapes |= {f"soft.{name}": shape for name, shape in ({"ffn_norm": (c.d_model,)} | _swiglu_shapes(c)).items()}
+        shapes |= {f"soft.{name}": shape for name, shape in geglu_shapes(c).items()}
     for i in range(c.layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in _layer_shapes(c, i).items()}
     return shapes
@@ -101,10 +101,23 @@ def self_conditioned(config, params, embedded, soft):
     return embedded + geglu(p, soft, config.rms_norm_eps)
 
 
+def geglu_shapes(config):
+    """Name -> shape of `geglu`'s parameters."""
+    return {"ffn_norm": (config.d_model,)} | _swiglu_shapes(config)
+
+
 def geglu(p, x, eps):
     """A gated layer of p's ffn_norm, gate, up and down, with GELU by tanh."""
     h = rms_norm(x, p["ffn_norm"], eps)
     return product(jax.nn.gelu(product(h, p["gate"])) * product(h, p["up"]), p["down"])
+
+
+def within(start, stop, length):
+    """positions and mask for `hidden_states` of rows of `length` columns, of which [start, stop), int32 [B] each, are the row's:
+    positions count from start, and nobody sees the others.
+    """
+    begin, end = (jnp.broadcast_to(x[:, None], (x.shape[0], length)) for x in (start, stop))
+    return dict(positions=jnp.arange(length, dtype=jnp.int32) - begin, mask=masks.KeyIntervals(begin, end))
 
 
 def empty_cache(config, batch, length, dtype):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels import lm_head_scores, masks, soft_embedding, unmask_topk
+from dlm_kernels import lm_head_scores, soft_embedding, unmask_topk
 from dlm_kernels.denoiser import blocks, gemma, half, limits, model
 
 
@@ -46,7 +46,7 @@ def decode(
 
     Arguments:
       config, params: a model that has learnt from such noise: DiffusionGemma, whose encoder reads each block that is done into a
-        cache and whose blocks are canvases, or one of `train.uniform_loss`; without config.self_conditioning nothing is expected
+        cache and whose blocks are canvases, or one of `losses.uniform_loss`; without config.self_conditioning nothing is expected
         of `soft`, and it is not computed.
       tokens: int32 [B, L]; the masks in it are what is written. start, first, stop, block, banned_tokens, stop_at, on_pass: as in
         `sampler.decode`. key: a JAX threefry key for each row, [B].
@@ -65,7 +65,7 @@ def decode(
         raise ValueError(f"temperature: expected two numbers, the first pass's and the last's, got {temperature}")
     limits.numbers(0, budget=budget, temperature=temperature, calm=calm)
     limits.numbers(0, above=True, temperature=temperature[0])  # no pass reaches the other
-    columns = blocks.columns(config, tokens, start, first, stop)
+    columns = blocks.row_columns(config, tokens, start, first, stop)
     data = dict(
         steps=jnp.asarray(steps, jnp.int32), budget=jnp.asarray(budget, jnp.float32), calm=jnp.asarray(calm, jnp.float32),
         temperature=jnp.asarray(temperature, jnp.float32), key=key, banned=blocks.banned_ids(config, banned_tokens),
@@ -78,7 +78,6 @@ def decode(
 def _decode(static, params, tokens, columns, data):
     config, block, implementation, on_pass = static
     b, length = tokens.shape
-    position = jnp.arange(length, dtype=jnp.int32)[None]
     hole = blocks.holes(config, tokens, columns)
     head = model.head_weight(config, params)
     encoded = not config.learnt_masks
@@ -128,14 +127,13 @@ def _decode(static, params, tokens, columns, data):
                 config, params, canvas, state.soft, state.cache, state.at, start=columns["start"], end=end,
                 implementation=implementation,
             )  # fmt: skip
-        begin, end = (jnp.broadcast_to(x[:, None], tokens.shape) for x in (columns["start"], end))
         embedded = half.look_up(params["embed"], state.decoded.tokens)
         if config.self_conditioning:
             window = model.self_conditioned(config, params, model.read_window(embedded, state.at, block), state.soft)
             embedded = model.write_window(embedded, window, state.at)
         hidden = model.hidden_states(
-            config, params, state.decoded.tokens, embedded=embedded, positions=position - begin,
-            mask=masks.KeyIntervals(begin, end), implementation=implementation,
+            config, params, state.decoded.tokens, embedded=embedded, **model.within(columns["start"], end, length),
+            implementation=implementation,
         )  # fmt: skip
         return model.read_window(hidden, state.at, block), state.cache
 

@@ -32,7 +32,7 @@ class _State(NamedTuple):
     """The loop's carry."""
 
     decoded: blocks.Decoded
-    block: jax.Array  # int32, the block of the last pass
+    index: jax.Array  # int32, the block of the last pass
     step: jax.Array  # int32, passes made on it
     cache: list  # per layer (key, value), or empty
     other: tuple  # the unconditional stream's (hidden states of the window, cache) where it is not computed every pass, or empty
@@ -142,82 +142,24 @@ def decode(
     Returns Decoded. Raises ValueError for arguments that do not fit.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens: expected shape [B, L], got {list(tokens.shape)}")
-    b, length = tokens.shape
-    limits.counts(block=block)
     rules = dict(threshold=threshold, factor=factor, entropy_budget=entropy_budget)
-    if steps is None and all(rule is None for rule in rules.values()):
-        raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
-    limits.whole(1, steps=steps, edit_passes=edit_passes, guidance_refresh=guidance_refresh, refresh=refresh, top_k=top_k)
-    limits.numbers(0, 1, remask=remask, guidance_remask=guidance_remask)
-    limits.numbers(0, 1, above=True, top_p=top_p)
-    limits.numbers(0, factor=factor, entropy_budget=entropy_budget, temperature=temperature)
-    limits.numbers(
-        threshold=threshold, edit_threshold=edit_threshold, guidance_scale=guidance_scale, guidance_final=guidance_final,
-        guidance_interval=guidance_interval, classifier_scale=classifier_scale,
-    )  # fmt: skip
-    if edit_passes is not None and edit_threshold is None:
-        raise ValueError("edit_passes: expected an edit_threshold with it, got none")
-    if remask is not None and steps is None:
-        raise ValueError("remask: expected steps with it, which say when it has to end, got none")
-    if remask_rule not in remasking.RULES:
-        raise ValueError(f"remask_rule: expected one of {remasking.RULES}, got {remask_rule!r}")
-    if remask is None and remask_rule != "least":
-        raise ValueError("remask_rule: expected remask with it, got none")
-    if attend not in ("all", "blocks"):
-        raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
-    own = config.block_size
-    if own is not None and own % block and block % own:
-        raise ValueError(f"block: expected a divisor or a multiple of the model's block_size {own}, got {block}")
-    seen = max(own or 0, min(block, length)) if own or attend == "blocks" else None
-    if refresh is not None and (not cache or seen is not None):
-        got = f"cache={cache}, attend={attend!r}"
-        raise ValueError(f"refresh: expected a cache of keys that grow old, cache=True with attend='all', got {got}")
-    if unconditional is not None and guidance_remask is not None:
-        raise ValueError("unconditional, guidance_remask: expected one unconditional stream, got two")
-    if guidance_interval is not None and not (isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2):
-        raise ValueError(f"guidance_interval: expected a pair (low, high), got {guidance_interval!r}")
-    limits.ordered(guidance_interval=guidance_interval)
-    if (unconditional is None and guidance_remask is None) != (guidance_scale is None):
-        raise ValueError("guidance_scale: expected one with `unconditional` or guidance_remask, and none without")
-    further = dict(
-        guidance_final=guidance_final, guidance_interval=guidance_interval, guidance_refresh=guidance_refresh
-    )
-    for name, value in further.items():
-        if guidance_scale is None and value is not None:
-            raise ValueError(f"{name}: expected a guidance_scale with it, got none")
-    if unconditional is not None and jnp.shape(unconditional) != tokens.shape:
-        raise ValueError(
-            f"unconditional: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(unconditional))}"
-        )
-    random = temperature is not None or remask_rule != "least" or confidence == "random"
-    if random != (key is not None):
-        raise ValueError("temperature, key: expected both or neither, and a key with a random remask_rule or confidence")
-    if key is not None and jnp.shape(key)[:1] != (b,):
-        raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
-    if 0 in (b, length):
-        return blocks.untouched(tokens)
     other_start = start if unconditional is None else unconditional_start
-    if cache and own and not any(isinstance(begin, jax.Array) for begin in (start, other_start)):
-        if ((np.asarray(other_start) - np.asarray(start)) % own).any():
-            where = f"a multiple of the block_size {own} from start {start}"
-            raise ValueError(f"unconditional_start: expected {where}, for a cache holds whole blocks, got {other_start}")
-    if config.experts is not None and config.experts.capacity is not None:
-        end = length if stop is None else stop
-        if not any(isinstance(x, jax.Array) for x in (start, end)) and ((np.asarray(end) - np.asarray(start)) % own).any():
-            where = f"whole blocks of {own} between them, whose tokens choose experts together"
-            raise ValueError(f"start, stop: expected {where}, got {start} and {end}")
-    columns = blocks.columns(config, tokens, start, first, stop, unconditional_start=other_start)
-    moves = config.delete_id is not None and edit_passes is not None and remask is None
-    if (classifier is None) != (classifier_scale is None):
-        raise ValueError("classifier, classifier_scale: expected both or neither")
-    if classifier is not None and not config.tie_embeddings:
-        raise ValueError("classifier: expected a model whose head is its embedding, got tie_embeddings=False")
-    if guidance_scale is not None and jnp.shape(guidance_scale) not in ((), (b,), tokens.shape):
-        raise ValueError(f"guidance_scale: expected a scalar, [{b}] or {[b, length]}, got {list(jnp.shape(guidance_scale))}")
-    if logit_bias is not None and jnp.shape(logit_bias) != (config.vocab,):
-        raise ValueError(f"logit_bias: expected shape [{config.vocab}], got {list(jnp.shape(logit_bias))}")
+    _check(
+        config, tokens, rules, block=block, steps=steps, edit_threshold=edit_threshold, edit_passes=edit_passes, remask=remask,
+        remask_rule=remask_rule, confidence=confidence, temperature=temperature, top_p=top_p, top_k=top_k, key=key,
+        logit_bias=logit_bias, classifier=classifier, classifier_scale=classifier_scale, attend=attend, cache=cache,
+        refresh=refresh,
+    )  # fmt: skip
+    _check_guidance(
+        config, tokens, start=start, cache=cache, unconditional=unconditional, other_start=other_start,
+        guidance_scale=guidance_scale, guidance_final=guidance_final, guidance_interval=guidance_interval,
+        guidance_remask=guidance_remask, guidance_refresh=guidance_refresh,
+    )  # fmt: skip
+    if tokens.size == 0:
+        return blocks.untouched(tokens)
+    length, own = tokens.shape[1], config.block_size
+    seen = max(own or 0, min(block, length)) if own or attend == "blocks" else None
+    columns = blocks.row_columns(config, tokens, start, first, stop, unconditional_start=other_start)
     # Each of one dtype: 2, 2.0 and NumPy's would each compile a loop of its own. What is None is not in the loop at all.
     real, whole = (functools.partial(jax.tree.map, lambda x, to=to: jnp.asarray(x, to)) for to in (jnp.float32, jnp.int32))
     data = dict(
@@ -247,6 +189,84 @@ def decode(
     return _decode(static, params, tokens, columns, data)
 
 
+def _check(
+    config, tokens, rules, *, block, steps, edit_threshold, edit_passes, remask, remask_rule, confidence, temperature, top_p, top_k,
+    key, logit_bias, classifier, classifier_scale, attend, cache, refresh,
+):  # fmt: skip
+    """Raises ValueError for arguments of `decode` that do not fit, but those of guidance. rules: those of `unmask_topk`."""
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: expected shape [B, L], got {list(tokens.shape)}")
+    limits.counts(block=block)
+    if steps is None and all(rule is None for rule in rules.values()):
+        raise ValueError("steps, threshold, factor, entropy_budget: expected at least one, got none")
+    limits.whole(1, steps=steps, edit_passes=edit_passes, refresh=refresh, top_k=top_k)
+    limits.numbers(0, 1, remask=remask)
+    limits.numbers(0, 1, above=True, top_p=top_p)
+    limits.numbers(0, factor=rules["factor"], entropy_budget=rules["entropy_budget"], temperature=temperature)
+    limits.numbers(threshold=rules["threshold"], edit_threshold=edit_threshold, classifier_scale=classifier_scale)
+    if edit_passes is not None and edit_threshold is None:
+        raise ValueError("edit_passes: expected an edit_threshold with it, got none")
+    if remask is not None and steps is None:
+        raise ValueError("remask: expected steps with it, which say when it has to end, got none")
+    if remask_rule not in remasking.RULES:
+        raise ValueError(f"remask_rule: expected one of {remasking.RULES}, got {remask_rule!r}")
+    if remask is None and remask_rule != "least":
+        raise ValueError("remask_rule: expected remask with it, got none")
+    if attend not in ("all", "blocks"):
+        raise ValueError(f"attend: expected 'all' or 'blocks', got {attend!r}")
+    own = config.block_size
+    if own is not None and own % block and block % own:
+        raise ValueError(f"block: expected a divisor or a multiple of the model's block_size {own}, got {block}")
+    if refresh is not None and (not cache or own or attend == "blocks"):
+        got = f"cache={cache}, attend={attend!r}"
+        raise ValueError(f"refresh: expected a cache of keys that grow old, cache=True with attend='all', got {got}")
+    random = temperature is not None or remask_rule != "least" or confidence == "random"
+    if random != (key is not None):
+        raise ValueError("temperature, key: expected both or neither, and a key with a random remask_rule or confidence")
+    b = tokens.shape[0]
+    if key is not None and jnp.shape(key)[:1] != (b,):
+        raise ValueError(f"key: expected a key for each of {b} rows, got shape {list(jnp.shape(key))}")
+    if (classifier is None) != (classifier_scale is None):
+        raise ValueError("classifier, classifier_scale: expected both or neither")
+    if classifier is not None and not config.tie_embeddings:
+        raise ValueError("classifier: expected a model whose head is its embedding, got tie_embeddings=False")
+    if logit_bias is not None and jnp.shape(logit_bias) != (config.vocab,):
+        raise ValueError(f"logit_bias: expected shape [{config.vocab}], got {list(jnp.shape(logit_bias))}")
+
+
+def _check_guidance(
+    config, tokens, *, start, cache, unconditional, other_start, guidance_scale, guidance_final, guidance_interval, guidance_remask,
+    guidance_refresh,
+):  # fmt: skip
+    """Raises ValueError for arguments of classifier-free guidance that do not fit. other_start: of the unconditional stream."""
+    limits.whole(1, guidance_refresh=guidance_refresh)
+    limits.numbers(0, 1, guidance_remask=guidance_remask)
+    limits.numbers(guidance_scale=guidance_scale, guidance_final=guidance_final, guidance_interval=guidance_interval)
+    if unconditional is not None and guidance_remask is not None:
+        raise ValueError("unconditional, guidance_remask: expected one unconditional stream, got two")
+    if guidance_interval is not None and not (isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2):
+        raise ValueError(f"guidance_interval: expected a pair (low, high), got {guidance_interval!r}")
+    limits.ordered(guidance_interval=guidance_interval)
+    if (unconditional is None and guidance_remask is None) != (guidance_scale is None):
+        raise ValueError("guidance_scale: expected one with `unconditional` or guidance_remask, and none without")
+    further = dict(guidance_final=guidance_final, guidance_interval=guidance_interval, guidance_refresh=guidance_refresh)
+    for name, value in further.items():
+        if guidance_scale is None and value is not None:
+            raise ValueError(f"{name}: expected a guidance_scale with it, got none")
+    if unconditional is not None and jnp.shape(unconditional) != tokens.shape:
+        raise ValueError(
+            f"unconditional: expected tokens' shape {list(tokens.shape)}, got {list(jnp.shape(unconditional))}"
+        )
+    b, length = tokens.shape
+    if guidance_scale is not None and jnp.shape(guidance_scale) not in ((), (b,), tokens.shape):
+        raise ValueError(f"guidance_scale: expected a scalar, [{b}] or {[b, length]}, got {list(jnp.shape(guidance_scale))}")
+    own = config.block_size
+    if cache and own and not any(isinstance(begin, jax.Array) for begin in (start, other_start)):
+        if ((np.asarray(other_start) - np.asarray(start)) % own).any():
+            where = f"a multiple of the block_size {own} from start {start}"
+            raise ValueError(f"unconditional_start: expected {where}, for a cache holds whole blocks, got {other_start}")
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(static, params, tokens, columns, data):
     config, block = static.config, static.block
@@ -268,8 +288,8 @@ def _decode(static, params, tokens, columns, data):
     def one_pass(state):
         # The first block, over all rows, that still has a mask or is being edited.
         following = blocks.next_block(masked(state), columns["first"], block)
-        index = jnp.where(state.edits > 0, state.block, following).min()
-        step = jnp.where(index == state.block, state.step + 1, 0)
+        index = jnp.where(state.edits > 0, state.index, following).min()
+        step = jnp.where(index == state.index, state.step + 1, 0)
         at, inside = blocks.window(hole, columns["first"], block, index)
         hidden, cache, other = streams.both(static, params, columns, data, state, hole, index, step, at)
         if data["classifier"] is not None:
@@ -345,19 +365,8 @@ def _commit(static, params, data, decoded, hidden, inside, original, last, at, i
     scores, quota = scored(data["banned"]), None
     if data["steps"] is not None:
         # The rest spread evenly over the passes left, so that none of them is idle.
-        left = jnp.maximum(jnp.asarray(data["steps"], jnp.int32) - step, 1)
-        quota = -(-original.sum(-1) // left)
-    if static.moves:
-        if quota is None:
-            quota = original.any(-1).astype(jnp.int32)
-        quota = jnp.where(last, todo.sum(-1), quota + (todo & ~original).sum(-1))
-        moving = jnp.asarray([config.delete_id, config.insert_id])
-        unfit = inside & last[:, None] & jnp.isin(scores.token, moving)
-
-        def settled():
-            return jnp.where(unfit, scored(jnp.concatenate([data["banned"], moving])).token, scores.token)
-
-        scores = scores._replace(token=jax.lax.cond(unfit.any(), settled, lambda: scores.token))
+        left = jnp.maximum(data["steps"] - step, 1)
+        quota = -(-todo.sum(-1) // left)
     rules = {name: data[name] for name in ("threshold", "factor", "entropy_budget", "edit_threshold")}
     result = unmask_topk(
         window,

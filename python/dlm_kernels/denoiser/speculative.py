@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels import lm_head_scores, masks, unmask_topk
+from dlm_kernels import lm_head_scores, unmask_topk
 from dlm_kernels.denoiser import blocks, limits, model
 
 
@@ -39,7 +39,7 @@ def decode(
     limits.whole(1, steps=steps)
     if blocks.leads(config):
         raise ValueError(f"drafts: expected none for shifted logits in blocks of {config.block_size}, got {drafts}")
-    columns = blocks.columns(config, tokens, start, first, stop)
+    columns = blocks.row_columns(config, tokens, start, first, stop)
     banned = blocks.banned_ids(config, banned_tokens)
     static = (config, min(block, tokens.shape[1]), drafts + 1, implementation)
     return _decode(static, params, drafter, tokens, columns, jnp.asarray(steps, jnp.int32), banned, stop_at)
@@ -50,20 +50,12 @@ def _decode(static, params, drafter, tokens, columns, steps, banned, stop_at):
     config, block, states, implementation = static
     b, length = tokens.shape
     rows = b * states
-    position = jnp.arange(length, dtype=jnp.int32)[None]
     hole = blocks.holes(config, tokens, columns)
     # Rows are (row, state) from here on: every array per row is repeated for its states.
     hole, start, first, stop = (
         jnp.repeat(x, states, 0) for x in (hole, *(columns[n] for n in ("start", "first", "stop")))
     )
-    shape = (rows, length)
-    place = dict(
-        positions=position - start[:, None],
-        mask=masks.KeyIntervals(jnp.broadcast_to(start[:, None], shape), jnp.broadcast_to(stop[:, None], shape)),
-        implementation=implementation,
-    )
-    each = masks.KeyIntervals(place["mask"].start[::states], place["mask"].stop[::states])
-    one_each = place | dict(positions=place["positions"][::states], mask=each)
+    place, one_each = model.within(start, stop, length), model.within(start[::states], stop[::states], length)
     depth = jnp.tile(jnp.arange(states), b)
 
     def block_of(board):
@@ -81,7 +73,7 @@ def _decode(static, params, drafter, tokens, columns, steps, banned, stop_at):
         return blocks.end_rows(config, stop_at, board, hole)
 
     def score(params, board, place, at, todo):
-        hidden = model.read_window(model.hidden_states(config, params, board, **place), at, block)
+        hidden = model.read_window(model.hidden_states(config, params, board, **place, implementation=implementation), at, block)
         head = model.head_weight(config, params)
         return lm_head_scores(hidden, head, active=todo, banned_tokens=banned, implementation=implementation)
 

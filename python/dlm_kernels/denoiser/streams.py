@@ -13,7 +13,7 @@ from dlm_kernels.denoiser import guided, model
 def both(static, params, columns, data, state, hole, index, step, at):
     """Hidden states of the window at `at` [B], under guidance of both streams: [B or 2B, block, D]; both states of the carry."""
     tokens, start, stop, first = state.decoded.tokens, columns["start"], columns["stop"], columns["first"]
-    window = functools.partial(_window_states, static, params, data, state.block, index, step)
+    window = functools.partial(_window_states, static, params, data, state.index, index, step)
     every = data["guidance_refresh"]
     if data["guidance_scale"] is None:
         return *window(1, state.cache, tokens, start, first, stop, at), ()
@@ -37,14 +37,14 @@ def both(static, params, columns, data, state, hole, index, step, at):
 
 def towards_wanted(static, params, columns, data, tokens, at):
     """What classifier guidance adds to the window's hidden states, [B, block, D]."""
-    column = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    start, stop = (jnp.broadcast_to(columns[name][:, None], tokens.shape) for name in ("start", "stop"))
+    start, stop, length = columns["start"], columns["stop"], tokens.shape[1]
+    column = jnp.arange(length, dtype=jnp.int32)
+    seen = (start[:, None] <= column) & (column < stop[:, None])
     towards = classifiers.direction(
-        static.config, params, data["classifier"], tokens, (start <= column) & (column < stop), positions=column - start,
-        mask=masks.KeyIntervals(start, stop), implementation=static.implementation,
+        static.config, params, data["classifier"], tokens, seen, **model.within(start, stop, length),
+        implementation=static.implementation,
     )  # fmt: skip
-    scale = jnp.asarray(data["classifier_scale"], jnp.float32)[..., None, None]
-    return model.read_window(towards, at, static.block) * scale
+    return model.read_window(towards, at, static.block) * data["classifier_scale"][..., None, None]
 
 
 def _window_states(static, params, data, before, index, step, every, cache, tokens, starts, first, stop, at):
@@ -68,7 +68,7 @@ def _window_states(static, params, data, before, index, step, every, cache, toke
         hidden = model.hidden_states(config, params, tokens, **where(jnp.zeros_like(at), length))
         return model.read_window(hidden, at, block), []
 
-    def columns(size, end):
+    def computed(size, end):
         """Computes `size` columns up to `end` [rows]."""
         size = min(size + config.shifted, length)
 
@@ -83,11 +83,11 @@ def _window_states(static, params, data, before, index, step, every, cache, toke
     if seen is None:
         # Whether a renewal was due in this pass, or in one that the stream was not computed in.
         end = at + block
-        return jax.lax.cond(step % data["refresh"] < every, columns(length, end), columns(block, end), cache)
+        return jax.lax.cond(step % data["refresh"] < every, computed(length, end), computed(block, end), cache)
     # What is decoded at once may be a part of a block that attends to itself: all of that is computed, for its keys change with it.
     index, before = (i // max(seen // block, 1) for i in (index, before))
     end = jnp.minimum(first + (index + 1) * seen, length)
     # A block's first pass also commits the block before it, whose keys were last computed with masks among its tokens. What
     # lies further back is in the cache already, unless given blocks were skipped: then as at the very start, everything.
     way = jnp.where(index == before, 0, jnp.where(index == before + 1, 1, 2))
-    return jax.lax.switch(way, [columns(seen, end), columns(2 * seen, end), columns(length, end)], cache)
+    return jax.lax.switch(way, [computed(seen, end), computed(2 * seen, end), computed(length, end)], cache)
