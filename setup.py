@@ -27,8 +27,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     # GCC 12 warns of its own AVX-512 header.
     INSTRUCTION_SETS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
-# With DLM_KERNELS_SANITIZE set; "portable" leaves the other instruction sets out. After FLAGS, which these change: with symbols,
-# that a report names lines. Not for XLA's and pybind11's templates, which would take minutes and only hand arrays over.
+# Set by DLM_KERNELS_SANITIZE ("portable": that instruction set alone). After FLAGS, so that -O1 wins, and -g, by which a report
+# names lines. XLA's and pybind11's templates are left out: they would take minutes and only hand arrays over.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 SANITIZED = {*KERNELS, "dispatch"}
 

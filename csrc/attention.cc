@@ -16,7 +16,8 @@ namespace {
 
 constexpr int64_t kSplitKeys = 4096;  // few rows split their keys in pieces of this; of S alone, so batch-invariant
 constexpr int64_t kRows = tiles::kAttentionPanels * kPanel;  // most query rows of a tile, which share its copies of keys and values
-constexpr int64_t kKeys = tiles::kAttentionKeys;  // most keys of a tile: even, for pairs, and a multiple of kRowTile
+constexpr int64_t kKeys = tiles::kAttentionKeys;  // most keys of a tile
+static_assert(kKeys % 2 == 0, "weights are stored in pairs of keys");
 constexpr float kLog2E = 1.44269504f;
 
 // Rows [first, first + count) of `in` [B,T,N,H] as out [count, H].
@@ -145,8 +146,8 @@ struct Forward {
   const int64_t depth = elements<E>(args.h);          // of the product with keys
   const int64_t key_row = round_up(depth, kLanes), value_row = round_up(args.h, kLanes);
   // A scale that is not positive, or a soft cap, is applied to the logits; else they go without the scale up to the exponent.
-  const bool bent = args.soft_cap != 0 || !(args.scale > 0);
-  const float scale = bent ? 1.0f : args.scale;       // that the logits still lack
+  const bool scaled_early = args.soft_cap != 0 || !(args.scale > 0);
+  const float scale = scaled_early ? 1.0f : args.scale;  // that the logits still lack
   const float factor = scale * kLog2E;
 
   float* partial = nullptr;                           // [B,K,splits,panels] sums, as sums_at() lays them
@@ -211,7 +212,7 @@ struct Forward {
         const int64_t seen = elements<E>(stop - start), first_element = start / kValues<E>;
         multiply(key + start * key_row, key_row, 1, stop - start, query + panel * query_panel, depth, columns,
                  logits + start * kPanel, kPanel, false);
-        if (bent) bend(logits + start * kPanel, stop - start, columns);
+        if (scaled_early) scale_early(logits + start * kPanel, stop - start, columns);
         if (!whole) sight.hide(panel, columns, logits);
         if (columns == kPanel) softmax<2>(logits + start * kPanel, stop - start, sums, weights);
         else softmax<1>(logits + start * kPanel, stop - start, sums, weights);
@@ -222,7 +223,7 @@ struct Forward {
       finish(batch, head, first + panel * kPanel, sums_at(own_sums + panel * sums_size()));
   }
 
-  void bend(float* logits, int64_t n, int64_t columns) const {
+  void scale_early(float* logits, int64_t n, int64_t columns) const {
     for (int64_t j = 0; j < n; ++j, logits += kPanel) {
       for (int64_t i = 0; i < columns; i += kLanes) {
         const F x = load(logits + i) * args.scale;
@@ -298,10 +299,7 @@ struct Forward {
         F block[kLanes];
         for (int i = 0; i < kLanes; ++i) block[i] = i < left ? load(sums.out + (p + i) * kPanel + half) * inverse : F{};
         transpose(block);
-        for (int64_t i = 0; i < count; ++i) {
-          if (left == kLanes) store(targets[i] + p, block[i]);
-          else store_first(targets[i] + p, left, block[i]);
-        }
+        for (int64_t i = 0; i < count; ++i) store_up_to(targets[i] + p, left, block[i]);
       }
     }
   }

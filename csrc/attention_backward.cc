@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kTileRows = tiles::kBackwardRows;
 constexpr int64_t kTileKeys = tiles::kBackwardKeys;
 
-// Which keys of a tile each row of another sees.
+// Which keys of a tile each of at most kTileRows query rows sees.
 class RowTile {
  public:
   void init(const AttentionArgs& args, int64_t batch, int64_t first, int64_t count) {
@@ -166,18 +166,15 @@ struct Backward {
 
   float dot(const T* out, const float* dout) const {
     F total = F{};
-    for (int64_t j = 0; j < args.h; j += kLanes) {
-      const F x = args.h - j >= kLanes ? load(out + j) : load_first(out + j, args.h - j, 0.0f);
-      total += x * load(dout + j);
-    }
+    for (int64_t j = 0; j < args.h; j += kLanes) total += load_up_to(out + j, args.h - j, 0.0f) * load(dout + j);
     return sum(total);
   }
 
-  void cap_with_slope(float* row, float* slope, int64_t n) const {
+  void cap_with_slope(float* row, float* slopes, int64_t n) const {
     for (int64_t j = 0; j < n; j += kLanes) {
-      const F bent = tanh(load(row + j) / args.soft_cap);
-      store(row + j, args.soft_cap * bent);
-      store(slope + j, 1.0f - bent * bent);
+      F slope;
+      store(row + j, capped(load(row + j), args.soft_cap, &slope));
+      store(slopes + j, slope);
     }
   }
 

@@ -57,17 +57,12 @@ struct CrossEntropy {
         const float dloss = args.dloss[row], lse = args.lse[row];
         auto* out = dlogits + i * kHeadColumns;
         for (int64_t j = 0; j < n; j += kLanes) {
-          F x = load(logits + j), slope = splat(dloss);
-          if (args.soft_cap != 0) {
-            const F bent = tanh(x / args.soft_cap);
-            x = args.soft_cap * bent;
-            slope *= 1.0f - bent * bent;
-          }
+          F x = load(logits + j), slope = splat(1.0f);
+          if (args.soft_cap != 0) x = capped(x, args.soft_cap, &slope);
           F p = exp(x - lse);
           if (target >= j && target < j + kLanes) p[target - j] -= 1.0f;
-          store(out + j, p * slope);
+          store(out + j, p * (dloss * slope));
         }
-        std::fill(out + n, out + round_up(n, kLanes), std::remove_reference_t<decltype(*out)>{});
       });
     });
   }

@@ -86,7 +86,6 @@ struct Divergence {
         auto* out = dlogits + i * kHeadColumns;
         for (int64_t j = 0; j < n; j += kLanes)
           store(out + j, dloss * (exp(load(logits + j) - lse) - exp(load(targets + j) - target_lse)));
-        std::fill(out + n, out + round_up(n, kLanes), std::remove_reference_t<decltype(*out)>{});
       });
     });
   }

@@ -51,8 +51,8 @@ inline F activated(MixtureArgs::Activation activation, F x) {
   return 0.5f * x * (1.0f + tanh(0.797884561f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
 }
 
-// C [count, n] = A [count, depth] B [depth, n], where B are columns of a weight with `b_row` values a row. In C, of which a panel is
-// a whole one, a panel's columns are in the order of load_half.
+// C [count, n] = A [count, depth] B [depth, n], where B are columns of a weight with `b_row` values a row. In C, of which a panel
+// is a whole one, a panel's columns are in the order of load_half.
 template <typename T>
 void multiply_in_place(const float* a, int64_t a_row, int64_t count, const T* b, int64_t b_row, int64_t depth, int64_t n, float* c,
                        int64_t c_row) {

@@ -1,4 +1,4 @@
-// The one matrix product under attention and the LM head: C (+)= A B on tiles that lie in cache, with float32 sums.
+// The one matrix product, under attention, the LM head and the experts: C (+)= A B on tiles that lie in cache, with float32 sums.
 //
 // Operands are made of elements: floats, or pairs of bfloat16 that follow each other along the depth, which one instruction
 // multiplies and adds. Element<T> is what an array of T is multiplied in. pack.h lays operands out.

@@ -9,7 +9,8 @@
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kColumns = 16384;  // columns of a row that one tile writes
+// Columns of a row that one tile writes: a vocabulary has several such tiles, so that threads share even one row.
+constexpr int64_t kColumns = 16384;
 
 // Calls body(row, first, n) for every piece [first, first + n) of every row.
 template <typename Body>

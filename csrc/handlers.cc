@@ -31,11 +31,11 @@ DType dtype(std::string_view name) {
   throw std::invalid_argument("logits_dtype: expected float32, bfloat16 or float16");
 }
 
-Scoring::Confidence confidence_kind(std::string_view name) {
+Scoring::Confidence confidence_of(std::string_view name) {
   if (name == "probability") return Scoring::Confidence::kProbability;
   if (name == "margin") return Scoring::Confidence::kMargin;
   if (name == "neg_entropy") return Scoring::Confidence::kNegEntropy;
-  throw std::invalid_argument("kind: expected probability, margin or neg_entropy");
+  throw std::invalid_argument("confidence: expected probability, margin or neg_entropy");
 }
 
 template <typename T>
@@ -100,14 +100,14 @@ ffi::Error attention_backward(ffi::ThreadPool pool, Operand query, Operand key, 
 
 Scoring scoring(const Operand& temperature, const Operand& key_data, const Operand& counter_row, const Operand& noise,
                 const Operand& active, const Operand& banned, Output& token, Output& confidence, Output& entropy,
-                Output& logsumexp, std::string_view kind, bool tempered, float soft_cap) {
+                Output& logsumexp, std::string_view confidence_kind, bool tempered_confidence, float soft_cap) {
   Scoring args{};
   args.temperature = optional<float>(temperature), args.key_data = optional<uint32_t>(key_data);
   args.counter_row = optional<int32_t>(counter_row), args.noise = optional<float>(noise);
   args.active = optional<bool>(active), args.banned = optional<int32_t>(banned);
   args.banned_count = banned.element_count();
-  args.kind = confidence_kind(kind);
-  args.tempered = tempered, args.soft_cap = soft_cap;
+  args.confidence_kind = confidence_of(confidence_kind);
+  args.tempered_confidence = tempered_confidence, args.soft_cap = soft_cap;
   args.token = data<int32_t>(token), args.confidence = data<float>(confidence);
   args.entropy = data<float>(entropy), args.logsumexp = data<float>(logsumexp);
   return args;
@@ -116,7 +116,7 @@ Scoring scoring(const Operand& temperature, const Operand& key_data, const Opera
 ffi::Error score_tokens(ffi::ThreadPool pool, Operand logits, Operand unconditional, Operand guidance_scale,
                         Operand temperature, Operand key_data, Operand counter_row, Operand noise, Operand active,
                         Operand banned, Output token, Output confidence, Output entropy, Output logsumexp,
-                        std::string_view kind, bool tempered, float soft_cap) {
+                        std::string_view confidence_kind, bool tempered_confidence, float soft_cap) {
   return guarded([&] {
     ScoreArgs args{};
     args.dtype = dtype(logits);
@@ -124,7 +124,7 @@ ffi::Error score_tokens(ffi::ThreadPool pool, Operand logits, Operand unconditio
     args.logits = logits.untyped_data(), args.unconditional = optional<void>(unconditional);
     args.guidance_scale = optional<float>(guidance_scale);
     args.scoring = scoring(temperature, key_data, counter_row, noise, active, banned, token, confidence, entropy, logsumexp,
-                           kind, tempered, soft_cap);
+                           confidence_kind, tempered_confidence, soft_cap);
     kernels().score_tokens(args, XlaParallel(pool));
   });
 }
@@ -176,8 +176,8 @@ ffi::Error truncate_logits(ffi::ThreadPool pool, Operand logits, Operand inverse
 
 ffi::Error lm_head_scores(ffi::ThreadPool pool, Operand hidden, Operand weight, Operand temperature, Operand key_data,
                           Operand counter_row, Operand noise, Operand active, Operand banned, Output token,
-                          Output confidence, Output entropy, Output logsumexp, std::string_view kind, bool tempered,
-                          float soft_cap, std::string_view logits_dtype, int64_t vocabulary) {
+                          Output confidence, Output entropy, Output logsumexp, std::string_view confidence_kind,
+                          bool tempered_confidence, float soft_cap, std::string_view logits_dtype, int64_t vocabulary) {
   return guarded([&] {
     HeadArgs args{};
     args.dtype = dtype(hidden);
@@ -186,7 +186,7 @@ ffi::Error lm_head_scores(ffi::ThreadPool pool, Operand hidden, Operand weight, 
     args.round_logits = logits_dtype != "";
     if (args.round_logits) args.logits_dtype = dtype(logits_dtype);
     args.scoring = scoring(temperature, key_data, counter_row, noise, active, banned, token, confidence, entropy, logsumexp,
-                           kind, tempered, soft_cap);
+                           confidence_kind, tempered_confidence, soft_cap);
     kernels().lm_head_scores(args, XlaParallel(pool));
   });
 }
@@ -255,7 +255,7 @@ ffi::Error masked_divergence_backward(ffi::ThreadPool pool, Operand hidden, Oper
   });
 }
 
-MixtureArgs::Activation activation_kind(std::string_view name) {
+MixtureArgs::Activation activation_of(std::string_view name) {
   if (name == "silu") return MixtureArgs::Activation::kSilu;
   if (name == "gelu") return MixtureArgs::Activation::kGelu;
   throw std::invalid_argument("activation: expected silu or gelu");
@@ -270,67 +270,52 @@ ffi::Error mix_experts(ffi::ThreadPool pool, Operand x, Operand gate, Operand up
     args.r = x.dimensions()[0], args.k = expert.dimensions()[1], args.e = shape[0], args.d = shape[1], args.f = shape[2];
     args.x = x.untyped_data(), args.gate = gate.untyped_data(), args.up = up.untyped_data(), args.down = down.untyped_data();
     args.expert = data<int32_t>(expert), args.weight = data<float>(weight);
-    args.activation = activation_kind(activation);
+    args.activation = activation_of(activation);
     args.out = data<void>(out);
     kernels().mix_experts(args, XlaParallel(pool));
   });
 }
 
-auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
-
-// Appends Count operands, or results, to a binding. A binding cannot be moved, only extended, hence no base case that returns it.
-template <int Count, typename Binding>
-auto operands(Binding&& binding) {
-  if constexpr (Count == 1) return std::move(binding).template Arg<Operand>();
-  else return operands<Count - 1>(std::move(binding).template Arg<Operand>());
-}
-
-template <int Count, typename Binding>
-auto results(Binding&& binding) {
-  if constexpr (Count == 1) return std::move(binding).template Ret<ffi::AnyBuffer>();
-  else return results<Count - 1>(std::move(binding).template Ret<ffi::AnyBuffer>());
+// Appends Count results, or operands, to a binding. A binding cannot be moved, only extended, hence no base case that returns it.
+template <bool Results, int Count, typename Binding>
+auto append(Binding&& binding) {
+  if constexpr (Count > 1) return append<Results, Count - 1>(append<Results, 1>(std::move(binding)));
+  else if constexpr (Results) return std::move(binding).template Ret<ffi::AnyBuffer>();
+  else return std::move(binding).template Arg<Operand>();
 }
 
 template <int Operands, int Results>
-auto bind_arrays() {
-  return results<Results>(operands<Operands>(bind()));
+auto bind() {
+  return append<true, Results>(append<false, Operands>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 }
 
-XLA_FFI_DEFINE_HANDLER(AttentionForward, attention_forward, (bind_arrays<4, 2>().Attr<float>("scale").Attr<float>("soft_cap")));
-XLA_FFI_DEFINE_HANDLER(AttentionBackward, attention_backward, (bind_arrays<8, 3>().Attr<float>("scale").Attr<float>("soft_cap")));
-XLA_FFI_DEFINE_HANDLER(ScoreTokens, score_tokens,
-                       (bind_arrays<9, 4>().Attr<std::string_view>("kind").Attr<bool>("tempered").Attr<float>("soft_cap")));
-XLA_FFI_DEFINE_HANDLER(UnmaskTopk, unmask_topk, (bind_arrays<11, 3>()));
-XLA_FFI_DEFINE_HANDLER(MixGuidance, mix_guidance, (bind_arrays<3, 1>()));
-XLA_FFI_DEFINE_HANDLER(CombineGuidance, combine_guidance, (bind_arrays<2, 1>()));
-XLA_FFI_DEFINE_HANDLER(TruncateLogits, truncate_logits, (bind_arrays<4, 1>()));
-XLA_FFI_DEFINE_HANDLER(LmHeadScores, lm_head_scores,
-                       (bind_arrays<8, 4>().Attr<std::string_view>("kind").Attr<bool>("tempered").Attr<float>("soft_cap")
-                            .Attr<std::string_view>("logits_dtype").Attr<int64_t>("vocabulary")));
-XLA_FFI_DEFINE_HANDLER(CrossEntropyForward, masked_cross_entropy_forward, (bind_arrays<4, 2>().Attr<float>("soft_cap")));
-XLA_FFI_DEFINE_HANDLER(CrossEntropyBackward, masked_cross_entropy_backward, (bind_arrays<6, 2>().Attr<float>("soft_cap")));
-XLA_FFI_DEFINE_HANDLER(DivergenceForward, masked_divergence_forward, (bind_arrays<5, 3>()));
-XLA_FFI_DEFINE_HANDLER(DivergenceBackward, masked_divergence_backward, (bind_arrays<8, 2>()));
-XLA_FFI_DEFINE_HANDLER(MixExperts, mix_experts, (bind_arrays<6, 1>().Attr<std::string_view>("activation")));
+template <int Operands>
+auto bind_scoring() {
+  return bind<Operands, 4>().template Attr<std::string_view>("confidence").template Attr<bool>("tempered_confidence")
+      .template Attr<float>("soft_cap");
+}
+
+// handle_<kernel>: the function above as XLA calls it.
+#define DLM_HANDLER(kernel, ...) XLA_FFI_DEFINE_HANDLER(handle_##kernel, kernel, (__VA_ARGS__))
+DLM_HANDLER(attention_forward, bind<4, 2>().Attr<float>("scale").Attr<float>("soft_cap"));
+DLM_HANDLER(attention_backward, bind<8, 3>().Attr<float>("scale").Attr<float>("soft_cap"));
+DLM_HANDLER(score_tokens, bind_scoring<9>());
+DLM_HANDLER(unmask_topk, bind<11, 3>());
+DLM_HANDLER(mix_guidance, bind<3, 1>());
+DLM_HANDLER(combine_guidance, bind<2, 1>());
+DLM_HANDLER(truncate_logits, bind<4, 1>());
+DLM_HANDLER(lm_head_scores, bind_scoring<8>().Attr<std::string_view>("logits_dtype").Attr<int64_t>("vocabulary"));
+DLM_HANDLER(masked_cross_entropy_forward, bind<4, 2>().Attr<float>("soft_cap"));
+DLM_HANDLER(masked_cross_entropy_backward, bind<6, 2>().Attr<float>("soft_cap"));
+DLM_HANDLER(masked_divergence_forward, bind<5, 3>());
+DLM_HANDLER(masked_divergence_backward, bind<8, 2>());
+DLM_HANDLER(mix_experts, bind<6, 1>().Attr<std::string_view>("activation"));
 
 }  // namespace
 
 const std::vector<Handler>& handlers() {
-  static const std::vector<Handler> all = {
-      {"attention_forward", AttentionForward},
-      {"attention_backward", AttentionBackward},
-      {"score_tokens", ScoreTokens},
-      {"unmask_topk", UnmaskTopk},
-      {"mix_guidance", MixGuidance},
-      {"combine_guidance", CombineGuidance},
-      {"truncate_logits", TruncateLogits},
-      {"lm_head_scores", LmHeadScores},
-      {"masked_cross_entropy_forward", CrossEntropyForward},
-      {"masked_cross_entropy_backward", CrossEntropyBackward},
-      {"masked_divergence_forward", DivergenceForward},
-      {"masked_divergence_backward", DivergenceBackward},
-      {"mix_experts", MixExperts},
-  };
+#define DLM_ENTRY(name, Args) {#name, handle_##name},
+  static const std::vector<Handler> all = {DLM_KERNELS(DLM_ENTRY)};
   return all;
 }
 

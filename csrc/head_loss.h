@@ -77,8 +77,8 @@ struct HeadGradients {
         weight(static_cast<const T*>(args.weight)), dhidden(static_cast<T*>(args.dhidden)),
         dweight(static_cast<T*>(args.dweight)) {}
 
-  // logit_gradients(column, dlogits) sets dlogits[i][j], for all rows, to the gradient of the logit of column + j, and to zero
-  // behind the vocabulary's last column up to a multiple of kLanes. dlogits: [rows, kHeadColumns].
+  // logit_gradients(column, dlogits) sets dlogits[i][j], for all rows, to the gradient of the logit of column + j; behind the
+  // vocabulary's last column it may write up to a multiple of kLanes. dlogits: [rows, kHeadColumns].
   template <typename LogitGradients>
   void run(const Parallel& parallel, LogitGradients&& logit_gradients) const {
     const int64_t count = rows.size(), panels = (d + kPanel - 1) / kPanel, depth = elements<E>(count);
@@ -107,9 +107,13 @@ struct HeadGradients {
     for (int64_t chunk = 0; chunk < tiles; chunk += most) {
       const int64_t some = std::min(most, tiles - chunk);
       parallel(some, [&](int64_t tile) {
+        const int64_t column = (chunk + tile) * kHeadColumns, n = std::min(kHeadColumns, v - column);
         Gradient* dlogits = chunk_dlogits + tile * count * kHeadColumns;
-        logit_gradients((chunk + tile) * kHeadColumns, dlogits);
-        weight_gradients((chunk + tile) * kHeadColumns, dlogits, hidden_panels, depth);
+        logit_gradients(column, dlogits);
+        // Zeros behind the last column, which is the first of a pair where their number is odd.
+        for (int64_t i = 0; i < count; ++i)
+          std::fill(dlogits + i * kHeadColumns + n, dlogits + i * kHeadColumns + round_up(n, kLanes), Gradient{});
+        weight_gradients(column, dlogits, hidden_panels, depth);
       });
       parallel(panels, [&](int64_t panel) {
         Scratch& scratch = thread_scratch();
@@ -162,9 +166,8 @@ struct HeadGradients {
   static void write_row(const float* sums, int64_t n, T* out) {
     constexpr int64_t kBytes = kLanes * sizeof(T);
     for (int64_t j = 0; j < n; j += kLanes) {
-      if (j + kLanes > n) store_first(out + j, n - j, load(sums + j));
-      else if ((uintptr_t)(out + j) % kBytes == 0) store_past_caches(out + j, load(sums + j));
-      else store(out + j, load(sums + j));
+      if (n - j >= kLanes && (uintptr_t)(out + j) % kBytes == 0) store_past_caches(out + j, load(sums + j));
+      else store_up_to(out + j, n - j, load(sums + j));
     }
   }
 };

@@ -1,7 +1,9 @@
 // What every kernel takes, and the table of kernels that each instruction set fills.
 //
 // Letters as in the Python API: B batch, T queries, S keys, N query heads, K kv heads (N = K * G), H head size, L sequence,
-// R rows, V vocabulary, D width (of a target E). Of a mixture: E experts, F width inside, K of them for each row. Arrays are dense and row-major; sizes and offsets are int64.
+// R rows, V vocabulary, D width, E a target's width, C streams of logits, M banned ids.
+// In a mixture: E experts, F the width inside one, K experts of each row.
+// Arrays are dense and row-major; sizes and offsets are int64.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +25,8 @@ struct AttentionArgs {
   const void* query;                   // [B,T,N,H]
   const void* key;                     // [B,S,K,H]
   const void* value;                   // [B,S,K,H]
-  const int32_t* bounds;               // [bounds_b,T,bounds_width]: [start, stop) pairs, disjoint, in order; null sees all
+  const int32_t* bounds;               // [bounds_b,T,bounds_width], [start, stop) pairs; null sees all. Clipped to [0, S], and no
+                                       // number of a row below the one before it: disjoint, in order, empty if start == stop
   int64_t bounds_b, bounds_width;      // 1 or B; 2 or 4
   float scale, soft_cap;               // soft_cap 0: none
   void* out;                           // [B,T,N,H], written by forward, read by backward
@@ -42,8 +45,8 @@ struct Scoring {
   const bool* active;                  // [R] or null; a row that is not active is not read
   const int32_t* banned;               // [M] token ids; those outside [0, V) are ignored
   int64_t banned_count;
-  enum class Confidence { kProbability, kMargin, kNegEntropy } kind;
-  bool tempered;                       // take the distribution from logits / temperature
+  enum class Confidence { kProbability, kMargin, kNegEntropy } confidence_kind;
+  bool tempered_confidence;            // take the distribution from logits / temperature
   float soft_cap;                      // 0: none
   int32_t* token;                      // [R], as all below
   float *confidence, *entropy, *logsumexp;
@@ -139,21 +142,27 @@ struct MixtureArgs {
   void* out;                           // [R,D]
 };
 
+// Each kernel, void name(const Args&, const Parallel&): the one list of them, from which the tables and the handlers are made.
+#define DLM_KERNELS(EACH)                                \
+  EACH(attention_forward, AttentionArgs)                 \
+  EACH(attention_backward, AttentionArgs)                \
+  EACH(score_tokens, ScoreArgs)                          \
+  EACH(unmask_topk, UnmaskArgs)                          \
+  EACH(mix_guidance, MixArgs)                            \
+  EACH(combine_guidance, MixArgs)                        \
+  EACH(truncate_logits, TruncateArgs)                    \
+  EACH(lm_head_scores, HeadArgs)                         \
+  EACH(masked_cross_entropy_forward, CrossEntropyArgs)   \
+  EACH(masked_cross_entropy_backward, CrossEntropyArgs)  \
+  EACH(masked_divergence_forward, DivergenceArgs)        \
+  EACH(masked_divergence_backward, DivergenceArgs)       \
+  EACH(mix_experts, MixtureArgs)
+
 struct Kernels {
   const char* isa;
-  void (*attention_forward)(const AttentionArgs&, const Parallel&);
-  void (*attention_backward)(const AttentionArgs&, const Parallel&);
-  void (*score_tokens)(const ScoreArgs&, const Parallel&);
-  void (*unmask_topk)(const UnmaskArgs&, const Parallel&);
-  void (*mix_guidance)(const MixArgs&, const Parallel&);
-  void (*combine_guidance)(const MixArgs&, const Parallel&);
-  void (*truncate_logits)(const TruncateArgs&, const Parallel&);
-  void (*lm_head_scores)(const HeadArgs&, const Parallel&);
-  void (*masked_cross_entropy_forward)(const CrossEntropyArgs&, const Parallel&);
-  void (*masked_cross_entropy_backward)(const CrossEntropyArgs&, const Parallel&);
-  void (*masked_divergence_forward)(const DivergenceArgs&, const Parallel&);
-  void (*masked_divergence_backward)(const DivergenceArgs&, const Parallel&);
-  void (*mix_experts)(const MixtureArgs&, const Parallel&);
+#define DLM_MEMBER(name, Args) void (*name)(const Args&, const Parallel&);
+  DLM_KERNELS(DLM_MEMBER)
+#undef DLM_MEMBER
 };
 
 // The table for this machine: the best instruction set it has, or the one that DLM_KERNELS_ISA names. Throws

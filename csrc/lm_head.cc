@@ -1,6 +1,5 @@
 // The LM head fused with scoring: each tile of logits is scored while it lies in cache, and never written to memory.
 #include <algorithm>
-#include <memory>
 
 #include "head.h"
 #include "scoring.h"
@@ -33,8 +32,8 @@ void score_head(const HeadArgs& args, const Parallel& parallel) {
   const int64_t run = std::max<int64_t>(1, tiles / 256);  // tiles that one row's statistics go through; of V alone
   const int64_t parts = (tiles + run - 1) / run;
   std::vector<Statistics> partial(args.r * parts);
-  const std::unique_ptr<std::atomic<float>[]> floors(new std::atomic<float>[args.r]);
-  for (int64_t row = 0; row < args.r; ++row) floors[row].store(-kInfinity, std::memory_order_relaxed);
+  std::vector<std::atomic<float>> floors(args.r);
+  for (auto& floor : floors) floor = -kInfinity;
 
   product.take(rows, parallel);
   parallel(parts, [&](int64_t part) {

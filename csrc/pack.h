@@ -15,7 +15,7 @@ constexpr int64_t kAhead = 8;
 // The next kLanes elements of a row that has n more values at p, as bits; zeros behind the last one, which nothing is read past.
 template <typename E, typename T>
 inline F row_elements(const T* p, int64_t n) {
-  if constexpr (kValues<E> == 1) return n >= kLanes ? load(p) : load_first(p, std::max<int64_t>(n, 0), 0.0f);
+  if constexpr (kValues<E> == 1) return load_up_to(p, n, 0.0f);
 #if defined(__AVX512BF16__)
   else return (F)_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << std::max<int64_t>(n, 0)) - 1, p);
 #endif
@@ -128,10 +128,7 @@ inline void pack(const T* in, int64_t in_row, int64_t depth, int64_t n, const ui
 // out[i] = in[i] * factor for i < n, zeros up to n rounded up to kPanel.
 template <typename T>
 inline void widen(const T* in, int64_t n, float factor, float* out) {
-  for (int64_t j = 0; j < round_up(n, kPanel); j += kLanes) {
-    const F x = j >= n ? F{} : n - j >= kLanes ? load(in + j) : load_first(in + j, n - j, 0.0f);
-    store(out + j, x * factor);
-  }
+  for (int64_t j = 0; j < round_up(n, kPanel); j += kLanes) store(out + j, load_up_to(in + j, n - j, 0.0f) * factor);
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
-// How a kernel spreads its tiles over threads without knowing whose threads they are.
+// How a kernel spreads its tiles over threads. Abstract, for kernels must not include XLA's headers: they are compiled for several
+// instruction sets, and of an inline function outside their own namespaces the linker keeps any one copy.
 #pragma once
 
 #include <cstdint>
 
 namespace dlm {
 
-// Calls tile(0) ... tile(tiles - 1), each once, in any order, on any thread; returns when all are done. Where one throws, the others
-// may be left out, and it throws that too.
+// Calls tile(0) ... tile(tiles - 1), each once, in any order, on any thread; returns when all are done. Where one throws, the
+// others may be left out, and it throws that too.
 class Parallel {
  public:
   static constexpr int64_t kLeastShared = 1 << 22;  // multiply-adds, about 0.1 ms of one thread

@@ -21,9 +21,9 @@ template <typename T>
 struct Plain {
   const T* logits;
 
-  // Columns j ... of those at hand, and the first n of them, -inf behind.
+  // A vector of columns, from the j-th of those at hand; and with no more than n of them, -inf behind.
   F at(int64_t j) const { return load(logits + j); }
-  F first(int64_t j, int64_t n) const { return load_first(logits + j, n, -kInfinity); }
+  F up_to(int64_t j, int64_t n) const { return load_up_to(logits + j, n, -kInfinity); }
   // Columns [j, j + 2 * kLanes), in any order.
   void pair(int64_t j, F* x) const {
     x[0] = load_half<0>(logits + j);
@@ -33,18 +33,12 @@ struct Plain {
   void read(int64_t, int64_t) const {}
 };
 
-// Columns j ... of n, -inf behind the last.
-template <typename Logits>
-inline F vector(const Logits& logits, int64_t j, int64_t n) {
-  return j + kLanes <= n ? logits.at(j) : logits.first(j, std::max<int64_t>(n - j, 0));
-}
-
 // Calls body(j, x) for each vector x of columns j ... of n, -inf behind the last.
 template <typename Logits, typename Body>
 inline void for_vectors(const Logits& logits, int64_t n, Body&& body) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) body(j, logits.at(j));
-  if (j < n) body(j, logits.first(j, n - j));
+  if (j < n) body(j, logits.up_to(j, n - j));
 }
 
 // Whether row draws its token; else the greatest logit's is taken, also where the temperature is NaN.
@@ -55,9 +49,9 @@ class RowScorer {
  public:
   // floor is shared by all who score parts of this row: a score that some column is known to reach.
   RowScorer(const Scoring& scoring, int64_t row, int64_t vocabulary, std::atomic<float>& floor)
-      : margin_(scoring.kind == Scoring::Confidence::kMargin), samples_(samples(scoring, row)), floor_(floor) {
+      : margin_(scoring.confidence_kind == Scoring::Confidence::kMargin), samples_(samples(scoring, row)), floor_(floor) {
     if (!samples_) return;
-    (scoring.tempered ? logit_divisor_ : sample_divisor_) = scoring.temperature[row];
+    (scoring.tempered_confidence ? logit_divisor_ : sample_divisor_) = scoring.temperature[row];
     if (scoring.noise != nullptr) {
       noise_ = scoring.noise + row * vocabulary;
     } else {
@@ -87,21 +81,20 @@ class RowScorer {
     row.total += sum(sums.total);
     row.moment += sum(sums.moment);
     row.rebase(greatest);
-    if (key_ != nullptr && greatest > before) reach(greatest, column + at);
+    if (key_ != nullptr && greatest > before) raise_with(greatest, column + at);
   }
 
   // Whether sample() may find a greater score among columns whose greatest logit this is.
   bool may_win(float greatest) const { return samples_ && (noise_ != nullptr || greatest >= least_to_win(floor())); }
 
-  // Adds the scores with noise of columns [column, column + n), n <= kSampleChunk, whose logits take() has added to the row. Noise of
-  // our own is made only for logits that may win with the greatest there is, closed up into whole vectors; what is left out changes
-  // no result.
+  // Adds the scores with noise of columns [column, column + n), n <= kSampleChunk, whose logits take() has added to the row. Noise
+  // of our own is made only for logits that may win with the greatest there is, closed up into whole vectors; what is left out
+  // changes no result.
   template <typename Logits>
   void sample(Statistics& row, const Logits& logits, int64_t n, int64_t column) const {
     if (noise_ != nullptr) {
       for_vectors(logits, n, [&](int64_t j, F x) {
-        const F noise = n - j >= kLanes ? load(noise_ + column + j) : load_first(noise_ + column + j, n - j, 0.0f);
-        take_scores(row, x, noise, offsets(j), column);
+        take_scores(row, x, load_up_to(noise_ + column + j, n - j, 0.0f), offsets(j), column);
       });
       return;
     }
@@ -135,9 +128,9 @@ class RowScorer {
   static int64_t find(const Logits& logits, int64_t n, float value) {
     int64_t j = 0;
     while (j + kLanes <= n && !any(logits.at(j) == value)) j += kLanes;
-    const F x = vector(logits, j, n);
+    const F x = logits.up_to(j, n - j);
     int lane = 0;
-    // Not without an end: logits that another thread writes meanwhile may not have it any more.
+    // Bounded: the buffer may be written meanwhile by another thread, and then holds the value no more.
     while (lane < kLanes - 1 && x[lane] != value) ++lane;
     return j + lane;
   }
@@ -185,7 +178,7 @@ class RowScorer {
       add_vectors<2>(x, base, sums);
     }
     for (; j < n; j += kLanes) {
-      const F x = vector(logits, j, n);
+      const F x = logits.up_to(j, n - j);
       add_vectors<1>(&x, base, sums);
     }
     return {sums[0].total + sums[1].total, sums[0].moment + sums[1].moment, max(sums[0].best, sums[1].best)};
@@ -200,7 +193,7 @@ class RowScorer {
   }
 
   // Raises the floor to the score of one column.
-  void reach(float logit, int64_t column) const {
+  void raise_with(float logit, int64_t column) const {
     const uint64_t counter = counter_ + (uint64_t)column;
     const U low = U{} + (uint32_t)counter;
     U bits;
@@ -233,7 +226,7 @@ class RowScorer {
     };
     int64_t j = first;
     for (; j + kLanes <= stop; j += kLanes) keep(j, logits.at(j));
-    if (j < stop) keep(j, logits.first(j, stop - j));
+    if (j < stop) keep(j, logits.up_to(j, stop - j));
     // Behind the last, low ones that are not infinite and have offset 0.
     for (int i = 0; i < kVectors; ++i) store(kept + count + i * kLanes, as_bits(splat(-0x1p64f)));
     const float multiplier = 1.0f / sample_divisor_;
@@ -266,7 +259,7 @@ class RowScorer {
                                       int64_t column) const {
     F x = splat(-kInfinity);
     for (int i = 0; i < kLanes; ++i)
-      if (lanes[i]) x[i] = vector(logits, offset[i], n)[0];
+      if (lanes[i]) x[i] = logits.up_to(offset[i], n - offset[i])[0];
     take_scores(row, x, gumbel(bits), offset, column);
   }
 
@@ -342,7 +335,7 @@ inline void write_scores(const Scoring& scoring, int64_t row, const Statistics& 
   scoring.token[row] = hot ? all.sampled : all.token;
   scoring.logsumexp[row] = (float)logsumexp;
   scoring.entropy[row] = (float)entropy;
-  switch (scoring.kind) {
+  switch (scoring.confidence_kind) {
     case Scoring::Confidence::kProbability:
       scoring.confidence[row] = (float)probability(hot ? all.sampled_logit : all.top);
       break;
@@ -366,7 +359,7 @@ inline bool is_active(const Scoring& scoring, int64_t row) { return scoring.acti
 // Merges each active row's parts, which lie in the order of its columns, and writes the results of all rows.
 inline void merge_parts(const Scoring& scoring, int64_t rows, int64_t parts, const std::vector<Statistics>& partial,
                         const Parallel& parallel) {
-  constexpr int64_t kRows = 64;
+  constexpr int64_t kRows = 64;  // to a tile: one row's parts are merged sooner than a thread is woken
   parallel((rows + kRows - 1) / kRows, [&](int64_t index) {
     for (int64_t row = index * kRows; row < std::min(rows, (index + 1) * kRows); ++row) {
       if (!is_active(scoring, row)) {

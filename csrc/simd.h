@@ -27,8 +27,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// may_alias, and aligned to one element, of ULoad to half of one, for pairs of bfloat16 are read as uint32: vectors are loaded from
-// any address where such a value lies.
+// may_alias and aligned to one element: vectors are loaded from wherever an element may lie. ULoad is aligned to 2, for it also
+// loads pairs of bfloat16.
 typedef float F __attribute__((vector_size(kLanes * 4)));
 typedef int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
@@ -164,18 +164,31 @@ inline void finish_stores_past_caches() {
 #endif
 }
 
-// The first n lanes to p; writes nothing past p[n - 1].
+// The first n lanes to p (n <= kLanes); writes nothing past p[n - 1].
 template <typename T>
 inline void store_first(T* p, int64_t n, F x) {
   for (int i = 0; i < n; ++i) from_float(x[i], p[i]);
 }
 
-// The first n lanes from p (0 <= n <= kLanes), the others `fill`; reads nothing past p[n - 1].
+// The first n lanes from p, none where n is negative, the others `fill`; reads nothing past p[n - 1].
 template <typename T>
 inline F load_first(const T* p, int64_t n, float fill) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
   return load(lanes);
+}
+
+// The same, at once where n is kLanes or more.
+template <typename T>
+inline F load_up_to(const T* p, int64_t n, float fill) {
+  return n >= kLanes ? load(p) : load_first(p, n, fill);
+}
+
+// The first n lanes to p, at once where n is kLanes or more.
+template <typename T>
+inline void store_up_to(T* p, int64_t n, F x) {
+  if (n >= kLanes) store(p, x);
+  else store_first(p, n, x);
 }
 
 inline bool any(I mask) {
@@ -269,8 +282,8 @@ inline float max_lane(F x) {
   return fold(x, [](F a, F b) { return max(a, b); });
 }
 
-// Stands for what is below it, and for -inf, whose product with another number would be NaN. exp_bounded makes it 0: without
-// AVX-512, where 2^n by its bits is 0 from n = -127 on, that is sooner.
+// The exponent that stands for all lower ones and for -inf: exp_bounded makes it exactly 0, where -inf would give NaN in a product.
+// Without AVX-512, 2^n is built from its exponent bits, which are 0 from n = -127 on.
 #if defined(__AVX512F__)
 constexpr float kLeastExponent = -104.0f;
 #else
@@ -387,6 +400,13 @@ inline F tanh(F x) {
 
 // A logit under a soft cap, which is not 0.
 inline F capped(F x, float soft_cap) { return soft_cap * tanh(x / soft_cap); }
+
+// The same, and its slope there.
+inline F capped(F x, float soft_cap, F* slope) {
+  const F bent = tanh(x / soft_cap);
+  *slope = 1.0f - bent * bent;
+  return soft_cap * bent;
+}
 
 }  // namespace
 }  // namespace dlm::DLM_ISA

@@ -30,6 +30,7 @@ constexpr int kTables = 2;  // that take turns: an addition to a bin would wait 
 constexpr int kUnroll = 4;  // vectors
 constexpr int64_t kBlock = kUnroll * kLanes;
 constexpr int64_t kRun = 16 * kBlock;  // of which each lane's greatest logit is kept
+constexpr int64_t kWork = 16;  // of a logit, in multiply-adds: an exponential is most of it
 
 // Bits that are ordered as the numbers are, those of -0 as of 0. No number is NaN.
 inline U key_of(F x) {
@@ -42,8 +43,7 @@ inline float of_key(uint32_t key) { return from_bits(key & 0x80000000u ? key ^ 0
 // The logits [j, j + kLanes) of n; -inf past the last.
 template <typename T>
 inline F load_within(const T* logits, int64_t n, int64_t j) {
-  if (j + kLanes <= n) return load(logits + j);
-  return load_first(logits + std::min(j, n), std::max<int64_t>(0, n - j), -kInfinity);
+  return load_up_to(logits + j, n - j, -kInfinity);
 }
 
 // Each lane's greatest logit of each run; returns whether none is NaN or +inf.
@@ -180,7 +180,7 @@ float least_kept(const T* logits, int64_t n, float inverse, float top_p, double 
 template <typename T>
 void truncate_rows(const TruncateArgs& args, const Parallel& parallel) {
   const bool large = is_large(static_cast<T*>(args.out), args.r * args.v);
-  const int64_t work = args.r * args.v * 16;
+  const int64_t work = args.r * args.v * kWork;
   parallel(
       args.r,
       [&](int64_t row) {

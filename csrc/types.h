@@ -50,12 +50,15 @@ inline void from_float(float x, BFloat16& out) {
 }
 
 inline void from_float(float x, Float16& out) {
+  constexpr uint32_t kInfinite = 0x7F800000;
+  constexpr uint32_t kTooLarge = 0x477FF000;     // 65520, the first number that rounds to infinity
+  constexpr uint32_t kLeastNormal = 0x38800000;  // 2^-14
   const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) {
+  if (magnitude > kInfinite) {  // NaN
     out.bits = 0x7E00;
-  } else if (magnitude >= 0x477FF000) {
+  } else if (magnitude >= kTooLarge) {
     out.bits = (uint16_t)(sign | 0x7C00);
-  } else if (magnitude < 0x38800000) {
+  } else if (magnitude < kLeastNormal) {
     // Subnormal: adding 0.5 lets the float adder round to a multiple of 2^-24.
     out.bits = (uint16_t)(sign | (bits_of(from_bits(magnitude) + 0.5f) - 0x3F000000));
   } else {

@@ -1,6 +1,5 @@
 // The vocabulary read once: scores of tokens. And the positions that those scores unmask.
 #include <algorithm>
-#include <memory>
 #include <numeric>
 
 #include "guidance.h"
@@ -13,7 +12,7 @@ namespace {
 
 // Columns that one Statistics adds up; of V alone, so that a row's sums do not depend on its batch.
 constexpr int64_t kPiece = tiles::kScorePiece;
-constexpr int64_t kTiles = 64;  // about as many to share out, or more
+constexpr int64_t kTiles = 64;  // about as many to share out, or more: several for each thread, that none ends long after the rest
 
 // Logits as they lie in memory, to be read by RowScorer.
 template <typename T>
@@ -36,7 +35,7 @@ struct Mixed {
 
   Mixed from(int64_t column) const { return {conditional.from(column), unconditional.from(column), scale}; }
   F at(int64_t j) const { return mix(conditional.at(j), unconditional.at(j), scale); }
-  F first(int64_t j, int64_t n) const { return mix(conditional.first(j, n), unconditional.first(j, n), scale); }
+  F up_to(int64_t j, int64_t n) const { return mix(conditional.up_to(j, n), unconditional.up_to(j, n), scale); }
   void pair(int64_t j, F* x) const {
     F other[2];
     conditional.pair(j, x);
@@ -66,8 +65,8 @@ void score_rows(const ScoreArgs& args, const Parallel& parallel) {
   const int64_t pieces = (args.v + kPiece - 1) / kPiece;
   const Banned banned(args.scoring);
   std::vector<Statistics> partial(args.r * pieces);
-  const std::unique_ptr<std::atomic<float>[]> floors(new std::atomic<float>[args.r]);
-  for (int64_t row = 0; row < args.r; ++row) floors[row].store(-kInfinity, std::memory_order_relaxed);
+  std::vector<std::atomic<float>> floors(args.r);
+  for (auto& floor : floors) floor = -kInfinity;
   // Whole rows to a tile where there are many: what is fetched ahead is then read by the same thread.
   const int64_t run = std::clamp<int64_t>(args.r * pieces / kTiles, 1, pieces), tiles = (pieces + run - 1) / run;
   parallel(args.r * tiles, [&](int64_t index) {

@@ -33,8 +33,8 @@ def score_tokens(
         "score_tokens",
         scores(logits.shape[0]),
         *arrays,
-        kind=confidence,
-        tempered=tempered_confidence,
+        confidence=confidence,
+        tempered_confidence=tempered_confidence,
         soft_cap=cpu_kernels.number(logits_soft_cap),
     )
 
