@@ -51,6 +51,9 @@ def _check_implementation(name):
         raise ValueError(f"--implementation: expected one for this machine's {here}, got {name}, which is for a {needed}")
 
 
+OWN = "UTF-8 files, and folders, of which all *.py, *.txt and *.md are read"
+
+
 def _unescaped(text):
     """What a shell has no easy way to write: \\n and \\t in a text are a newline and a tab, and \\\\ is a backslash."""
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), text)
@@ -124,13 +127,13 @@ def _parser():
     _model(classify)
     classify.add_argument("out", help="file to write")
     for name in ("--wanted", "--unwanted"):
-        classify.add_argument(name, nargs="+", required=True, metavar="FILE", help="UTF-8 texts")
+        classify.add_argument(name, nargs="+", required=True, metavar="PATH", help=OWN)
     classify.add_argument("--length", type=int, default=64, help="tokens that it judges at once (default: %(default)s)")
 
     info = command("info", "tell the device, the instruction set and the implementation of each operation")
     _model(info)
 
-    train = command("train", "train a denoiser on the standard library of this Python")
+    train = command("train", "train a denoiser on the standard library of this Python, or on --texts")
     train.add_argument("out", help="directory of the checkpoint; a run that was stopped goes on from there")
     train.add_argument("--layers", type=int, help="of the model (default: 4, or those of --initial)")
     _run(train, length=256, learning_rate=2e-3)
@@ -152,6 +155,8 @@ def _parser():
     distill.add_argument("--on-policy", type=float, default=0.5, metavar="SHARE", help=own)
     distill.add_argument("--initial", metavar="DIR", help="a student to start from (default: the teacher itself)")
     _run(distill, length=128, learning_rate=3e-4)
+    apart = f"what to measure the student on: {OWN} (default: the standard library's held-out files; none with --texts)"
+    distill.add_argument("--held-out", nargs="+", metavar="PATH", help=apart)
 
     evaluate = command("evaluate", "measure held-out bits per byte and infilling")
     _model(evaluate)
@@ -165,6 +170,8 @@ def _parser():
     known = "of --by-steps, of the model's tokenizer (default: student-8 and student-2, those that are of the model's shape too)"
     evaluate.add_argument("--students", nargs="*", metavar="DIR", help=known)
     evaluate.add_argument("--prompts", type=int, default=8, help="how many headers (default: %(default)s; 64 take minutes)")
+    apart = f"what to measure on, which no training has read: {OWN} (default: the standard library's held-out files)"
+    evaluate.add_argument("--held-out", nargs="+", metavar="PATH", help=apart)
     evaluate.add_argument("--files", type=int, default=None, help="held-out files to use (default: all)")
     return parser
 
@@ -178,6 +185,7 @@ def _run(command, *, length, learning_rate):
     add("--length", type=int, default=length, help="tokens of each (default: %(default)s)")
     add("--learning-rate", type=float, default=learning_rate, help="its peak (default: %(default)s)")
     add("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+    add("--texts", nargs="+", metavar="PATH", help=f"what to learn from, all of it: {OWN} (default: the standard library)")
 
 
 def _model(command):

@@ -1,10 +1,11 @@
 """What each command of `dlm-kernels` does with its options, which cli.py reads."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
-import pathlib
+import re
 import sys
 
 import jax
@@ -142,17 +143,10 @@ def run_generate(options):
 
 def run_classify(options):
     _check_file("out", options.out)
-    texts = ([_text(name) for name in names] for names in (options.wanted, options.unwanted))
+    texts = [[text for _, text, _ in data.read(paths)] for paths in (options.wanted, options.unwanted)]
     found, right = classifier.fit(_load(options.model), *texts, length=options.length, implementation=options.implementation)
     classifier.save(options.out, found)
     print(f"{right:.1%} of the rows that it was fitted to right")
-
-
-def _text(name):
-    try:
-        return pathlib.Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected UTF-8, got {error}") from None
 
 
 def run_correct(options):
@@ -184,10 +178,27 @@ def _settings(options, *more):
 
 def run_train(options):
     settings = _settings(options, "block_share", "uniform_share", "error_share")
+    seed_texts = options.texts and data.read(options.texts)
     with progress.Bar(options.out) as shown:
         initial = options.initial and checkpoint.find(options.initial)
         config = None if options.layers is None else DenoiserConfig(layers=options.layers)
-        train.run(config, settings, options.out, initial=initial, report=shown)
+        train.run(config, settings, options.out, initial=initial, seed_texts=seed_texts, report=shown)
+
+
+def _held_out(paths):
+    """The texts to measure on: of --held-out, or of the standard library."""
+    if paths is not None:
+        return [text for _, text, _ in data.read(paths)]
+    return [text for _, text, held_out in data.files() if held_out]
+
+
+@contextlib.contextmanager
+def _of_options(names):
+    """What is said of `texts` within is said of the options that they come from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub("^texts: ", f"{names}: ", str(error))) from None
 
 
 def run_distill(options):
@@ -195,11 +206,19 @@ def run_distill(options):
     initial = options.initial and checkpoint.find(options.initial)
     steps = {name: getattr(options, name) for name in ("teacher_steps", "student_steps", "temperature", "guidance", "on_policy")}
     settings = _settings(options)
+    seed_texts = options.texts and data.read(options.texts)
+    # A model of one's own texts says nothing of the standard library.
+    texts = None if options.texts and options.held_out is None else _held_out(options.held_out)
+    if texts is not None:
+        config, tokenizer = checkpoint.described(teacher)
+        with _of_options("--held-out"):  # before the run, after which it would be too late
+            evaluate.stream_of((config, None, tokenizer), texts, options.length + 1)
     with progress.Bar(options.out) as shown:
-        student = distill.run(settings, teacher, options.out, initial=initial, report=shown, **steps)
+        student = distill.run(settings, teacher, options.out, initial=initial, seed_texts=seed_texts, report=shown, **steps)
+    if texts is None:
+        return
     loaded = checkpoint.load(teacher, dtype=jnp.float32)
     first = checkpoint.load(initial or teacher, dtype=jnp.float32)[1]
-    texts = [text for _, text, held_out in data.files() if held_out]
     told = dict(length=options.length, implementation=options.implementation)
     before, after = distill.distance(loaded, (first, student), texts, **steps, **told)
     print(f"nats a token from the teacher, on held-out text: {before:.3f} before, {after:.3f} now")
@@ -217,9 +236,16 @@ def run_evaluate(options):
             raise ValueError(f"{name}: expected --by-steps with it, got none")
     if options.markdown and not compared:
         raise ValueError("--markdown: expected --decoding, --by-steps or --control with it, whose rows it prints")
-    texts = [text for _, text, held_out in data.files() if held_out][: options.files]
+    with _of_options("--held-out, --files"):
+        _evaluate(options, _held_out(options.held_out)[: options.files], steps, compared)
+
+
+def _evaluate(options, texts, steps, compared):
     if not compared:
-        numbers = evaluate.report(_load(options.model), texts, steps=steps, implementation=options.implementation)
+        numbers = evaluate.report(
+            _load(options.model), texts, steps=steps, implementation=options.implementation,
+            report=lambda name, number: print(f"{name}: {json.dumps(number)}", file=sys.stderr, flush=True),
+        )  # fmt: skip
         print(json.dumps(numbers, indent=2))
         return
     teacher = _load(options.model)

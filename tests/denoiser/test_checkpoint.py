@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 
 import jax.numpy as jnp
@@ -21,6 +22,18 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, saved):
     assert loaded.keys() == params.keys()
     for name in params:
         np.testing.assert_array_equal(loaded[name], params[name])
+
+
+def test_models_that_come_with_the_package_are_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named, shipped = checkpoint.load("student-8"), checkpoint.load(checkpoint.SHIPPED / "student-8")
+    assert named[0] == shipped[0] and (named[1]["embed"] == shipped[1]["embed"]).all()
+    assert checkpoint.described("student-8")[0] == shipped[0] and not checkpoint.published("student-8")
+    message = "^GSAI-ML/LLaDA: no checkpoint is there; expected a directory with config.json, for nothing is downloaded$"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load("GSAI-ML/LLaDA")
+    with pytest.raises(ValueError, match="^student-8: no checkpoint is there"):  # a path is a path
+        checkpoint.load(pathlib.Path("student-8"))
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(config, tmp_path, saved):

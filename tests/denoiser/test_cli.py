@@ -286,6 +286,24 @@ def test_train_and_distill(command, saved, texts, monkeypatch, tmp_path):
         assert made.texts[0].startswith("def add(")
 
 
+def test_train_and_distill_on_ones_own_texts(command, texts, monkeypatch, tmp_path):
+    """And on nothing else; a student is measured on what is held out, or not at all."""
+    monkeypatch.setattr(data, "files", None)
+    for name, text, _ in texts:
+        (tmp_path / name).write_text(text)
+    few = ("--steps", "1", "--rows", "2", "--length", "16", "--texts", str(tmp_path / "a.py"), str(tmp_path / "b.py"))
+    trained, student = str(tmp_path / "trained"), str(tmp_path / "student")
+    assert command("train", trained, "--layers", "1", *few)[0] == 0
+    expected, known = train._contents(texts), checkpoint.load_progress(tmp_path / "trained" / "state.safetensors")
+    assert known["learns"]["texts"] == expected
+    assert "texts: expected 2 whose" in command("train", trained, *few[:-1])[2]
+    distilled = ("distill", student, "--student-steps", "1", "--teacher-steps", "2", *few)
+    assert command(*distilled)[:2] == (0, "")
+    status, out, _ = command(*distilled, "--held-out", str(tmp_path / "c.py"))
+    assert status == 0 and out.startswith("nats a token from the teacher, on held-out text: ")
+    assert checkpoint.load_progress(tmp_path / "student" / "state.safetensors")["learns"]["texts"] == expected
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_models_that_come_with_the_package(name):
     """Small, whole, and better than a guess: they know what Python cannot do without."""

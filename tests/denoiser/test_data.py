@@ -1,5 +1,7 @@
 """What models learn from: texts, units, batches, and a tokenizer that loses nothing."""
 
+import re
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -46,5 +48,31 @@ def test_batches_are_a_function_of_seed_and_step():
     assert len(np.unique(rows)) == rows.size  # an epoch shows nothing twice
     later = batches[batches.per_epoch + 3]
     np.testing.assert_array_equal(data.Batches(streams, 4, 10, 0)[batches.per_epoch + 3], later)
-    with pytest.raises(ValueError, match="at least 20 tokens each"):
+    with pytest.raises(ValueError, match=r"texts: expected streams of at least 20 tokens each, twice the length, got \[15\]"):
         data.Batches([np.arange(15)], 1, 10, 0)
+
+
+def test_ones_own_files_and_folders_are_read(tmp_path):
+    """Whole, in their order, a folder's sorted; what is hidden, empty or of another kind stays out, unless it is named itself."""
+    written = {"b.py": "b", "a/c.md": "c", "d.txt": "d", "e.rst": "e", ".venv/f.py": "f", "g.py": " \n"}
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    folder = [(str(tmp_path / name), written[name], False) for name in ("a/c.md", "b.py", "d.txt")]
+    assert data.read([tmp_path]) == folder
+    named = data.read([str(tmp_path / "e.rst"), tmp_path / "d.txt", tmp_path])
+    assert [text for _, text, _ in named] == ["e", "d", "c", "b"]
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt: expected UTF-8, got "):
+        data.read([tmp_path])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        data.read([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: expected files in it that end in \.py, \.txt, \.md, got none"):
+        data.read([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("texts, got", [("def f():", "'def f():'"), (["x", 1], "['x', 1]"), ("x" * 999, f"'{'x' * 79}")])
+def test_one_text_is_no_list_of_its_characters(texts, got):
+    with pytest.raises(ValueError, match=f"^texts: expected a list of texts, got {re.escape(got)}$"):
+        data.stream(data.train_tokenizer(["x"], 300), texts, 1)

@@ -127,12 +127,25 @@ def test_evaluate_reports_each_measure(command, monkeypatch, texts):
     monkeypatch.setattr(evaluate, "bits_per_byte", lambda *_, block_size=None, **__: block_size)
     monkeypatch.setattr(evaluate, "correction", lambda *_, threshold, **__: threshold)
     monkeypatch.setattr(evaluate, "infilling", lambda *_, hole, steps, **__: [hole, steps])
-    status, out, _ = command("evaluate", "--steps", "2")
+    status, out, err = command("evaluate", "--steps", "2")
     blocks = {f"bits_per_byte_in_blocks_of_{size}": size for size in (4, 16, 64)}
     expected = {"held_out_bytes": len(text), "bits_per_byte": None, "autoregressive_bits_per_byte": 1} | blocks
     expected |= {"correction_at_0.7": 0.7, "correction_at_0.9": 0.9}
     expected |= {"hole_of_1": [1, 1], "hole_of_4": [4, 2], "hole_of_8": [8, 2]}
     assert status == 0 and json.loads(out) == expected
+    assert err == "".join(f"{name}: {json.dumps(number)}\n" for name, number in expected.items())
+
+
+def test_evaluate_measures_on_ones_own_texts(command, monkeypatch, tmp_path, texts):
+    """On each of them, unless --files says how many."""
+    measured = []
+    monkeypatch.setattr(data, "files", None)
+    monkeypatch.setattr(evaluate, "report", lambda model, texts, **_: measured.append(texts))
+    for name, text, _ in texts:
+        (tmp_path / name).write_text(text)
+    for more in ([], ["--files", "2"]):
+        assert command("evaluate", "--held-out", str(tmp_path), *more)[0] == 0
+    assert measured == [[text for _, text, _ in texts], [text for _, text, _ in texts[:2]]]
 
 
 def test_correction_counts_what_is_changed(saved):

@@ -29,7 +29,8 @@ def test_numbers_and_counts():
         with pytest.raises(ValueError, match="a: expected a finite number, got "):  # of float32, in which all is computed
             limits.numbers(a=value)
     limits.counts(a=1)
-    for value in (0, 1.0, None):
+    limits.counts(a=np.int64(1), b=np.uint8(2))
+    for value in (0, 1.0, None, np.int64(0), np.float32(1)):
         with pytest.raises(ValueError, match="a: expected an int of at least 1, got "):
             limits.counts(a=value)
     limits.whole(0, a=0, b=np.int64(5), c=None, d=np.array([1, 2]), e=jnp.asarray(1), f=2**31 - 1)
@@ -39,6 +40,8 @@ def test_numbers_and_counts():
     with pytest.raises(ValueError, match="a: expected a whole number of at most 2147483647, got 10000000000"):
         limits.counts(a=10**10)
     limits.ids(5, a=[0, np.int32(4)])
+    with pytest.raises(ValueError, match=r"a: expected token ids in \[0, 5\), got 4$"):
+        limits.ids(5, a=4)
     for value in (-1, 5, 10**10, "a", 1.0):
         with pytest.raises(ValueError, match=r"a: expected token ids in \[0, 5\), got "):
             limits.ids(5, a=[1, value])
@@ -102,6 +105,12 @@ OTHERS = {
     "correct x --passes -1": "passes: expected at least 0, got -1",
     "classify out --wanted TEXT --unwanted TEXT --length 0": "length: expected an int of at least 1, got 0",
     "classify out --wanted nowhere --unwanted TEXT": "[Errno 2] No such file or directory: 'nowhere'",
+    "train out --steps 1 --texts nowhere": "[Errno 2] No such file or directory: 'nowhere'",
+    "train out --steps 1 --texts BYTES": "BYTES: expected UTF-8, got 'utf-8' codec can't decode byte 0xff",
+    "distill out --steps 1 --held-out TEXT": "--held-out: expected at least 129 tokens, got ",
+    "evaluate --held-out TEXT": "--held-out, --files: expected at least 8192 tokens, got ",
+    "evaluate --decoding --held-out TEXT": "--held-out, --files: expected a top-level function among them, got none",
+    "evaluate --held-out folder": "folder: expected files in it that end in .py, .txt, .md, got none",
     "classify out --wanted BYTES --unwanted TEXT": "BYTES: expected UTF-8, got 'utf-8' codec can't decode byte 0xff",
     "train out --steps 0": "steps: expected an int of at least 1, got 0",
     "train out --steps -1": "steps: expected an int of at least 1, got -1",
@@ -151,6 +160,7 @@ PYTHON = [
     (dict(prompts="x"), "prompts: expected a list of texts, got 'x'"),
     (dict(prompts=["x", "<mask:2>"]), "prompts: expected <mask:n> in all of them or in none, got both"),
     (dict(required="abc"), "required: expected a list of texts, got 'abc'"),
+    (dict(banned=5), "banned: expected token ids in [0, 300), got 5"),
     (dict(banned=[10**10]), "banned: expected token ids in [0, 300), got 10000000000"),
     (dict(banned=range(3, 300), exact=True), "banned: expected to leave a token that may be written, got all of them"),
     (dict(logit_bias={5: "a"}), "logit_bias: expected finite numbers, got 'a' for token 5"),
@@ -167,6 +177,9 @@ PYTHON = [
     (dict(noise_budget=0.1, top_k=5), "noise_budget: goes with steps and temperature alone, got ['top_k']"),
     (dict(drafts=2, temperature=1.0), "drafts: goes with steps and greedy decoding alone, got ['temperature']"),
     *((dict([(name, 1)]), f"{name}: expected {source} in its place, of which") for name, source in generate.MADE.items()),
+    *((dict([(name, None)]), f"{name}: expected {ours} in its place, got {name}") for name, ours in generate.THEIRS.items()),
+    (dict(treshold=0.9), "treshold: expected an option of generate or of sampler.decode, got treshold"),
+    (dict(calm=0.1), "calm: expected noise_budget with it, got none"),
 ]
 
 
@@ -174,6 +187,20 @@ PYTHON = [
 def test_generate_from_python(options, message, saved):
     with pytest.raises(ValueError, match=re.escape(message)):
         generate.generate(checkpoint.load(saved, dtype=jnp.float32), **({"prompts": ["x"]} | options))
+
+
+@pytest.mark.parametrize("model", ["student-8", {"embed": 1}, (1, 2)])
+def test_what_is_no_loaded_model(model):
+    expected = f"model: expected (config, params, tokenizer), as `checkpoint.load` gives, got {type(model).__name__}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        generate.generate(model, ["x"])
+
+
+def test_numpys_integers_are_counts(saved):
+    model = checkpoint.load(saved, dtype=jnp.float32)
+    counts = dict(length=6, block=6, steps=3)
+    made, same = (generate.generate(model, ["x"], **{n: kind(x) for n, x in counts.items()}) for kind in (int, np.int32))
+    assert made.texts == same.texts and made.passes == same.passes
 
 
 SPELLED = [

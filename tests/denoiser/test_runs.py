@@ -99,14 +99,15 @@ def copied(trained, tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_tokenizer_and_config(copied, texts):
-    """Whatever the texts have become, and with no config given; it clears away what a killed save left."""
+    """Whichever would be made of the texts, and with no config given; it clears away what a killed save left."""
+    other = data.train_tokenizer([text.replace("self", "this") for _, text, _ in texts], 300)
+    assert other.to_str() != (copied / "tokenizer.json").read_text()
+    (copied / "tokenizer.json").write_text(other.to_str())
     before = (copied / "tokenizer.json").read_bytes(), (copied / "config.json").read_bytes()
     files = [path.name for path in copied.iterdir()]
     for name in ("state", "model"):
         (copied / f"{name}.safetensors.0123abcd.partial").write_bytes(b"what a killed save left")
-    other = [(name, text.replace("self", "this"), held_out) for name, text, held_out in texts]
-    assert data.train_tokenizer([text for _, text, _ in other], 300).to_str().encode() != before[0]
-    train.run(None, train.TrainConfig(**FEW | dict(steps=2)), copied, seed_texts=other)
+    train.run(None, train.TrainConfig(**FEW | dict(steps=2)), copied, seed_texts=texts)
     assert ((copied / "tokenizer.json").read_bytes(), (copied / "config.json").read_bytes()) == before
     assert sorted(path.name for path in copied.iterdir()) == sorted(files)
     with pytest.raises(ValueError, match="config: expected the layers 1 of .*copied, got 7"):
@@ -181,6 +182,42 @@ def test_a_run_goes_on_only_with_what_it_learns_from(name, began, other, copied,
     with pytest.raises(ValueError, match=f"^{name}: expected {began}, with which the run in .*copied began, got {other}$"):
         train.run(None, train.TrainConfig(**FEW | dict(steps=2) | {name: other}), copied, seed_texts=texts)
     assert (copied / "state.safetensors").read_bytes() == before
+
+
+def test_a_run_goes_on_only_with_its_texts(copied, texts, monkeypatch):
+    """Whatever they are called, and whatever is held out; one that was begun before runs remembered them goes on with any."""
+    more = train.TrainConfig(**FEW | dict(steps=2))
+    other = [(name, text.replace("self", "this"), held_out) for name, text, held_out in texts]
+    monkeypatch.setattr(data, "files", lambda: texts[:1])
+    before = (copied / "state.safetensors").read_bytes()
+    for given, count in ((other, 2), (texts[:2][::-1], 2), (None, 1)):
+        with pytest.raises(ValueError, match=f"^texts: expected 2 whose SHA-256 .*copied began, got {count} whose SHA-256"):
+            train.run(None, more, copied, seed_texts=given)
+    assert (copied / "state.safetensors").read_bytes() == before
+    renamed = [(f"moved/{name}", text, held_out) for name, text, held_out in texts if not held_out]
+    train.run(None, more, copied, seed_texts=renamed)
+    path = copied / "state.safetensors"
+    state, progress = checkpoint.read(path), checkpoint.load_progress(path)
+    assert progress["step"] == 2
+    del progress["learns"]["texts"]
+    safetensors.numpy.save_file(state, path, {"progress": json.dumps(progress)})
+    train.run(None, train.TrainConfig(**FEW | dict(steps=3)), copied, seed_texts=other)
+    assert checkpoint.load_progress(path)["step"] == 3
+
+
+@pytest.mark.parametrize("given", [["def f():"], "def f():", [("a", "b")], [("a", b"b", False)]])
+def test_texts_of_another_form_are_refused(given, tmp_path):
+    with pytest.raises(ValueError, match=r"seed_texts: expected \(name, text, held out\?\) of each, as `data.read` gives, got "):
+        train.run(SMALL, train.TrainConfig(**FEW), tmp_path / "out", seed_texts=given)
+
+
+def test_numpys_numbers_are_saved(tmp_path, texts):
+    """Those of the config, and those that a run remembers."""
+    config = dataclasses.replace(SMALL, layers=np.int64(1))
+    numbers = dict(rows=np.int64(2), length=np.int32(16), steps=np.int64(1), seed=np.int64(0), block_share=np.float32(1))
+    train.run(config, train.TrainConfig(**numbers), tmp_path / "out", seed_texts=texts)
+    train.run(SMALL, train.TrainConfig(**FEW | dict(block_share=1.0)), tmp_path / "out", seed_texts=texts)
+    assert checkpoint.load(tmp_path / "out")[0] == SMALL
 
 
 def test_a_run_goes_on_only_from_what_it_began_with(trained, texts, tmp_path):

@@ -35,7 +35,7 @@ def describe(directory, config, tokenizer):
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # First what `may_describe` knows its own by.
-    write_atomic(directory / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    write_atomic(directory / "config.json", (json.dumps(config.to_dict(), indent=2, default=_number) + "\n").encode())
     write_atomic(directory / "tokenizer.json", tokenizer.to_str().encode())
 
 
@@ -54,12 +54,13 @@ def save_parameters(directory, params, *, dtype=jnp.bfloat16):
 
 
 def load(directory=SHIPPED, *, dtype=None, learnt_masks=False):
-    """(config, params, tokenizer) of a checkpoint directory, ours or a published one (see `pretrained`); `dtype` converts.
+    """(config, params, tokenizer) of what `find` finds: ours, or a published checkpoint (see `pretrained`); `dtype` converts.
 
     Raises ValueError where there is none, or a parameter is missing, unknown, or of another shape than the config says; with
     `learnt_masks` for a DiffusionGemma too.
     """
-    directory, values = pathlib.Path(directory), _config(directory)
+    directory = find(directory)
+    values = _config(directory)
     config, tokenizer = described(directory)
     if learnt_masks:
         model.check_masks(config)
@@ -78,7 +79,8 @@ def load(directory=SHIPPED, *, dtype=None, learnt_masks=False):
 
 def described(directory):
     """(config, tokenizer) of what `load` loads, its parameters there or not. ValueError as of `load`."""
-    directory, values = pathlib.Path(directory), _config(directory)
+    directory = find(directory)
+    values = _config(directory)
     tokenizer = chat.tokenizer(directory)
     if architectures.of(values):
         config = pretrained.described(directory, values)
@@ -99,21 +101,26 @@ def described(directory):
 
 def published(directory):
     """Whether the checkpoint there is one of `pretrained`'s. Raises ValueError where there is none."""
-    return architectures.of(_config(directory)) is not None
+    return architectures.of(_config(find(directory))) is not None
 
 
 def _config(directory):
     path = pathlib.Path(directory) / "config.json"
     if not path.exists():
-        raise ValueError(f"{directory}: no checkpoint is there")
+        raise ValueError(f"{directory}: no checkpoint is there; expected a directory with config.json, for nothing is downloaded")
     return pretrained.read_object(path)
+
+
+def _number(value):
+    """A NumPy scalar as JSON has it."""
+    return value.item()
 
 
 def save_state(path, state, progress):
     """A pytree of arrays and a dict of JSON values, in one file that is replaced in one step."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    write_atomic(path, safetensors.numpy.save(arrays, {"progress": json.dumps(progress)}))
+    write_atomic(path, safetensors.numpy.save(arrays, {"progress": json.dumps(progress, default=_number)}))
 
 
 def load_progress(path):

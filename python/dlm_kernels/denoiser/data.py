@@ -1,6 +1,6 @@
-"""Text to learn from that every machine with Python has: the source of its standard library.
+"""Text to learn from: the source of the standard library, which every machine with Python has, or one's own files.
 
-A file belongs to the held-out part by a hash of its path, so the split is the same everywhere and in every run.
+A file of the library belongs to the held-out part by a hash of its path, so the split is the same everywhere and in every run.
 """
 
 import hashlib
@@ -11,8 +11,11 @@ import sysconfig
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dlm_kernels.denoiser import limits
+
 PAD, EOS, MASK = "<|pad|>", "<|eos|>", "<|mask|>"
 HELD_OUT_ONE_IN = 40
+SUFFIXES = (".py", ".txt", ".md")  # of the files that `read` reads in a folder
 # Tables and generated text would teach hexadecimal digits; tests are a language of their own.
 LEFT_OUT = {
     "__pycache__", "site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib-dynload", "msilib",
@@ -38,6 +41,30 @@ def files():
         if text.strip():
             found.append((name, text, is_held_out(name)))
     return found
+
+
+def read(paths):
+    """[(path, text, False)] of one's own UTF-8 files, in their order, and of all in folders that end in SUFFIXES, sorted by path.
+
+    What is empty, and what is hidden in a folder, is left out. Raises ValueError for another encoding, and for a folder without
+    such files.
+    """
+    found = {}
+    for path in map(pathlib.Path, paths):
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(
+                file for file in path.rglob("*")
+                if file.suffix in SUFFIXES and file.is_file() and not any(part[0] == "." for part in file.relative_to(path).parts)
+            )  # fmt: skip
+            if not inside:
+                raise ValueError(f"{path}: expected files in it that end in {', '.join(SUFFIXES)}, got none")
+        for file in inside:
+            try:
+                found[str(file)] = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}: expected UTF-8, got {error}") from None
+    return [(name, text, False) for name, text in found.items() if text.strip()]
 
 
 def is_held_out(name):
@@ -90,9 +117,10 @@ def units(text):
 
 def stream(tokenizer, documents, eos_id):
     """All documents' tokens in one int32 array, each document followed by `eos_id`. ValueError where there is none."""
+    limits.texts(texts=documents)
     if not documents:
         raise ValueError("texts: expected at least one, got none")
-    encodings = tokenizer.encode_batch(list(documents), add_special_tokens=False)  # as `text.encode`
+    encodings = tokenizer.encode_batch(documents, add_special_tokens=False)  # as `text.encode`
     ids = [encoding.ids + [eos_id] for encoding in encodings]
     return np.concatenate([np.asarray(x, np.int32) for x in ids])
 
@@ -106,7 +134,8 @@ class Batches:
     def __init__(self, streams, rows, length, seed):
         self.streams, self.rows, self.length, self.seed = streams, rows, length, seed
         if any(len(s) < 2 * length for s in streams):
-            raise ValueError(f"streams: expected at least {2 * length} tokens each, got {[len(s) for s in streams]}")
+            got = [len(s) for s in streams]
+            raise ValueError(f"texts: expected streams of at least {2 * length} tokens each, twice the length, got {got}")
         self.per_epoch = sum((len(s) - length) // length for s in streams) // rows
         if self.per_epoch == 0:
             raise ValueError(f"rows: expected a batch that the data can fill, got {rows} rows of {length} tokens")

@@ -20,9 +20,10 @@ def run(
 
     What takes the teacher teacher_steps passes takes the student student_steps; temperature is that of the teacher's decoding,
     guidance its scale: with one the student learns what guidance says and needs no second stream, and the steps may be equal.
-    on_policy: see `student_loss`. initial: a student to start from in the place of the teacher's copy. Stops, saves and resumes as
-    `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not divide, a student differs from its
-    teacher in its config or tokenizer, or the run in `out` began with another teacher or other numbers than these.
+    on_policy: see `student_loss`. initial: a student to start from in the place of the teacher's copy. Stops, saves, resumes and
+    takes seed_texts as `train.run` does. Returns the student's parameters. Raises ValueError where the steps do not divide, a
+    student differs from its teacher in its config or tokenizer, or the run in `out` began with another teacher or other numbers
+    than these.
     """
     limits.counts(teacher_steps=teacher_steps, student_steps=student_steps)
     if teacher_steps % student_steps or (teacher_steps == student_steps and guidance == 1):

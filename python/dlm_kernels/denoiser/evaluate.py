@@ -154,19 +154,28 @@ def held_out_headers(texts, most):
     return found[:most]
 
 
-def report(model, texts, *, cases=256, steps=4, implementation=None):
-    """Everything measured of the model itself, as a dict; holes of 1, 4 and 8 tokens are filled in at most `steps` passes."""
-    options = dict(implementation=implementation)
+def report(model, texts, *, cases=256, steps=4, report=None, implementation=None):
+    """Everything measured of the model itself, as a dict; holes of 1, 4 and 8 tokens are filled in at most `steps` passes.
+
+    report(name, number) is called as they come.
+    """
     stream_of(model, texts, LEAST)
-    numbers = {
-        "held_out_bytes": sum(len(text.encode()) for text in texts),
-        "bits_per_byte": bits_per_byte(model, texts, **options),
-        "autoregressive_bits_per_byte": bits_per_byte(model, texts, block_size=1, draws=1, **options),
-    }
-    for size in (4, 16, 64):
-        numbers[f"bits_per_byte_in_blocks_of_{size}"] = bits_per_byte(model, texts, block_size=size, draws=1, **options)
-    for threshold in (0.7, 0.9):
-        numbers[f"correction_at_{threshold}"] = correction(model, texts, threshold=threshold, **options)
-    for hole in (1, 4, 8):
-        numbers[f"hole_of_{hole}"] = infilling(model, texts, cases=cases, hole=hole, steps=min(hole, steps), **options)
+    numbers = {}
+    for name, number in _measured(model, texts, cases, steps, dict(implementation=implementation)):
+        numbers[name] = number
+        if report:
+            report(name, number)
     return numbers
+
+
+def _measured(model, texts, cases, steps, options):
+    """(name, number) of one measure after the other."""
+    yield "held_out_bytes", sum(len(text.encode()) for text in texts)
+    yield "bits_per_byte", bits_per_byte(model, texts, **options)
+    yield "autoregressive_bits_per_byte", bits_per_byte(model, texts, block_size=1, draws=1, **options)
+    for size in (4, 16, 64):
+        yield f"bits_per_byte_in_blocks_of_{size}", bits_per_byte(model, texts, block_size=size, draws=1, **options)
+    for threshold in (0.7, 0.9):
+        yield f"correction_at_{threshold}", correction(model, texts, threshold=threshold, **options)
+    for hole in (1, 4, 8):
+        yield f"hole_of_{hole}", infilling(model, texts, cases=cases, hole=hole, steps=min(hole, steps), **options)

@@ -20,7 +20,13 @@ ALL = {"threshold": 0.0, "factor": 1e6, "entropy_budget": 1e6}  # by which a rul
 MADE = {
     "banned_tokens": "banned", "stop_at": "exact", "start": "prompts", "first": "prompts", "stop": "length", "key": "seed",
     "unconditional": "negative_prompt", "unconditional_start": "negative_prompt", "guidance_scale": "guidance",
-    "guidance_remask": "adaptive",
+    "guidance_remask": "adaptive", "budget": "noise_budget", "config": "model", "params": "model", "tokens": "prompts",
+}  # fmt: skip
+# Options of the generate of LLaDA, LLaDA2, Dream and SDAR, and of transformers, and what is asked for here.
+THEIRS = {
+    "gen_length": "length", "max_new_tokens": "length", "block_length": "block", "denoising_steps": "steps of each block",
+    "cfg_scale": "guidance, theirs + 1,", "remasking": "confidence", "alg": "confidence", "confidence_threshold": "threshold",
+    "editing_threshold": "edit_threshold", "max_post_steps": "edit_passes", "logits_eos_inf": "banned",
 }  # fmt: skip
 HEAT = 0.8  # the temperature of the first of the steps from random tokens
 BUDGET = 0.1  # DiffusionGemma's, in nats
@@ -166,7 +172,7 @@ def generate(
     and by default 0.8, to half of it. Returns Generation; the first, compiling run is not in its seconds. Raises ValueError for
     options that do not fit, FloatingPointError where the scores of what was written are NaN.
     """
-    config, params, tokenizer = model
+    config, params, tokenizer = _checked(model)
     _check(prompts, required, options)
     if block is None:
         block = _usual_block(config)
@@ -199,7 +205,7 @@ def generate(
         temperature = HEAT
     decode, its_own = _decoder(config, temperature, given)
     ends = chat.ends(config, tokenizer)
-    banned = _banned(config, tokenizer, [*banned, *(ends if exact or required or marked else ())], bool(temperature))
+    banned = _banned(config, tokenizer, banned, ends if exact or required or marked else (), bool(temperature))
     board = _with_required(model, board, required, banned, options.get("implementation"))
     options |= _draws(temperature, seed, len(prompts), options)
     if guided:
@@ -305,11 +311,15 @@ class _Viewer:
 _viewer = functools.lru_cache(maxsize=8)(_Viewer)
 
 
+def _checked(model):
+    if not isinstance(model, (list, tuple)) or len(model) != 3:
+        raise ValueError(f"model: expected (config, params, tokenizer), as `checkpoint.load` gives, got {type(model).__name__}")
+    return model
+
+
 def _check(prompts, required, options):
-    """Raises ValueError for what is no list of texts, prompts with and without holes at once, and options made here."""
-    for name, texts in dict(prompts=prompts, required=required).items():
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{name}: expected a list of texts, got {texts!r}")
+    """Raises ValueError for what is no list of texts, prompts with and without holes at once, and options made here or unknown."""
+    limits.texts(prompts=prompts, required=required)
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
     # End-of-text is banned for all rows or none.
@@ -317,6 +327,10 @@ def _check(prompts, required, options):
         raise ValueError("prompts: expected <mask:n> in all of them or in none, got both")
     for name in MADE.keys() & {name for name, option in options.items() if option is not None}:
         raise ValueError(f"{name}: expected {MADE[name]} in its place, of which it is made, got {name}")
+    known = {name for decode in (sampler.decode, renoise.decode) for name in inspect.signature(decode).parameters}
+    for name in options.keys() - known:
+        expected = f"{THEIRS[name]} in its place" if name in THEIRS else "an option of generate or of sampler.decode"
+        raise ValueError(f"{name}: expected {expected}, got {name}")
 
 
 def _decoder(config, temperature, given):
@@ -329,6 +343,8 @@ def _decoder(config, temperature, given):
         own = dict(budget=given["noise_budget"], temperature=(temperature, temperature / 2))
     elif given["drafter"] is not None:
         raise ValueError("drafter: expected drafts with it, got none")
+    elif given.get("calm") is not None:
+        raise ValueError("calm: expected noise_budget with it, got none")
     else:
         return sampler.decode, {}
     fits = {name, *inspect.signature(decode).parameters}
@@ -338,9 +354,10 @@ def _decoder(config, temperature, given):
     return decode, own
 
 
-def _banned(config, tokenizer, banned, sampled):
-    """`banned`, checked, and for sampling the ids without a text too."""
+def _banned(config, tokenizer, banned, ends, sampled):
+    """`banned`, checked, with `ends`, and for sampling the ids without a text too."""
     limits.ids(config.vocab, banned=banned)
+    banned = [*banned, *ends]
     if {*range(config.vocab)} <= {*banned, *np.asarray(blocks.banned_ids(config)).tolist()}:
         raise ValueError("banned: expected to leave a token that may be written, got all of them")
     # No training has lowered these: LLaDA's and Dream's heads are wider than their vocabularies.

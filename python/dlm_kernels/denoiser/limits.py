@@ -48,7 +48,7 @@ def whole(low, high=None, **given):
 def counts(least=1, **given):
     """Whole numbers that int32 holds, and that are never traced."""
     for name, value in given.items():
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
         whole(least, **{name: value})
 
@@ -56,9 +56,18 @@ def counts(least=1, **given):
 def ids(vocab, **given):
     """Iterables of token ids."""
     for name, tokens in given.items():
+        if not np.iterable(tokens):
+            raise ValueError(f"{name}: expected token ids in [0, {vocab}), got {tokens!r}")
         for token in tokens:
             if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab:
                 raise ValueError(f"{name}: expected token ids in [0, {vocab}), got {token!r}")
+
+
+def texts(**given):
+    """Lists of texts. One text alone would be taken for a list of its characters."""
+    for name, value in given.items():
+        if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"{name}: expected a list of texts, got {value!r:.80}")
 
 
 def canvas(tokens):

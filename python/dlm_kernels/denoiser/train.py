@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import json
 import pathlib
 import signal
 import threading
@@ -97,7 +98,7 @@ def whole_objective(config, train, params, given, tokens, key):
 def block_objective(config, train, params, given, tokens, key):
     """`losses.block_loss` at a block size drawn from the powers of two up to the length."""
     for_loss, for_block = jax.random.split(key)
-    size = 2 ** jax.random.randint(for_block, (), 0, train.length.bit_length())
+    size = 2 ** jax.random.randint(for_block, (), 0, int(train.length).bit_length())
     options = dict(least_ratio=train.least_ratio, implementation=train.implementation)
     return losses.block_loss(config, params, tokens, for_loss, size, **options)
 
@@ -132,9 +133,20 @@ def _drawn_objective(train, step):
     return uniform_objective if draw < train.block_share + train.uniform_share else whole_objective
 
 
+def _seed(texts):
+    """What a run learns from: `texts`, or by default the standard library."""
+    if texts is None:
+        return data.files()
+    for text in texts:
+        if not isinstance(text, (list, tuple)) or len(text) != 3 or not isinstance(text[1], str):
+            raise ValueError(f"seed_texts: expected (name, text, held out?) of each, as `data.read` gives, got {text!r:.80}")
+    return texts
+
+
 def prepare(config, seed_texts=None, tokenizer=None):
-    """(tokenizer, training streams) of the standard library, or of `seed_texts` [(name, text, held out?)]."""
-    train_texts = [text for _, text, held_out in (data.files() if seed_texts is None else seed_texts) if not held_out]
+    """(tokenizer, training streams, held-out texts) of the standard library, or of `seed_texts` [(name, text, held out?)]."""
+    found = _seed(seed_texts)
+    train_texts = [text for _, text, held_out in found if not held_out]
     if tokenizer is None:
         least = 256 + 3
         if config.vocab < least:
@@ -174,6 +186,13 @@ def fingerprint(params):
     return f"one whose embedding's SHA-256 begins with {digest}"
 
 
+def _contents(seed_texts):
+    """By which a run knows the texts again that it learns from."""
+    learnt = [text for _, text, held_out in seed_texts if not held_out]
+    digest = hashlib.sha256(json.dumps(learnt).encode()).hexdigest()[:16]
+    return f"{len(learnt)} whose SHA-256 begins with {digest}"
+
+
 def _start(config, train, out, initial, told):
     """(config, parameters, tokenizer, what it learns from) to begin with: of the run that `out` holds a state of, else `initial`'s;
     None where neither has it.
@@ -186,7 +205,7 @@ def _start(config, train, out, initial, told):
             raise ValueError(f"initial: expected another directory than the one that is written, got {out}")
         found, params, tokenizer = checkpoint.load(initial, dtype=jnp.float32, learnt_masks=True)
         config = _agreed(config, found, initial)
-    learns = {name: getattr(train, name) for name in LEARNS} | (told or {})
+    learns = {name: getattr(train, name) for name in LEARNS} | told
     learns["initial"] = params and fingerprint(params)
     if (out / "state.safetensors").exists():
         found, trained_with = checkpoint.described(out)
@@ -194,7 +213,8 @@ def _start(config, train, out, initial, told):
             raise ValueError(f"initial: expected the tokenizer of the run that goes on in {out}, got another in {initial}")
         config, tokenizer = _agreed(config, found, out), trained_with
         began = checkpoint.load_progress(out / "state.safetensors").get("learns", learns)
-        began.setdefault("initial", learns["initial"])  # of a run that did not remember it yet
+        for name in ("initial", "texts"):
+            began.setdefault(name, learns[name])  # of a run that did not remember it yet
         for name in began | learns:
             # What came out would be of both.
             before, now = began.get(name), learns.get(name)
@@ -222,18 +242,21 @@ def run(
     """Trains into directory `out`, going on from its state.safetensors if there is one; returns the averaged parameters.
 
     `out` holds a whole model at every moment after the first save. initial: a checkpoint directory to start from. Its config and
-    tokenizer hold, as do those of a run that goes on; config is None, or has to agree. objective, given: another than those above,
+    tokenizer hold, as do those of a run that goes on; config is None, or has to agree. seed_texts: what to learn from, a list of
+    (name, text, held out?), as `data.read` makes of files; by default `data.files()`. objective, given: another than those above,
     with its arrays; told: the JSON values that make it what it is. batches(streams, rows, length, seed, eos_id): what gives a step
     its rows, in the place of `data.Batches`. report(progress: dict) is called after every step. On Ctrl-C or SIGTERM the step ends
     and is saved, then KeyboardInterrupt is raised. Raises ValueError, before anything is written, where `out` holds a model that is
-    not a run's, or a run that learns from something else (LEARNS, told, initial), and FloatingPointError where the loss or an
-    update is not finite, which is not saved.
+    not a run's, or a run that learns from something else (LEARNS, told, initial, seed_texts), and FloatingPointError where the loss
+    or an update is not finite, which is not saved.
     """
     if not importlib.util.find_spec("optax"):
         raise ValueError("training needs the optax package: pip install 'dlm_kernels[train]'")
     if out in checkpoint.BESIDE:
         raise ValueError(f"out: expected another name than of a model that comes with the package, got {out}; ./{out} is none")
     out = pathlib.Path(out)
+    seed_texts = _seed(seed_texts)
+    told = (told or {}) | {"texts": _contents(seed_texts)}
     config, params, tokenizer, learns = _start(config, train, out, initial, told)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed)) | (params or {})
     tokenizer, streams = prepare(config, seed_texts, tokenizer)
