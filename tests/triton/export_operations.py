@@ -32,7 +32,7 @@ from dlm_kernels import (
     unmask_step,
     unmask_topk,
 )
-from dlm_kernels.triton_kernels.cross_entropy import CHUNK
+from dlm_kernels.triton_kernels.head_loss import CHUNK
 
 ARCH = int(os.environ["DLM_KERNELS_CUDA_ARCH"])
 B, L, V, D = 2, 40, 5000, 256

@@ -10,8 +10,8 @@ import pytest
 
 from dlm_kernels import masked_divergence
 from dlm_kernels.reference import divergence as oracle
-from dlm_kernels.triton_kernels import cross_entropy
 from dlm_kernels.triton_kernels import divergence as kernels
+from dlm_kernels.triton_kernels import head_loss
 from dlm_kernels.xla import divergence as plain
 
 R, V, D, E = 37, 300, 40, 72
@@ -27,7 +27,7 @@ def operands():
 
 @pytest.mark.parametrize("chunk", [16384, 128])
 def test_an_inactive_row_is_neither_read_nor_written_whatever_the_weights(chunk, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
+    monkeypatch.setattr(head_loss, "CHUNK", chunk)
     arrays, dloss = operands()
     hidden, weight, target_hidden, target_weight, active = arrays
     expected = plain.masked_divergence_forward(*arrays)

@@ -43,7 +43,8 @@ def test_as_many_rows_as_memory_holds(call, monkeypatch):
 
 
 def test_a_grid_that_cuda_does_not_start_is_refused():
-    with pytest.raises(ValueError, match=r"_mix_kernel: expected at most 65535 programs along axes 1 and 2, got \(1, 65537\)"):
+    programs = r"launch of mix_kernel: expected at most 65535 programs along axes 1 and 2, got \(1, 65537\)"
+    with pytest.raises(ValueError, match=programs):
         logits = np.zeros((1, 65537 * 2048), np.float16)
         guidance.mix_guidance(logits, logits, np.zeros(1, np.float32))
 
@@ -63,3 +64,18 @@ def test_a_tensor_on_another_device_is_named():
     logits = torch.zeros(1, 8)
     with pytest.raises(ValueError, match="unconditional: expected a tensor on cpu, as conditional is, got one on meta"):
         guidance.mix_guidance(logits, logits.to("meta"), torch.zeros(1))
+
+
+# Keys that far apart would be read from a place before the first, and values too.
+def test_strides_whose_offsets_32_bits_cannot_hold_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "_interpret", lambda call, *_: [np.zeros(out.shape, out.dtype) for out in call.wanted.values()])
+    query = np.zeros((1, 8, 1, 64), np.float32)
+
+    def far_apart(step):
+        return np.lib.stride_tricks.as_strided(query, (1, 4096, 1, 64), (4, 4 * step, 4, 4))
+
+    block = attention._tiles("float32", 64, True, 0)[0]["BLOCK_N"]
+    attention.attention_forward(query, *[far_apart(2**31 // block - 64)] * 2, None, None, **SCALE)
+    strides = r"\(1, 67108864, 1, 1\) of shape \(1, 4096, 1, 64\)"
+    with pytest.raises(ValueError, match=rf"value: expected strides .* below 2\*\*31 elements, got {strides}"):
+        attention.attention_forward(query, query, far_apart(2**31 // block), None, None, **SCALE)

@@ -12,7 +12,7 @@ import pytest
 
 from dlm_kernels import masked_cross_entropy
 from dlm_kernels.reference import cross_entropy as oracle
-from dlm_kernels.triton_kernels import cross_entropy
+from dlm_kernels.triton_kernels import cross_entropy, head_loss
 from dlm_kernels.triton_kernels import lm_head as kernels
 from dlm_kernels.xla import cross_entropy as plain_loss
 from dlm_kernels.xla import lm_head as plain
@@ -62,7 +62,7 @@ def test_scores(confidence, case):
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [16384, 128])
 def test_loss_and_gradients(cap, chunk, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
+    monkeypatch.setattr(head_loss, "CHUNK", chunk)
     hidden, weight, keys = operands()
     active = np.asarray(jax.random.bernoulli(keys[2], 0.6, (R,)))
     hidden[~active] = np.nan
@@ -137,4 +137,4 @@ def test_columns_that_lie_more_elements_apart_than_32_bits_count():
     right = np.lib.stride_tricks.as_strided(memory[2**31 :], (16, 160), (2, 2 * step))
     right[...] = 1
     left = np.ones((16, 16), np.float16)
-    np.testing.assert_array_equal(cross_entropy._product(left, (16, 1), right, None, None, 16, 160, 16, "float32"), 16)
+    np.testing.assert_array_equal(head_loss._product(left, (16, 1), right, None, None, 16, 160, 16, "float32"), 16)

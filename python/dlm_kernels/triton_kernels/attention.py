@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels.attention_backward import attention_backward, supports_attention_backward
-from dlm_kernels.triton_kernels.attention_tiles import bounds_stride, intervals, place, refuse
+from dlm_kernels.triton_kernels.attention_tiles import bounds_stride, intervals, refuse, tile_of_attention
 from dlm_kernels.triton_kernels.launch import (
     Out,
     arch,
@@ -20,7 +20,7 @@ from dlm_kernels.triton_kernels.launch import (
     strides,
     tuned,
 )
-from dlm_kernels.triton_kernels.numerics import tanh
+from dlm_kernels.triton_kernels.numerics import LOG2_E, tanh
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
 
@@ -62,7 +62,7 @@ def _attend(
     else:
         k = tl.load(at_key)
     logits = tl.dot(query, k, input_precision=PRECISION)
-    factor = (scale if SOFT_CAP is None else SOFT_CAP) * 1.4426950408889634
+    factor = (scale if SOFT_CAP is None else SOFT_CAP) * LOG2_E
     if SOFT_CAP is not None:
         logits = tanh(logits * (scale / SOFT_CAP))
     if MASKED:
@@ -71,7 +71,8 @@ def _attend(
     greater = tl.maximum(best, tl.max(logits, 1))
     # A row that has seen nothing yet: -inf - -inf would be NaN.
     base = tl.where(greater == float("-inf"), 0.0, greater)
-    # The difference first: one of products would be a product, unrounded, less a rounded one: beyond 2e9 more than exp2 can bear.
+    # Subtract, then scale: scaled first, a fused multiply-subtract leaves the rounding of the maximum, which beyond 2e9 overflows
+    # exp2.
     weights = tl.exp2((logits - base[:, None]) * factor)
     shrink = tl.exp2((best - base) * factor)
     total = total * shrink + tl.sum(weights, 1)
@@ -111,7 +112,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     SHARES: tl.constexpr = (H + BLOCK_V - 1) // BLOCK_V
-    tile, kv_head, rest = place(tl.cdiv(queries * GROUPS, BLOCK_M) * SHARES, heads // GROUPS)
+    tile, kv_head, rest = tile_of_attention(tl.cdiv(queries * GROUPS, BLOCK_M) * SHARES, heads // GROUPS)
     column = tile % SHARES * BLOCK_V
     tile = tile // SHARES
     b = (rest % batch).to(tl.int64)
@@ -280,8 +281,10 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
         scalars={
             "batch": batch, "queries": queries, "length": length, "heads": heads,
             "split": split, "scale": float(scale),
-            **strides(query, "query_b query_t query_n query_h"), **strides(key, "key_b key_s key_k key_h"),
-            **strides(value, "value_b value_s value_k value_h"), "bounds_b": bounds_stride(bounds),
+            **strides(query, "query_b query_t query_n query_h", query_h=h),
+            **strides(key, "key_b key_s key_k key_h", key_s=tiles["BLOCK_N"], key_h=h),
+            **strides(value, "value_b value_s value_k value_h", value_s=tiles["BLOCK_N"], value_h=h),
+            "bounds_b": bounds_stride(bounds),
         },
         constants={
             **tiles, "GROUPS": groups, "PAIRS": pairs,

@@ -6,9 +6,9 @@ Both compute the weights again from lse. Rows are packed as in the forward kerne
 import triton
 import triton.language as tl
 
-from dlm_kernels.triton_kernels.attention_tiles import bounds_stride, intervals, place, refuse
+from dlm_kernels.triton_kernels.attention_tiles import bounds_stride, intervals, refuse, tile_of_attention
 from dlm_kernels.triton_kernels.launch import Out, arch, dtype_name, launch, multiplies_by_warp, strides, tuned
-from dlm_kernels.triton_kernels.numerics import gradient_dot, tanh
+from dlm_kernels.triton_kernels.numerics import LOG2_E, gradient_dot, tanh
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _delta_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    tile, n, b = place(tl.cdiv(queries, BLOCK_T), heads)
+    tile, n, b = tile_of_attention(tl.cdiv(queries, BLOCK_T), heads)
     b = b.to(tl.int64)
     t = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.arange(0, BLOCK_H)
@@ -46,12 +46,10 @@ def _visible(
     """bool [BLOCK_M, BLOCK_N]: which of the keys s each row sees."""
     visible = real[:, None] & (s < length)[None, :]
     if PAIRS > 0:
-        start = tl.load(bounds + at_bounds, mask=real, other=0)[:, None]
-        stop = tl.load(bounds + at_bounds + 1, mask=real, other=0)[:, None]
-        seen = (s[None, :] >= start) & (s[None, :] < stop)
-        if PAIRS == 2:
-            start = tl.load(bounds + at_bounds + 2, mask=real, other=0)[:, None]
-            stop = tl.load(bounds + at_bounds + 3, mask=real, other=0)[:, None]
+        seen = tl.zeros(visible.shape, tl.int1)
+        for pair in tl.static_range(PAIRS):
+            start = tl.load(bounds + at_bounds + 2 * pair, mask=real, other=0)[:, None]
+            stop = tl.load(bounds + at_bounds + 2 * pair + 1, mask=real, other=0)[:, None]
             seen |= (s[None, :] >= start) & (s[None, :] < stop)
         visible &= seen
     return visible
@@ -59,25 +57,25 @@ def _visible(
 
 @triton.jit
 def _dlogits(
-    left, dleft,  # q, do [BLOCK_M, BLOCK_H] where ROWS is 0; k, v [BLOCK_N, BLOCK_H] where it is 1
-    right, dright,  # k, v where ROWS is 0; q, do where it is 1
+    left, dleft,  # q, do [BLOCK_M, BLOCK_H] where ROW_AXIS is 0; k, v [BLOCK_N, BLOCK_H] where it is 1
+    right, dright,  # k, v where ROW_AXIS is 0; q, do where it is 1
     lse, delta,  # float32 [BLOCK_M]
-    visible,  # bool [BLOCK_M, BLOCK_N] where ROWS is 0; [BLOCK_N, BLOCK_M] where it is 1
+    visible,  # bool [BLOCK_M, BLOCK_N] where ROW_AXIS is 0; [BLOCK_N, BLOCK_M] where it is 1
     scale,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROW_AXIS: tl.constexpr,  # which axis of the logits the rows are along
 ):  # fmt: skip
     """The weights and the gradient of the scaled logits, float32, shaped as visible; zero where that does not hold."""
     logits = tl.dot(left, tl.trans(right), input_precision=PRECISION)
     if SOFT_CAP is None:
-        logits *= scale * 1.4426950408889634
+        logits *= scale * LOG2_E
     else:
         bent = tanh(logits * (scale / SOFT_CAP))
-        logits = bent * (SOFT_CAP * 1.4426950408889634)
+        logits = bent * (SOFT_CAP * LOG2_E)
     # Selected and not multiplied: an unseen key may hold NaN, and a row that sees nothing has lse -inf.
-    p = tl.where(visible, tl.exp2(logits - tl.expand_dims(lse, 1 - ROWS) * 1.4426950408889634), 0.0)
-    ds = p * (tl.dot(dleft, tl.trans(dright), input_precision=PRECISION) - tl.expand_dims(delta, 1 - ROWS)) * scale
+    p = tl.where(visible, tl.exp2(logits - tl.expand_dims(lse, 1 - ROW_AXIS) * LOG2_E), 0.0)
+    ds = p * (tl.dot(dleft, tl.trans(dright), input_precision=PRECISION) - tl.expand_dims(delta, 1 - ROW_AXIS)) * scale
     if SOFT_CAP is not None:
         ds *= 1.0 - bent * bent
     return p, tl.where(visible, ds, 0.0)
@@ -105,7 +103,7 @@ def _dkdv_kernel(
     BLOCK_T: tl.constexpr,  # queries whose bounds are looked at at once
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, b = place(tl.cdiv(length, BLOCK_N), kv_heads)
+    tile, kv_head, b = tile_of_attention(tl.cdiv(length, BLOCK_N), kv_heads)
     b = b.to(tl.int64)
     first = tile * BLOCK_N
     s = first + tl.arange(0, BLOCK_N)
@@ -179,7 +177,7 @@ def _dq_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, b = place(tl.cdiv(queries * GROUPS, BLOCK_M), heads // GROUPS)
+    tile, kv_head, b = tile_of_attention(tl.cdiv(queries * GROUPS, BLOCK_M), heads // GROUPS)
     b = b.to(tl.int64)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     real = m < queries * GROUPS
@@ -253,15 +251,15 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     pairs = 0 if bounds is None else bounds.shape[-1] // 2
     tiles, num_warps, num_stages = _tiles(dtype, h, pairs)
     sizes = {"H": h, "BLOCK_H": max(16, triton.next_power_of_2(h))}
-    block_t = 16 if h > 256 else 32
+    block_t = 16 if h > 256 else 32  # of out and dout 8192 elements at most, 64 for a thread
     (delta,) = launch(
         _delta_kernel,
         (triton.cdiv(queries, block_t) * heads * batch,),
         inputs={"out": out, "dout": dout, "dlse": dlse},
         outputs={"delta": Out((batch, heads, queries), "float32")},
         scalars={
-            "queries": queries, "heads": heads, **strides(out, "out_b out_t out_n out_h"),
-            **strides(dout, "dout_b dout_t dout_n dout_h"),
+            "queries": queries, "heads": heads, **strides(out, "out_b out_t out_n out_h", out_h=h),
+            **strides(dout, "dout_b dout_t dout_n dout_h", dout_h=h),
         },
         constants={**sizes, "BLOCK_T": block_t},
     )  # fmt: skip
@@ -270,9 +268,10 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     }  # fmt: skip
     scalars = {
         "queries": queries, "length": length, "heads": heads, "scale": float(scale),
-        **strides(query, "query_b query_t query_n query_h"), **strides(key, "key_b key_s key_k key_h"),
-        **strides(value, "value_b value_s value_k value_h"), **strides(dout, "dout_b dout_t dout_n dout_h"),
-        "bounds_b": bounds_stride(bounds),
+        **strides(query, "query_b query_t query_n query_h", query_h=h),
+        **strides(key, "key_b key_s key_k key_h", key_s=tiles["BLOCK_N"], key_h=h),
+        **strides(value, "value_b value_s value_k value_h", value_s=tiles["BLOCK_N"], value_h=h),
+        **strides(dout, "dout_b dout_t dout_n dout_h", dout_h=h), "bounds_b": bounds_stride(bounds),
     }  # fmt: skip
     constants = {**tiles, **sizes, "GROUPS": groups, "PAIRS": pairs, "SOFT_CAP": logits_soft_cap}
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -282,7 +281,7 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
         inputs=inputs,
         outputs={"dkey": Out(tuple(key.shape), dtype), "dvalue": Out(tuple(key.shape), dtype)},
         scalars={**scalars, "kv_heads": kv_heads},
-        constants={**constants, "BLOCK_T": 512},
+        constants={**constants, "BLOCK_T": 512},  # two for each of 256 threads
         **options,
     )
     (dquery,) = launch(

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def place(
+def tile_of_attention(
     tiles,  # int32, how many of a head
     heads,  # int32, how many of a batch row
 ):  # fmt: skip

@@ -1,18 +1,17 @@
 """The loss of the LM head's logits, and its gradients, without the logits in memory.
 
-The loss's statistics are taken in the epilogue of the matrix product. The gradients take the vocabulary in chunks: of one chunk at
-a time the logits' gradient is written, and multiplied twice.
+The loss's statistics are taken in the epilogue of the matrix product; so is the logits' gradient, of which head_loss.py makes the
+others.
 """
 
 import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
-from dlm_kernels.triton_kernels.head import grouped_block, head_tile, place
-from dlm_kernels.triton_kernels.launch import Out, concatenate, dtype_name, launch, strides
-from dlm_kernels.triton_kernels.numerics import exp, gradient_dot, tanh
-
-CHUNK = 16384  # tokens whose logits' gradient is in memory at once
+from dlm_kernels.triton_kernels.head import head_tile, tile_of_head
+from dlm_kernels.triton_kernels.head_loss import head_gradients
+from dlm_kernels.triton_kernels.launch import Out, launch
+from dlm_kernels.triton_kernels.numerics import exp, tanh
 
 
 @triton.jit
@@ -31,7 +30,7 @@ def _loss_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, wanted, tokens = place(active, rows, BLOCK_R, BLOCK_V)
+    row, wanted, tokens = tile_of_head(active, rows, True, BLOCK_R, BLOCK_V)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
             hidden, weight, row, wanted, tokens, vocabulary, width, hidden_r, hidden_d, weight_v, weight_d,
@@ -78,7 +77,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
     """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; 0 where inactive."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     spans = triton.cdiv(vocabulary, head.SPAN)
-    tiles, num_warps, num_stages = head.tiles(dtype_name(hidden), rows <= 64, False)
+    tiles, num_warps, num_stages = head.tiles(hidden)
     top, total, chosen = launch(
         _loss_kernel,
         head.grid(hidden, tiles["BLOCK_R"], spans),
@@ -87,7 +86,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
             "top": Out((rows, spans), "float32"), "total": Out((rows, spans), "float32"),
             "chosen": Out((rows,), "float32"),
         },
-        scalars=head.sizes(hidden, weight),
+        scalars=head.sizes(hidden, weight, tiles["BLOCK_D"]),
         constants={**tiles, "SOFT_CAP": logits_soft_cap},
         num_warps=num_warps,
         num_stages=num_stages,
@@ -118,7 +117,7 @@ def _dlogits_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, wanted, tokens = place(active, rows, BLOCK_R, BLOCK_V)
+    row, wanted, tokens = tile_of_head(active, rows, True, BLOCK_R, BLOCK_V)
     gradient = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
@@ -139,106 +138,10 @@ def _dlogits_kernel(
     tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=(row < rows)[:, None] & (tokens < vocabulary)[None, :])
 
 
-@triton.jit
-def _product_kernel(
-    left,  # [M, K] by its strides
-    right,  # [K, N]
-    seen,  # bool [K] | None; False: that row of `right` is not read and counts as zeros
-    addend,  # float32 [M, N] | None
-    out,  # [M, N]
-    m, n, k,  # M, N, K
-    left_m, left_k, right_k, right_n,
-    HAS_SEEN: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    i = grouped_block() * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    left_at = left + i.to(tl.int64)[:, None] * left_m + inner.to(tl.int64)[None, :] * left_k
-    right_at = right + inner.to(tl.int64)[:, None] * right_k + j.to(tl.int64)[None, :] * right_n
-    step = tl.full([1, 1], BLOCK_K, tl.int64)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, k, BLOCK_K):
-        inside = inner < k - start
-        a = tl.load(left_at, mask=(i < m)[:, None] & inside[None, :], other=0)
-        if HAS_SEEN:
-            inside &= tl.load(seen + start + inner, mask=inside, other=0) != 0
-        b = tl.load(right_at, mask=inside[:, None] & (j < n)[None, :], other=0)
-        total = gradient_dot(a, b, total, PRECISION)
-        left_at += step * left_k
-        right_at += step * right_k
-    at = i.to(tl.int64)[:, None] * n + j[None, :]
-    inside = (i < m)[:, None] & (j < n)[None, :]
-    if HAS_ADDEND:
-        total += tl.load(addend + at, mask=inside, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
-
-
-def _product(left, left_strides, right, seen, addend, m, n, k, dtype):
-    """left [m, k] @ right [k, n] (+ addend) in `dtype`; left by its strides, so that it may be a transposed array."""
-    if dtype_name(right) == "float32":
-        tiles, num_warps, num_stages = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 32, "PRECISION": "tf32x3"}, 8, 2
-    else:
-        tiles, num_warps, num_stages = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PRECISION": "ieee"}, 8, 3
-        if dtype_name(left) == "float32":  # of which Ampere's shared memory holds two stages
-            num_stages = 2
-    return launch(
-        _product_kernel,
-        # 128 programs in flight make a square of tiles, 8 by 16, which reads 24 blocks of the operands and not 129.
-        head.grouped(triton.cdiv(m, tiles["BLOCK_M"]), triton.cdiv(n, tiles["BLOCK_N"]), 8),
-        inputs={"left": left, "right": right, "seen": seen, "addend": addend},
-        outputs={"out": Out((m, n), dtype)},
-        scalars={
-            "m": m, "n": n, "k": k, "left_m": left_strides[0], "left_k": left_strides[1],
-            **strides(right, "right_k right_n"),
-        },
-        constants=tiles,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )[0]  # fmt: skip
-
-
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
     """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
 
-    def of_part(first, part):
+    def of_part(first, part, depth):
         return {"targets": targets - first, "lse": lse, "dloss": dloss}, {}
 
     return head_gradients(_dlogits_kernel, hidden, weight, active, of_part, SOFT_CAP=logits_soft_cap)
-
-
-def head_gradients(kernel, hidden, weight, active, of_part, target_width=0, **constants):
-    """dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight.
-
-    kernel writes the logits' gradient, dlogits [R, CHUNK], of a part of the weight, [CHUNK, D] from token `first` on; zeros where
-    active is False. of_part(first, part): the inputs and the scalars that it has beside these. target_width: see `head.grid`. That
-    the kernels know the part alone lets JAX, to which scalars are constants, compile one for all.
-    """
-    (rows, width), vocabulary, dtype = hidden.shape, weight.shape[0], dtype_name(hidden)
-    tiles, num_warps, num_stages = head.tiles(dtype, rows <= 64, False)
-    # float16 has not the range, see `gradient_dot`.
-    dlogits_dtype = "float32" if dtype == "float16" else dtype
-    dhidden, dweight = None, []
-    for first in range(0, vocabulary, CHUNK):
-        part = weight[first : first + CHUNK]
-        chunk = part.shape[0]
-        inputs, scalars = of_part(first, part)
-        (dlogits,) = launch(
-            kernel,
-            head.grid(hidden, tiles["BLOCK_R"], triton.cdiv(chunk, tiles["BLOCK_V"]), target_width),
-            inputs={"hidden": hidden, "weight": part, "active": active, **inputs},
-            outputs={"dlogits": Out((rows, chunk), dlogits_dtype)},
-            scalars={**head.sizes(hidden, part), **scalars},
-            constants={**tiles, **constants},
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
-        last = first + chunk == vocabulary
-        dhidden = _product(dlogits, (chunk, 1), part, None, dhidden, rows, width, chunk, dtype if last else "float32")
-        # An inactive row's hidden state may be NaN, which a gradient of zero does not silence.
-        dweight.append(_product(dlogits, (1, chunk), hidden, active, None, chunk, width, rows, dtype))
-    return dhidden, concatenate(dweight)

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
-from dlm_kernels.triton_kernels.cross_entropy import head_gradients
-from dlm_kernels.triton_kernels.head import head_tile, place
-from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.head import head_tile, tile_of_head
+from dlm_kernels.triton_kernels.head_loss import head_gradients
+from dlm_kernels.triton_kernels.launch import Out, launch, strides
 from dlm_kernels.triton_kernels.numerics import exp
 
 
@@ -31,7 +31,7 @@ def _divergence_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, wanted, tokens = place(active, rows, BLOCK_R, BLOCK_V)
+    row, wanted, tokens = tile_of_head(active, rows, True, BLOCK_R, BLOCK_V)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
             hidden, weight, row, wanted, tokens, vocabulary, width, hidden_r, hidden_d, weight_v, weight_d,
@@ -86,10 +86,11 @@ def _divergence_merge_kernel(
         tl.store(loss + row, 0.0)
 
 
-def _target_sizes(target_hidden, target_weight):
+def _target_sizes(target_hidden, target_weight, depth):
     return {
-        "target_width": target_hidden.shape[1], **strides(target_hidden, "target_hidden_r target_hidden_e"),
-        **strides(target_weight, "target_weight_v target_weight_e"),
+        "target_width": target_hidden.shape[1],
+        **strides(target_hidden, "target_hidden_r target_hidden_e", target_hidden_e=depth),
+        **strides(target_weight, "target_weight_v target_weight_e", target_weight_e=depth),
     }  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     spans = triton.cdiv(vocabulary, head.SPAN)
-    tiles, num_warps, num_stages = head.tiles(dtype_name(hidden), rows <= 64, False)
+    tiles, num_warps, num_stages = head.tiles(hidden)
     sums = ("top", "total", "target_top", "target_total", "gap")
     found = launch(
         _divergence_kernel,
@@ -110,7 +111,9 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
             "active": active,
         },
         outputs=dict.fromkeys(sums, Out((rows, spans), "float32")),
-        scalars={**head.sizes(hidden, weight), **_target_sizes(target_hidden, target_weight)},
+        scalars={
+            **head.sizes(hidden, weight, tiles["BLOCK_D"]), **_target_sizes(target_hidden, target_weight, tiles["BLOCK_D"]),
+        },
         constants=tiles,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -142,7 +145,7 @@ def _divergence_dlogits_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, wanted, tokens = place(active, rows, BLOCK_R, BLOCK_V)
+    row, wanted, tokens = tile_of_head(active, rows, True, BLOCK_R, BLOCK_V)
     gradient = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
@@ -165,10 +168,10 @@ def _divergence_dlogits_kernel(
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
     """lse, target_lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
 
-    def of_part(first, part):
+    def of_part(first, part, depth):
         target_part = target_weight[first : first + part.shape[0]]
         inputs = {"target_hidden": target_hidden, "target_weight": target_part}
         inputs |= {"lse": lse, "target_lse": target_lse, "dloss": dloss}
-        return inputs, _target_sizes(target_hidden, target_part)
+        return inputs, _target_sizes(target_hidden, target_part, depth)
 
     return head_gradients(_divergence_dlogits_kernel, hidden, weight, active, of_part, target_hidden.shape[1])

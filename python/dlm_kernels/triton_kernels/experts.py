@@ -96,7 +96,7 @@ def _hidden_kernel(
             x_at += BLOCK_K * x_d
             gate_at += BLOCK_K * gate_d
             up_at += BLOCK_K * up_d
-        # silu is a * sigmoid(a), and 0.5 * (1 + tanh(z)), by which gelu has a, is sigmoid(2 * z).
+        # silu is a * sigmoid(a), and 0.5 * (1 + tanh(z)), by which gelu has a, is sigmoid(2 * z); the number is 2 * sqrt(2 / pi).
         z = a if ACTIVATION == "silu" else 1.5957691216057308 * (a + 0.044715 * a * a * a)
         a = a / (1.0 + exp(-z))
         at = hidden + row.to(tl.int64)[:, None] * inner + f[None, :]
@@ -202,7 +202,7 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
     # Where a mean expert has no more than fills the larger tile, much of those would be empty.
     constants, num_warps, num_stages = _tiles(dtype_name(x), pairs <= 128 * experts)
     # The first is two, so the second has twice the columns; of more than 128 it would spill.
-    columns = min(2 * constants["BLOCK_N"], 128)
+    columns, depth = min(2 * constants["BLOCK_N"], 128), constants["BLOCK_K"]
     sorted_pairs = sort(expert, experts, constants["BLOCK_M"])
     tiles = sorted_pairs["tile_expert"].shape[0]
     (hidden,) = launch(
@@ -211,8 +211,8 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
         inputs={"x": x, "gate": gate, "up": up, **sorted_pairs},
         outputs={"hidden": Out((pairs, inner), dtype_name(x))},
         scalars={
-            "chosen": chosen, "width": width, "inner": inner, **strides(x, "x_n x_d"),
-            **strides(gate, "gate_e gate_d gate_f"), **strides(up, "up_e up_d up_f"),
+            "chosen": chosen, "width": width, "inner": inner, **strides(x, "x_n x_d", x_d=depth),
+            **strides(gate, "gate_e gate_d gate_f", gate_d=depth), **strides(up, "up_e up_d up_f", up_d=depth),
         },
         constants={"ACTIVATION": activation, **constants},
         num_warps=num_warps,
@@ -223,7 +223,7 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation):
         (tiles * triton.cdiv(width, columns),),
         inputs={"hidden": hidden, "down": down, **sorted_pairs},
         outputs={"given": Out((pairs, width), "float32")},
-        scalars={"width": width, "inner": inner, **strides(down, "down_e down_f down_d")},
+        scalars={"width": width, "inner": inner, **strides(down, "down_e down_f down_d", down_f=depth)},
         constants=constants | {"BLOCK_N": columns},
         num_warps=num_warps,
         num_stages=num_stages,

@@ -1,4 +1,6 @@
-"""How the product of hidden states and the LM head's weight is spread over programs, for the scores and for the loss."""
+"""How the product of hidden states and the LM head's weight is spread over programs, for the scores and the losses; `head_tile`
+is the experts' second product too.
+"""
 
 import triton
 import triton.language as tl
@@ -6,6 +8,7 @@ import triton.language as tl
 from dlm_kernels.triton_kernels.launch import dtype_name, multiplies_by_warp, strides, tuned
 
 SPAN = 128  # tokens per program
+_FEW_ROWS = 64  # in one tile: fewer Hopper multiplies by another instruction, and a row's bits would depend on how many there are
 _RESIDENT = 16 << 20  # bytes of hidden states that stay in L2 (40 MB on A100, 50 on H100) beside what streams through
 
 
@@ -16,16 +19,18 @@ def grouped_block():
 
 
 @triton.jit
-def place(
-    active,  # bool [R]
+def tile_of_head(
+    active,  # bool [R] | None
     rows,  # R
+    HAS_ACTIVE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """This program's rows, int32 [BLOCK_R]; which of them are there and active; and its tokens, int32 [BLOCK_V]."""
     row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
     wanted = row < rows
-    wanted &= tl.load(active + row, mask=wanted, other=0) != 0
+    if HAS_ACTIVE:
+        wanted &= tl.load(active + row, mask=wanted, other=0) != 0
     return row, wanted, tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
 
 
@@ -78,21 +83,27 @@ def grid(hidden, block: int, spans: int, target_width: int = 0) -> tuple[int, in
     return grouped(triton.cdiv(rows, block), spans, max(1, _RESIDENT // (row_bytes * block)))
 
 
+def tiles(hidden, sampled=False) -> tuple[dict, int, int]:
+    """Constants of a head product, its warps and its stages."""
+    return _tiles(dtype_name(hidden), hidden.shape[0] <= _FEW_ROWS, sampled)
+
+
 @tuned("lm_head")
-def tiles(dtype: str, few_rows: bool, sampled: bool) -> tuple[dict, int, int]:
-    """Constants of a head product, its warps and its stages: the largest that spill no register, of which noise takes many.
+def _tiles(dtype: str, few_rows: bool, sampled: bool) -> tuple[dict, int, int]:
+    """The largest that spill no register, of which noise takes many.
 
     The span never depends on the rows: see `scores`.
     """
     if dtype == "float32":
         return {"BLOCK_R": 16 if sampled else 32, "BLOCK_V": SPAN, "BLOCK_D": 32, "PRECISION": "tf32x3"}, 8, 2
-    block = 64 if few_rows or sampled else 128
+    block = _FEW_ROWS if few_rows or sampled else 128
     num_warps = 4 if few_rows and not sampled and not multiplies_by_warp() else 8
     return {"BLOCK_R": block, "BLOCK_V": SPAN, "BLOCK_D": 64, "PRECISION": "ieee"}, num_warps, 3
 
 
-def sizes(hidden, weight):
+def sizes(hidden, weight, depth):
+    """depth: BLOCK_D."""
     return {
         "rows": hidden.shape[0], "vocabulary": weight.shape[0], "width": hidden.shape[1],
-        **strides(hidden, "hidden_r hidden_d"), **strides(weight, "weight_v weight_d"),
+        **strides(hidden, "hidden_r hidden_d", hidden_d=depth), **strides(weight, "weight_v weight_d", weight_d=depth),
     }  # fmt: skip

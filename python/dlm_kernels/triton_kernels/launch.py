@@ -54,8 +54,12 @@ def interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def strides(array, names: str) -> dict[str, int]:
-    """{'name_b': stride of axis 0, ...} in elements, for names such as 'query_b query_t query_n query_h'."""
+def strides(array, names: str, **tile: int) -> dict[str, int]:
+    """{'name_b': stride of axis 0, ...} in elements, for names such as 'query_b query_t query_n query_h'.
+
+    tile: of the axes along which a kernel computes a tile's offsets in 32 bits, how many elements a tile has. Tensors of torch come
+    with any strides: a key's may be 2**31 / 128 and more, where those offsets would wrap around.
+    """
     names = names.split()
     if hasattr(array, "stride"):
         steps = array.stride()
@@ -65,7 +69,15 @@ def strides(array, names: str) -> dict[str, int]:
         steps = [int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(len(array.shape))]
     if len(names) != len(steps):
         raise ValueError(f"strides: expected {len(names)} axes for {names}, given shape {tuple(array.shape)}")
-    return dict(zip(names, map(int, steps)))
+    found = dict(zip(names, map(int, steps)))
+    # Of an axis of one element the stride means nothing, and may be anything.
+    sizes = {name: size for name, size in zip(names, array.shape) if size > 1}
+    if sum(min(tile[name], sizes[name]) * abs(found[name]) for name in tile if name in sizes) >= 2**31:
+        raise ValueError(
+            f"{names[0].rpartition('_')[0]}: expected strides with which a tile's offsets are below 2**31 elements, got "
+            f"{tuple(found.values())} of shape {tuple(array.shape)}; a contiguous copy has such strides"
+        )
+    return found
 
 
 def concatenate(arrays: list):
@@ -148,12 +160,12 @@ def launch(
     given = [*inputs, *outputs, *scalars, *asked, *constants]
     if sorted(given) != sorted(kernel.arg_names):
         wrong = sorted(set(given) ^ set(kernel.arg_names)) or sorted(name for name in given if given.count(name) > 1)
-        raise ValueError(f"launch of {kernel.__name__}: parameters missing, unknown or named twice: {wrong}")
+        raise ValueError(f"launch of {_name(kernel)}: parameters missing, unknown or named twice: {wrong}")
     arrays = [*inputs, *outputs]
     if kernel.arg_names[: len(arrays)] != arrays:
-        raise ValueError(f"launch of {kernel.__name__}: expected its parameters to begin with {arrays}")
+        raise ValueError(f"launch of {_name(kernel)}: expected its parameters to begin with {arrays}")
     if any(programs > _MOST_PROGRAMS for programs in grid[1:]):
-        raise ValueError(f"launch of {kernel.__name__}: expected at most {_MOST_PROGRAMS} programs along axes 1 and 2, got {grid}")
+        raise ValueError(f"launch of {_name(kernel)}: expected at most {_MOST_PROGRAMS} programs along axes 1 and 2, got {grid}")
     present = {name: value for name, value in inputs.items() if value is not None}
     call = _Call(
         kernel, grid, tuple(inputs), tuple(present), tuple(outputs.items()), tuple(scalars.items()),
@@ -169,6 +181,11 @@ def launch(
         results = _launch_jax(call, values)
     found = dict(zip(call.wanted, results))
     return tuple(found.get(name) for name in outputs)
+
+
+def _name(kernel) -> str:
+    """As errors, profiles and exported programs have it."""
+    return kernel.__name__.strip("_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +228,7 @@ def _launch_jax(call: _Call, values: list) -> list:
         kernel=call.kernel,
         out_shape=[jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs.values()],
         grid=call.grid,
-        name=call.kernel.__name__.strip("_"),
+        name=_name(call.kernel),
         num_warps=call.num_warps,
         num_stages=call.num_stages,
         compute_capability=call.arch,
@@ -259,14 +276,14 @@ def _kept_on_disk(compile_ttir, result_type):
 def _refuse_lowering(context, *_, fn, **parameters):
     platforms = ", ".join(context.module_context.platforms)
     raise ValueError(
-        f"the Triton kernel {fn.__name__} runs on NVIDIA GPUs, and this computation is for {platforms}; "
+        f"the Triton kernel {_name(fn)} runs on NVIDIA GPUs, and this computation is for {platforms}; "
         "set TRITON_INTERPRET=1 before the first call to run it in Triton's interpreter"
     )
 
 
 def _launch_torch(call: _Call, values: list, torch) -> list:
     if not interpreting() and not values[0].is_cuda:
-        raise ValueError(f"launch of {call.kernel.__name__}: expected CUDA tensors, given one on {values[0].device}")
+        raise ValueError(f"launch of {_name(call.kernel)}: expected CUDA tensors, given one on {values[0].device}")
     device = values[0].device
     for name, value in zip(call.present, values):
         if value.device != device:
@@ -323,7 +340,7 @@ def _let_numpy_count():
 
 def _interpret(call: _Call, *values: np.ndarray) -> list[np.ndarray]:
     if not interpreting():
-        raise ValueError(f"launch of {call.kernel.__name__}: NumPy arrays need Triton's interpreter, TRITON_INTERPRET=1")
+        raise ValueError(f"launch of {_name(call.kernel)}: NumPy arrays need Triton's interpreter, TRITON_INTERPRET=1")
     _let_numpy_count()
     results = {}
     for name, out in call.wanted.items():

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from dlm_kernels.triton_kernels import head, scores
-from dlm_kernels.triton_kernels.head import grouped_block, head_tile
-from dlm_kernels.triton_kernels.launch import Out, dtype_name, launch, strides
+from dlm_kernels.triton_kernels.head import head_tile, tile_of_head
+from dlm_kernels.triton_kernels.launch import Out, launch, strides
 from dlm_kernels.triton_kernels.numerics import gumbel, tanh
 
 
@@ -21,9 +21,9 @@ def _scores_kernel(
     banned,  # int32 [M] | None
     top, total, moment, second,  # float32 [R, SPANS]
     token,  # int32 [R, SPANS]
-    choice,  # float32 [R, SPANS] | None
-    choice_token,  # int32 [R, SPANS] | None
-    picked,  # float32 [R, SPANS] | None
+    sampled_score,  # float32 [R, SPANS] | None
+    sampled,  # int32 [R, SPANS] | None
+    sampled_logit,  # float32 [R, SPANS] | None
     rows, vocabulary, width,  # R, V, D
     banned_count,  # M
     hidden_r, hidden_d, weight_v, weight_d, noise_r, noise_v,
@@ -40,12 +40,8 @@ def _scores_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = grouped_block() * BLOCK_R + tl.arange(0, BLOCK_R)
+    row, wanted, tokens = tile_of_head(active, rows, HAS_ACTIVE, BLOCK_R, BLOCK_V)
     start = tl.program_id(1) * BLOCK_V
-    tokens = start + tl.arange(0, BLOCK_V)
-    wanted = row < rows
-    if HAS_ACTIVE:
-        wanted &= tl.load(active + row, mask=wanted, other=0) != 0
     if tl.max(wanted.to(tl.int32), 0) > 0:
         value = head_tile(
             hidden, weight, row, wanted, tokens, vocabulary, width, hidden_r, hidden_d, weight_v, weight_d,
@@ -70,29 +66,29 @@ def _scores_kernel(
                 if not HAS_NOISE:
                     key0 = tl.load(key_data + 2 * row, mask=wanted, other=0)[:, None]
                     key1 = tl.load(key_data + 2 * row + 1, mask=wanted, other=0)[:, None]
-                    first = tl.load(counter_row + row, mask=wanted, other=0).to(tl.int64) * vocabulary
-                    draw = gumbel(key0, key1, first[:, None] + tokens[None, :])
+                    counter = tl.load(counter_row + row, mask=wanted, other=0).to(tl.int64) * vocabulary  # of token 0
+                    draw = gumbel(key0, key1, counter[:, None] + tokens[None, :])
                 else:
                     at_noise = noise + row.to(tl.int64)[:, None] * noise_r + tokens.to(tl.int64)[None, :] * noise_v
                     draw = tl.load(at_noise, mask=wanted[:, None] & (tokens < vocabulary)[None, :], other=0.0)
                 drawn = tl.where((heat > 0.0)[:, None], tempered + draw, tempered)
             if TEMPERED:
                 value = tempered
-            winner = tl.argmax(drawn, 1)
-            of_winner = tl.where(tl.arange(0, BLOCK_V)[None, :] == winner[:, None], value, float("-inf"))
-            tl.store(choice + at, tl.max(drawn, 1), mask=wanted)
-            tl.store(choice_token + at, start + winner, mask=wanted)
-            tl.store(picked + at, tl.max(of_winner, 1), mask=wanted)
+            drawn_winner = tl.argmax(drawn, 1)
+            of_winner = tl.where(tl.arange(0, BLOCK_V)[None, :] == drawn_winner[:, None], value, float("-inf"))
+            tl.store(sampled_score + at, tl.max(drawn, 1), mask=wanted)
+            tl.store(sampled + at, start + drawn_winner, mask=wanted)
+            tl.store(sampled_logit + at, tl.max(of_winner, 1), mask=wanted)
         tops = tl.max(value, 1)
         # Before the sums: after them it takes more registers than let two programs share a multiprocessor.
-        first = tl.argmax(value, 1)
+        winner = tl.argmax(value, 1)
         totals, moments = scores.summarize(value, tops, 1)
         tl.store(top + at, tops, mask=wanted)
         tl.store(total + at, totals, mask=wanted)
         tl.store(moment + at, moments, mask=wanted)
         if SECOND:
-            tl.store(second + at, scores.second_of(value, first, 1), mask=wanted)
-        tl.store(token + at, start + first, mask=wanted)
+            tl.store(second + at, scores.second_of(value, winner, 1), mask=wanted)
+        tl.store(token + at, start + winner, mask=wanted)
 
 
 def supports_lm_head_scores(
@@ -120,12 +116,12 @@ def lm_head_scores(
 ):
     """hidden [R,D]; weight [V,D]; the rest and the result as in `unmask.score_tokens`."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    tiles, num_warps, num_stages = head.tiles(dtype_name(hidden), rows <= 64, temperature is not None)
+    tiles, num_warps, num_stages = head.tiles(hidden, temperature is not None)
     spans = triton.cdiv(vocabulary, head.SPAN)
-    per_span = {**scores.STATISTICS, **scores.CHOICES}
+    per_span = {**scores.STATISTICS, **scores.SAMPLES}
     outputs = {name: Out((rows, spans), dtype) for name, dtype in per_span.items()}
     if temperature is None:
-        outputs |= dict.fromkeys(scores.CHOICES)
+        outputs |= dict.fromkeys(scores.SAMPLES)
     rounds = {None: None, "float32": None, "bfloat16": tl.bfloat16, "float16": tl.float16}
     results = launch(
         _scores_kernel,
@@ -136,7 +132,7 @@ def lm_head_scores(
         },
         outputs=outputs,
         scalars={
-            **head.sizes(hidden, weight),
+            **head.sizes(hidden, weight, tiles["BLOCK_D"]),
             "banned_count": 0 if banned is None else banned.shape[0],
             **strides(hidden if noise is None else noise, "noise_r noise_v"),
         },

@@ -5,6 +5,7 @@ import triton.language as tl
 
 # No draw of JAX's float32 Gumbel exceeds 15.943: a token that trails by more than this cannot be sampled.
 GREATEST_GUMBEL = tl.constexpr(16.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def mixed(conditional, unconditional, scale):
 @triton.jit
 def exp(x):
     """float32 [...]; 0 where that is below the least normal number, for whose sake tl.exp takes three instructions more."""
-    return tl.exp2(x * 1.4426950408889634)
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit

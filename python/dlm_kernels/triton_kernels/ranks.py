@@ -8,6 +8,7 @@ from dlm_kernels.triton_kernels.launch import Out, launch
 
 MAX_LENGTH = 8192  # positions of a row, in registers
 RULES = "num_unmask", "threshold", "factor", "entropy_budget", "edit_threshold"
+_COMPARED = 8192  # pairs of positions that a program compares at once, in registers
 _MERGED = 4096  # statistics of a kind that a program merges at once, in registers
 _MOST_MERGED = 2 * _MERGED  # of a row, a power of two of positions and of spans: more are left to a program per position
 
@@ -16,9 +17,9 @@ _MOST_MERGED = 2 * _MERGED  # of a row, a power of two of positions and of spans
 def _topk_kernel(
     top, total, moment, second,  # float32 [B * L, SPANS] | None
     token,  # int32 [B * L, SPANS] | None
-    choice,  # float32 [B * L, SPANS] | None
-    choice_token,  # int32 [B * L, SPANS] | None
-    picked,  # float32 [B * L, SPANS] | None
+    sampled_score,  # float32 [B * L, SPANS] | None
+    sampled,  # int32 [B * L, SPANS] | None
+    sampled_logit,  # float32 [B * L, SPANS] | None
     tokens,  # int32 [B, L]
     eligible,  # bool [B, L]
     editable,  # bool [B, L] | None
@@ -32,7 +33,7 @@ def _topk_kernel(
     count,  # int32 [B]
     length, spans, vocabulary,  # L, SPANS, V
     HAS_TOP: tl.constexpr,
-    HAS_CHOICE: tl.constexpr,
+    HAS_SAMPLED: tl.constexpr,
     HAS_EDITABLE: tl.constexpr,
     HAS_NUM_UNMASK: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
@@ -48,11 +49,11 @@ def _topk_kernel(
     at = tl.arange(0, BLOCK)
     inside = at < length
     row = b * length
-    open_ = (tl.load(eligible + row + at, mask=inside, other=0) != 0) & inside
-    wanted = open_
+    is_eligible = (tl.load(eligible + row + at, mask=inside, other=0) != 0) & inside
+    wanted = is_eligible
     if HAS_EDITABLE:
-        may = (tl.load(editable + row + at, mask=inside, other=0) != 0) & inside
-        wanted |= may
+        is_editable = (tl.load(editable + row + at, mask=inside, other=0) != 0) & inside
+        wanted |= is_editable
     # Nothing outside changes, and a block is a small part of a long canvas: [first, last).
     first = tl.min(tl.where(wanted, at, BLOCK), 0)
     last = tl.max(tl.where(wanted, at + 1, 0), 0)
@@ -61,8 +62,8 @@ def _topk_kernel(
             i = start + tl.arange(0, MERGED)
             there = i < last
             chosen, merged, uncertain, _ = scores.merged_scores(
-                top, total, moment, second, token, choice, choice_token, picked,
-                row + tl.minimum(i, last - 1), spans, vocabulary, HAS_CHOICE, CONFIDENCE, BLOCK_SPANS, 1,
+                top, total, moment, second, token, sampled_score, sampled, sampled_logit,
+                row + tl.minimum(i, last - 1), spans, vocabulary, HAS_SAMPLED, CONFIDENCE, BLOCK_SPANS, 1,
             )  # fmt: skip
             tl.store(proposal + row + i, chosen, mask=there)
             tl.store(confidence + row + i, merged, mask=there)
@@ -94,29 +95,29 @@ def _topk_kernel(
         rank += tl.sum(before.to(tl.int32), 1)
         if HAS_ENTROPY_BUDGET:
             spent += tl.sum(tl.where(before, uncertain[None, :], 0.0), 1)
-    all_open = tl.sum(open_.to(tl.int32), 0)
+    all_eligible = tl.sum(is_eligible.to(tl.int32), 0)
     n = 0
     if HAS_NUM_UNMASK:
         n = tl.maximum(n, tl.load(num_unmask + b))
     if HAS_THRESHOLD:
-        above = open_ & (sure > tl.load(threshold + b))
+        above = is_eligible & (sure > tl.load(threshold + b))
         n = tl.maximum(n, tl.maximum(1, tl.sum(above.to(tl.int32), 0)))
     if HAS_FACTOR:
-        failed = open_ & (rank > 0) & ~(sure >= 1.0 - tl.load(factor + b) / (rank + 2).to(tl.float32))
+        failed = is_eligible & (rank > 0) & ~(sure >= 1.0 - tl.load(factor + b) / (rank + 2).to(tl.float32))
         n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
     if HAS_ENTROPY_BUDGET:
         within = spent <= tl.load(entropy_budget + b)
-        failed = open_ & (rank > 0) & (within == 0)
+        failed = is_eligible & (rank > 0) & (within == 0)
         n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
-    taken = open_ & (rank < n)
+    taken = is_eligible & (rank < n)
     changed = taken
     if HAS_EDITABLE:
-        changed |= may & (raw > tl.load(edit_threshold + b))
+        changed |= is_editable & (raw > tl.load(edit_threshold + b))
     old = tl.load(tokens + row + at, mask=inside, other=0)
     new = tl.load(proposal + row + at, mask=inside, other=0)
     tl.store(out_tokens + row + at, tl.where(changed, new, old), mask=inside)
     tl.store(unmasked + row + at, taken, mask=inside)
-    tl.store(count + b, tl.minimum(tl.maximum(n, 0), all_open))
+    tl.store(count + b, tl.minimum(tl.maximum(n, 0), all_eligible))
 
 
 def merges(length, spans):
@@ -134,7 +135,7 @@ def unmask(tokens, eligible, editable, rules, *, scored=None, statistics=None, s
     block, block_spans = max(16, triton.next_power_of_2(length)), triton.next_power_of_2(max(1, spans))
     read, written = {}, {}
     if statistics is None:
-        statistics = dict.fromkeys([*scores.STATISTICS, *scores.CHOICES])
+        statistics = dict.fromkeys([*scores.STATISTICS, *scores.SAMPLES])
         read = dict(zip(("proposal", "confidence", "entropy"), scored))
     else:
         written = {"proposal": Out((batch, length), "int32"), "confidence": Out((batch, length), "float32"), "entropy": None}
@@ -155,7 +156,7 @@ def unmask(tokens, eligible, editable, rules, *, scored=None, statistics=None, s
         },
         scalars={"length": length, "spans": spans, "vocabulary": vocabulary},
         constants={
-            "CONFIDENCE": confidence, "BLOCK": block, "OTHERS": max(1, min(block, 8192 // block)),
+            "CONFIDENCE": confidence, "BLOCK": block, "OTHERS": max(1, min(block, _COMPARED // block)),
             "BLOCK_SPANS": block_spans, "MERGED": min(block, _MERGED // block_spans),
         },
         num_warps=4 if block <= 1024 and not spans else 8,

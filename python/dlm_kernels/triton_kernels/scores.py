@@ -3,8 +3,8 @@
 A span is a fixed run of the vocabulary, whatever the number of rows, so that a row's bits do not depend on its batch.
 Of each span remain: `top`, the greatest value; `total`, the sum of exp(value - top); `moment`, the sum of
 (value - top) * exp(value - top); `second`, the value after the greatest, which equals it on a tie; `token`, where the
-greatest is. At a temperature there are also `choice`, the greatest of value / temperature + noise, and of that token
-its `choice_token` and its value, `picked`.
+greatest is. At a temperature there are also `sampled_score`, the greatest of value / temperature + noise; `sampled`, that
+token; and `sampled_logit`, its value.
 """
 
 import triton
@@ -14,7 +14,7 @@ from dlm_kernels.triton_kernels.launch import Out, launch
 from dlm_kernels.triton_kernels.numerics import exp
 
 STATISTICS = {"top": "float32", "total": "float32", "moment": "float32", "second": "float32", "token": "int32"}
-CHOICES = {"choice": "float32", "choice_token": "int32", "picked": "float32"}
+SAMPLES = {"sampled_score": "float32", "sampled": "int32", "sampled_logit": "float32"}
 
 
 @triton.jit
@@ -58,13 +58,13 @@ def merged(
 def merged_scores(
     top, total, moment, second,  # float32 [R, SPANS]
     token,  # int32 [R, SPANS]
-    choice,  # float32 [R, SPANS] | None
-    choice_token,  # int32 [R, SPANS] | None
-    picked,  # float32 [R, SPANS] | None
+    sampled_score,  # float32 [R, SPANS] | None
+    sampled,  # int32 [R, SPANS] | None
+    sampled_logit,  # float32 [R, SPANS] | None
     row,  # int64, or int64 [N] with AXIS 1
     spans,  # SPANS
     vocabulary,  # V
-    HAS_CHOICE: tl.constexpr,
+    HAS_SAMPLED: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     BLOCK: tl.constexpr,
     AXIS: tl.constexpr = 0,
@@ -81,14 +81,14 @@ def merged_scores(
     mean = tl.sum(moments * share, AXIS) / whole
     # Without NaN, compared with which each lane of a warp would find another winner, perhaps past the last span.
     winner = tl.argmax(tl.where(tops == tops, tops, float("-inf")), AXIS)
-    if not HAS_CHOICE:
+    if not HAS_SAMPLED:
         value = best
         chosen = tl.load(token + row * spans + winner)
     else:
-        choices = tl.load(choice + at, mask=inside, other=float("-inf"))
-        draw = tl.argmax(tl.where(choices == choices, choices, float("-inf")), AXIS)
-        value = tl.load(picked + row * spans + draw)
-        chosen = tl.load(choice_token + row * spans + draw)
+        drawn = tl.load(sampled_score + at, mask=inside, other=float("-inf"))
+        drawn_winner = tl.argmax(tl.where(drawn == drawn, drawn, float("-inf")), AXIS)
+        value = tl.load(sampled_logit + row * spans + drawn_winner)
+        chosen = tl.load(sampled + row * spans + drawn_winner)
     entropy = tl.log(whole) - mean
     if CONFIDENCE == "probability":
         sure = exp(value - base) / whole
@@ -111,15 +111,15 @@ def merged_scores(
 def _merge_kernel(
     top, total, moment, second,  # float32 [R, SPANS]
     token,  # int32 [R, SPANS]
-    choice,  # float32 [R, SPANS] | None
-    choice_token,  # int32 [R, SPANS] | None
-    picked,  # float32 [R, SPANS] | None
+    sampled_score,  # float32 [R, SPANS] | None
+    sampled,  # int32 [R, SPANS] | None
+    sampled_logit,  # float32 [R, SPANS] | None
     active,  # bool [R] | None
     out_token,  # int32 [R]
     out_confidence, out_entropy, out_logsumexp,  # float32 [R]
     spans,  # SPANS
     vocabulary,  # V
-    HAS_CHOICE: tl.constexpr,
+    HAS_SAMPLED: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -130,8 +130,9 @@ def _merge_kernel(
         wanted = tl.load(active + row) != 0
     if wanted:
         chosen, sure, uncertain, logsumexp = merged_scores(
-            top, total, moment, second, token, choice, choice_token, picked, row, spans, vocabulary, HAS_CHOICE, CONFIDENCE, BLOCK
-        )
+            top, total, moment, second, token, sampled_score, sampled, sampled_logit,
+            row, spans, vocabulary, HAS_SAMPLED, CONFIDENCE, BLOCK,
+        )  # fmt: skip
         tl.store(out_token + row, chosen)
         tl.store(out_confidence + row, sure)
         tl.store(out_entropy + row, uncertain)
@@ -144,7 +145,7 @@ def _merge_kernel(
 
 
 def merge(statistics, active, *, rows, spans, vocabulary, confidence):
-    """statistics: [R, SPANS] by the names of STATISTICS and CHOICES, which may be None. Returns the four results, each [R]."""
+    """statistics: [R, SPANS] by the names of STATISTICS and SAMPLES, which may be None. Returns the four results, each [R]."""
     block = max(16, triton.next_power_of_2(spans))
     return launch(
         _merge_kernel,

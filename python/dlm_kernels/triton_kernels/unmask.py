@@ -95,14 +95,14 @@ def _score_kernel(
         )  # fmt: skip
         if HAS_TEMPERATURE:
             few = few / tl.where(heat > 0.0, heat, 1.0)
-        first = near + tl.argmax(few, 0)
+        top_token = near + tl.argmax(few, 0)
         at = row * tl.num_programs(1) + tl.program_id(1)
         tl.store(top + at, tops)
         tl.store(total + at, totals)
         tl.store(moment + at, moments)
         if SECOND:
-            tl.store(second + at, scores.second_of(value, first - start, 0))
-        tl.store(token + at, first)
+            tl.store(second + at, scores.second_of(value, top_token - start, 0))
+        tl.store(token + at, top_token)
 
 
 @triton.jit
@@ -118,9 +118,9 @@ def _draw_kernel(
     banned,  # int32 [M] | None
     top,  # float32 [R, SPANS], of the spans' statistics
     token,  # int32 [R, SPANS]
-    choice,  # float32 [R, SPANS]
-    choice_token,  # int32 [R, SPANS]
-    picked,  # float32 [R, SPANS]
+    sampled_score,  # float32 [R, SPANS]
+    sampled,  # int32 [R, SPANS]
+    sampled_logit,  # float32 [R, SPANS]
     vocabulary,  # V
     spans,  # SPANS
     banned_count,  # M
@@ -153,20 +153,20 @@ def _draw_kernel(
             mine = mine / divisor
             best = best / divisor
         # What the row's greatest logit draws is beaten only by a span that comes within the greatest draw of it.
-        reach = best
+        bar = best
         if not HAS_NOISE:
             likely = tl.load(token + row * spans + tl.argmax(tops, 0))
             key0 = tl.load(key_data + 2 * row)
             key1 = tl.load(key_data + 2 * row + 1)
-            first = tl.load(counter_row + row).to(tl.int64) * vocabulary
+            counter = tl.load(counter_row + row).to(tl.int64) * vocabulary  # of token 0
             if hot:
-                reach = best + gumbel(key0, key1, first + likely) - GREATEST_GUMBEL
+                bar = best + gumbel(key0, key1, counter + likely) - GREATEST_GUMBEL
         else:
-            reach = tl.where(hot, float("-inf"), best)
-        if mine < reach:
-            tl.store(choice + at, float("-inf"))
-            tl.store(choice_token + at, 0)
-            tl.store(picked + at, float("-inf"))
+            bar = tl.where(hot, float("-inf"), best)
+        if mine < bar:
+            tl.store(sampled_score + at, float("-inf"))
+            tl.store(sampled + at, 0)
+            tl.store(sampled_logit + at, float("-inf"))
         else:
             start = tl.program_id(1) * SPAN
             tokens = start.to(tl.int64) + tl.arange(0, SPAN)
@@ -178,23 +178,23 @@ def _draw_kernel(
             drawn = tempered
             if hot:
                 if not HAS_NOISE:
-                    drawn = tempered + gumbel(key0, key1, first + tokens)
+                    drawn = tempered + gumbel(key0, key1, counter + tokens)
                 else:
                     at_noise = noise + row * noise_r + tokens * noise_v
                     drawn = tempered + tl.load(at_noise, mask=tokens < vocabulary, other=0.0)
             if TEMPERED:
                 value = tempered
-            winner = tl.argmax(drawn, 0)
-            tl.store(choice + at, tl.max(drawn, 0))
-            tl.store(choice_token + at, start + winner)
-            tl.store(picked + at, tl.max(tl.where(tl.arange(0, SPAN) == winner, value, float("-inf")), 0))
+            drawn_winner = tl.argmax(drawn, 0)
+            tl.store(sampled_score + at, tl.max(drawn, 0))
+            tl.store(sampled + at, start + drawn_winner)
+            tl.store(sampled_logit + at, tl.max(tl.where(tl.arange(0, SPAN) == drawn_winner, value, float("-inf")), 0))
 
 
 def _statistics(
     logits, unconditional, guidance_scale, temperature, key_data, counter_row, noise, active, banned,
     *, confidence, tempered_confidence, logits_soft_cap,
 ):  # fmt: skip
-    """Of every span of every row, [R,SPANS], by the names of STATISTICS and CHOICES; without a temperature these are None."""
+    """Of every span of every row, [R,SPANS], by the names of STATISTICS and SAMPLES; without a temperature these are None."""
     rows, vocabulary = logits.shape
     spans = triton.cdiv(vocabulary, _SPAN)
     source = {"logits": logits, "unconditional": unconditional, "guidance_scale": guidance_scale}
@@ -216,10 +216,10 @@ def _statistics(
         num_warps=4,
     )
     statistics = dict(zip(per_span, statistics))
-    choices = dict.fromkeys(scores.CHOICES)
+    samples = dict.fromkeys(scores.SAMPLES)
     if temperature is not None:
-        drawn = {name: Out((rows, spans), dtype) for name, dtype in scores.CHOICES.items()}
-        choices = launch(
+        drawn = {name: Out((rows, spans), dtype) for name, dtype in scores.SAMPLES.items()}
+        samples = launch(
             _draw_kernel,
             (rows, spans),
             inputs={
@@ -233,8 +233,8 @@ def _statistics(
             },
             num_warps=8,
         )  # fmt: skip
-        choices = dict(zip(drawn, choices))
-    return statistics | choices
+        samples = dict(zip(drawn, samples))
+    return statistics | samples
 
 
 def score_tokens(
