@@ -58,9 +58,19 @@ def check_gradients(leaf):
     return check
 
 
+MARKERS = (
+    "leave_out(when): when(leaf=..., interpreted=..., **the other parameters) is true where the test is not run",
+    "only_reads: bfloat16 is an input's dtype alone, which Triton's interpreter has right",
+)
+
+
+def pytest_configure(config):
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+
+
 def pytest_collection_modifyitems(config, items):
-    rules = _is_not_for_tritons_interpreter, _is_not_for_the_tpu, _is_the_same_of_any_product, _is_the_same_in_any_tile
-    left_out = [item for item in items if any(rule(item) for rule in rules)]
+    left_out = [item for item in items if "leaf" in _parameters(item) and _is_left_out(item, **_parameters(item))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 
@@ -69,37 +79,9 @@ def _parameters(item):
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
-def _is_the_same_of_any_product(item):
-    """What the margin or the entropy is, of more rows or more depth. The CPU kernels share these out, and a GPU runs them all."""
-    parameters = _parameters(item)
-    if parameters.get("leaf") == "cpu" or not INTERPRETED:
-        return False
-    large = parameters.get("shape") in ((200, 300, 260), (250, 1101, 40))
-    return large and parameters.get("confidence", "probability") != "probability"
-
-
-def _is_the_same_in_any_tile(item):
-    """What a dtype or an activation is to a mixture of experts that a kernel has in one tile anyway."""
-    parameters = _parameters(item)
-    if item.path.stem != "test_experts" or "shape" not in parameters or parameters.get("leaf") not in ("triton", "pallas"):
-        return False
-    return parameters["shape"][0] < 20 and (parameters["dtype"], parameters["activation"]) != ("float32", "silu")
-
-
-def _is_not_for_the_tpu(item):
-    """Which refuses float16; and to whose tiles one token is what 33 are."""
-    parameters = _parameters(item)
-    if parameters.get("leaf") != "pallas":
-        return False
-    return parameters.get("dtype") == "float16" or (item.path.stem == "test_truncation" and parameters.get("v") == 1)
-
-
-def _is_not_for_tritons_interpreter(item):
-    """Its bfloat16 products and roundings are wrong; and it takes a minute for what tests/triton has in small."""
-    parameters = _parameters(item)
-    if not INTERPRETED or parameters.get("leaf") != "triton":
-        return False
-    reads_only = item.originalname in ("test_greedy", "test_every_option", "test_the_most_likely_are_kept")
-    slow = "test_keys_nobody_sees_change_no_bit", "test_rows_do_not_depend_on_the_batch"
-    large = parameters.get("shape") == (250, 36, 1101, 260) and parameters.get("dtype") == "float16"
-    return large or item.originalname in slow or (parameters.get("dtype") == "bfloat16" and not reads_only)
+def _is_left_out(item, leaf, dtype=None, **_):
+    if leaf == "pallas" and dtype == "float16":
+        return True  # which the TPU's kernels refuse
+    if leaf == "triton" and INTERPRETED and dtype == "bfloat16" and not item.get_closest_marker("only_reads"):
+        return True  # products and roundings of which the interpreter has wrong
+    return any(marker.kwargs["when"](interpreted=INTERPRETED, **_parameters(item)) for marker in item.iter_markers("leave_out"))

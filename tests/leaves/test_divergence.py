@@ -32,6 +32,12 @@ def rounding(hidden, weight):
     return hidden.shape[1] ** 0.5 * 2**-24 * np.nanmax(magnitudes)
 
 
+def takes_a_minute(leaf, interpreted, shape, dtype):
+    """What tests/triton has in small."""
+    return leaf == "triton" and interpreted and shape == SHAPES[3] and dtype == "float16"
+
+
+@pytest.mark.leave_out(when=takes_a_minute)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_divergence_and_gradient(leaf, check_gradients, shape, dtype):

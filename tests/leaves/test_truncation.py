@@ -43,6 +43,8 @@ def check(leaf, logits, inverse=None, top_p=None, top_k=None):
 @pytest.mark.parametrize("v", [1, 33, 5003])
 @pytest.mark.parametrize("limits", ["top_p", "top_k", "both"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.only_reads
+@pytest.mark.leave_out(when=lambda leaf, v, **_: leaf == "pallas" and v == 1)  # which to its tiles is what 33 are
 def test_the_most_likely_are_kept(leaf, v, limits, dtype):
     logits, inverse = normal(v, 6, v, dtype=dtype), np.array([1, 0.5, 5, 1, 0.1, 1], np.float32)
     top_p = between(logits, inverse, [0, 2, v // 50, v // 10, v // 2, v])
@@ -119,6 +121,7 @@ def test_the_whole_range_of_numbers(leaf):
     check(leaf, logits[:2], [tiny, most], top_p=np.array([0.4, 0.999], np.float32))
 
 
+@pytest.mark.leave_out(when=lambda leaf, interpreted, **_: leaf == "triton" and interpreted)  # a minute; tests/triton has it small
 def test_rows_do_not_depend_on_the_batch(leaf):
     logits = normal(5, 5, 5003)
     inverse = np.linspace(0.2, 3, 5, dtype=np.float32)

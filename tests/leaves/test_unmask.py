@@ -54,12 +54,14 @@ def check(leaf, logits, static, **operands):
 @pytest.mark.parametrize("v", [1, 2, 15, 64, 1003, 17001])
 @pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.only_reads
 def test_greedy(leaf, v, confidence, dtype):
     check(leaf, normal(1, 5, v, dtype=dtype), PLAIN | dict(confidence=confidence))
 
 
 @pytest.mark.parametrize("confidence, tempered", [*itertools.product(["probability", "margin", "neg_entropy"], [False, True])])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.only_reads
 def test_every_option(leaf, confidence, tempered, dtype):
     options = dict(confidence=confidence, tempered_confidence=tempered, logits_soft_cap=20.0)
     operands = dict(
@@ -174,6 +176,7 @@ def test_inactive_rows(leaf):
     assert (token[0], sure[0], entropy[0], logsumexp[0]) == (-1, -np.inf, np.inf, -np.inf)
 
 
+@pytest.mark.leave_out(when=lambda leaf, interpreted, **_: leaf == "triton" and interpreted)  # a minute; tests/triton has it small
 def test_rows_do_not_depend_on_the_batch(leaf):
     if leaf.package == "xla":
         pytest.skip("XLA chooses its own reductions' order")
