@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import attention_tiles, chips
 from dlm_kernels.pallas_kernels.attention_backward import attention_backward, supports_attention_backward
-from dlm_kernels.pallas_kernels.attention_tiles import DEAD, EDGE, LOG2_E, WHOLE
+from dlm_kernels.pallas_kernels.attention_tiles import DEAD, EDGE, LOG2_E, WHOLE, kind_of, tile_of
 from dlm_kernels.pallas_kernels.chips import LANES
 
 __all__ = ["attention_backward", "attention_forward", "supports_attention_backward", "supports_attention_forward"]
@@ -147,11 +147,11 @@ def _forward_kernel(*refs, tiles, masked, shared_bounds, steps, scale, soft_cap)
     if masked:
         row = pl.program_id(2) if shared_bounds else pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
         entry = schedule[row * steps + step]
-        pl.when((entry & 3) == EDGE)(lambda: attend((entry >> 2) * tiles.keys))
-        pl.when((entry & 3) == WHOLE)(lambda: attend(None))
+        pl.when(kind_of(entry) == EDGE)(lambda: attend(tile_of(entry) * tiles.keys))
+        pl.when(kind_of(entry) == WHOLE)(lambda: attend(None))
         if steps == 1:
 
-            @pl.when((entry & 3) == DEAD)
+            @pl.when(kind_of(entry) == DEAD)
             def _():
                 out[...], lse[...] = jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, jnp.float32)
 
@@ -200,7 +200,7 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
     def at_keys(b, g, i, j, *schedule):
         # A dead step asks for the block that is there already.
         row = (i if shared else b * grid[2] + i) * grid[3] + j
-        return b, g, schedule[0][row] >> 2 if schedule else j
+        return b, g, tile_of(schedule[0][row]) if schedule else j
 
     if masked:
         ends = attention_tiles.row_bounds(bounds, n // k, t, s, tiles.rows)

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_kernels.pallas_kernels import attention_tiles, chips
-from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LOG2_E, WHOLE
+from dlm_kernels.pallas_kernels.attention_tiles import EDGE, LOG2_E, WHOLE, kind_of, tile_of
 from dlm_kernels.pallas_kernels.chips import LANES
 
 
@@ -98,9 +98,9 @@ def _kernel(*refs, tiles, masked, shared_bounds, scale, soft_cap, of_keys):
     if masked:
         own, batch = pl.program_id(2), 0 if shared_bounds else pl.program_id(0)
         entry = schedule[(batch * pl.num_programs(2) + own) * steps + step]
-        key_tile = own if of_keys else entry >> 2
-        pl.when((entry & 3) == EDGE)(lambda: visit(key_tile * tiles.keys))
-        pl.when((entry & 3) == WHOLE)(lambda: visit(None))
+        key_tile = own if of_keys else tile_of(entry)
+        pl.when(kind_of(entry) == EDGE)(lambda: visit(key_tile * tiles.keys))
+        pl.when(kind_of(entry) == WHOLE)(lambda: visit(None))
     else:
         visit(None)
 
@@ -156,7 +156,7 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
         def tile(b, i, j, schedule, mine):
             if mine:
                 return i
-            return schedule[0][((0 if shared else b) * own + i) * others + j] >> 2 if schedule else j
+            return tile_of(schedule[0][((0 if shared else b) * own + i) * others + j]) if schedule else j
 
         def rows_at(b, i, j, schedule):
             return tile(b, i, j, schedule, not of_keys)

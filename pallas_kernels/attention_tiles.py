@@ -34,7 +34,7 @@ class Tiles:
     row_part: int
     key_part: int
     unrolled: int
-    # By how many parts the work on the weights runs behind the products that they are of, and what is done with them behind that.
+    # How many parts later than its products a part's weights are computed, and how many later still they are used.
     behind: tuple[int, int]
     # A part's logits are [keys, rows]: the maximum over keys then runs down the sublanes, without the cross-lane unit. Few rows
     # would leave most lanes empty: then they are [rows, keys].
@@ -143,8 +143,21 @@ def kinds(ends, keys, tile):
     return jnp.where((seen == tile).all(2), WHOLE, jnp.where((seen > 0).any(2), EDGE, DEAD))
 
 
+def entry_of(tile, kind):
+    """A tile's index and its kind in one number of a schedule."""
+    return tile * 4 + kind
+
+
+def tile_of(entry):
+    return entry >> 2
+
+
+def kind_of(entry):
+    return entry & 3
+
+
 def schedule(kind):
-    """int32 [rows of `kind` * tiles]: for each of `kind`'s rows the tiles to visit, a tile's index times 4 plus its kind.
+    """int32 [rows of `kind` * tiles]: for each of `kind`'s rows the tiles to visit, as `entry_of` has them.
 
     kind: int32 [..., tiles]. Live tiles come first, in order; then the last of them is repeated, as DEAD, so that nothing is
     fetched for it.
@@ -152,9 +165,9 @@ def schedule(kind):
     tile = jnp.arange(kind.shape[-1], dtype=jnp.int32)
     live = kind != DEAD
     place = jnp.where(live, jnp.cumsum(live, axis=-1) - 1, -1)
-    entry = jnp.where(place[..., None, :] == tile[:, None], (tile * 4 + kind)[..., None, :], -1).max(-1)
+    entry = jnp.where(place[..., None, :] == tile[:, None], entry_of(tile, kind)[..., None, :], -1).max(-1)
     last = jnp.where(live, tile, 0).max(-1, keepdims=True)
-    return jnp.where(entry < 0, last * 4 + DEAD, entry).astype(jnp.int32).reshape(-1)
+    return jnp.where(entry < 0, entry_of(last, DEAD), entry).astype(jnp.int32).reshape(-1)
 
 
 def refuse_schedule(tiles, bounds, rows, keys):

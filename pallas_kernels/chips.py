@@ -25,6 +25,21 @@ class Chip:
         """Bytes of VMEM for a kernel's tiles and scratch; the rest is the compiler's, for what it spills and buffers."""
         return self.vmem // 2
 
+    @property
+    def expert_budget(self):
+        """As `budget`, of a mixture of experts, whose blocks are mostly weights: the rest is for the products of a tile."""
+        return self.vmem * 5 // 8
+
+    @property
+    def row_budget(self):
+        """As `budget`, of a kernel that goes through whole rows a few registers at a time: the compiler adds little to those."""
+        return self.vmem * 13 // 16
+
+    @property
+    def limit(self):
+        """Bytes of VMEM that the compiler may give a kernel, with all that it adds itself; a little stays free."""
+        return self.vmem * 7 // 8
+
 
 # By the device_kind that JAX reports. Sizes: JAX's own jax/_src/pallas/mosaic/tpu_info.py.
 CHIPS = {
@@ -88,5 +103,5 @@ def dot(left, right, contracted):
 
 
 def parameters(*semantics):
-    """Compiler parameters of a grid whose axes are "parallel" or "arbitrary" (in order); all of VMEM but a little is allowed."""
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=chip().vmem * 7 // 8)
+    """Compiler parameters of a grid whose axes are "parallel" or "arbitrary" (in order)."""
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=chip().limit)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dlm_kernels.pallas_kernels import chips, cross_entropy, head
+from dlm_kernels.pallas_kernels import chips, head, head_loss
 from dlm_kernels.pallas_kernels.chips import LANES
 
 
@@ -62,8 +62,8 @@ def _forward_kernel(
         head.products(hidden, weight, values)
         head.products(target_hidden, target_weight, targets)
         for logits in (values, targets):
-            cross_entropy.past_the_vocabulary(logits, tile * columns, vocabulary, -jnp.inf)
-        cross_entropy.over_groups(values.shape[0], accumulate)
+            head_loss.past_the_vocabulary(logits, tile * columns, vocabulary, -jnp.inf)
+        head_loss.over_groups(values.shape[0], accumulate)
 
 
 def _counted(p, gap):
@@ -81,9 +81,9 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
     Returns loss, lse and target_lse, float32 [R]; 0 where inactive. Rows cost nothing where a tile has none active.
     """
     name, target = "masked_divergence_forward", (target_hidden, target_weight)
-    found = cross_entropy.statistics(name, _forward_kernel, 5, hidden, weight, active, beside=target)
+    found = head_loss.statistics(name, _forward_kernel, 5, hidden, weight, active, beside=target)
     top, total, target_top, target_total, gap = found
-    lse, target_lse = cross_entropy.logsumexp(top, total), cross_entropy.logsumexp(target_top, target_total)
+    lse, target_lse = head_loss.logsumexp(top, total), head_loss.logsumexp(target_top, target_total)
     scale = jnp.exp(target_top - jnp.max(target_top, axis=1, keepdims=True))
     mean_gap = jnp.sum(_counted(scale, gap), axis=1) / jnp.sum(target_total * scale, axis=1)
     return tuple(jnp.where(active, x, 0.0) for x in (mean_gap + lse - target_lse, lse, target_lse))
@@ -101,14 +101,14 @@ def _dlogits(values, first, vocabulary, lse, target_lse, dloss, target_hidden, t
 
         return gradient
 
-    cross_entropy.to_gradient(values, first, vocabulary, dloss, of_rows)
+    head_loss.to_gradient(values, first, vocabulary, dloss, of_rows)
 
 
 def supports_masked_divergence_backward(hidden, weight, target_weight, **_):
-    return chips.refuse(hidden) or cross_entropy.refuse(weight, beside=[target_weight.shape[1]])
+    return chips.refuse(hidden) or head_loss.refuse(weight, beside=[target_weight.shape[1]])
 
 
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
     """lse, target_lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
     target, of_rows = (target_hidden, target_weight), (lse, target_lse, dloss)
-    return cross_entropy.gradients("masked_divergence_backward", _dlogits, hidden, weight, active, of_rows, target)
+    return head_loss.gradients("masked_divergence_backward", _dlogits, hidden, weight, active, of_rows, target)

@@ -76,7 +76,7 @@ def _mix_kernel(
     @pl.when(_at(pl.program_id(0), pl.program_id(1), used, cores)[1])
     def _():
         a, b = (chips.dot(x[...], weight[0], (1, 0)) for weight in (gate, up))
-        # silu is a * sigmoid(a), and 0.5 * (1 + tanh(z)), by which gelu has a, is sigmoid(2 * z).
+        # silu is a * sigmoid(a), and 0.5 * (1 + tanh(z)), by which gelu has a, is sigmoid(2 * z); the number is 2 * sqrt(2 / pi).
         z = a if activation == "silu" else 1.5957691216057308 * (a + 0.044715 * a * a * a)
         hidden, last = (a / (1 + jnp.exp(-z)) * b).astype(x.dtype), down[0]
         if inner % columns:
@@ -100,8 +100,8 @@ def _columns(gate):
     """
     (_, width, inner), size = gate.shape, gate.dtype.itemsize
     width = chips.round_up(width, LANES)
-    # Of every block there are two, one of them on its way. The rest of VMEM is for the products.
-    left = chips.chip().vmem * 5 // 8 - 2 * _most_rows(gate.dtype) * width * (size + 4)
+    # Of every block there are two, one of them on its way.
+    left = chips.chip().expert_budget - 2 * _most_rows(gate.dtype) * width * (size + 4)
     most = max(left, 0) // (2 * 3 * width * size) // LANES * LANES
     return inner if chips.round_up(inner, LANES) <= most else most and chips.even_tile(inner, most, LANES)
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dlm_kernels.pallas_kernels import chips, numerics
+from dlm_kernels.pallas_kernels.chips import LANES
 
-ROWS, COLUMNS = 64, 2048
+ROWS, COLUMNS = 64, 2048  # of a tile: a step must outlast what starting it costs
 MOST_STREAMS = 64  # a tile of every stream is in VMEM at once, and the next one on its way
 
 
@@ -42,7 +43,7 @@ def supports_mix_guidance(conditional, unconditional, scale):
 def mix_guidance(conditional, unconditional, scale):
     """conditional, unconditional [R,V], one dtype; scale float32 [R]. Returns [R,V]."""
     r, v = conditional.shape
-    rows, columns = chips.tile(r, ROWS, 16), chips.tile(v, COLUMNS, 128)
+    rows, columns = chips.tile(r, ROWS, 16), chips.tile(v, COLUMNS, LANES)
     block = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     return pl.pallas_call(
         _mix_kernel,
@@ -64,7 +65,8 @@ def supports_combine_guidance(logits, weights):
 def combine_guidance(logits, weights):
     """logits [C,R,V]; weights float32 [C,R]. Returns [R,V]."""
     c, r, v = logits.shape
-    rows, columns = chips.tile(r, 16 if c > 4 else ROWS, 16), chips.tile(v, COLUMNS if c <= 16 else 512, 128)
+    # The tiles of all streams are 2 MiB of float32 at most.
+    rows, columns = chips.tile(r, 16 if c > 4 else ROWS, 16), chips.tile(v, COLUMNS if c <= 16 else 512, LANES)
     return pl.pallas_call(
         _combine_kernel,
         grid=(pl.cdiv(r, rows), pl.cdiv(v, columns)),

@@ -70,19 +70,22 @@ def refuse(weight, row_bytes, column_bytes, tile_bytes=TILE_BYTES, beside=()):
     return None
 
 
-def over_parts(rows, body):
-    """body(part) for slices of at most PART that make up `rows`."""
-    parts = pl.cdiv(rows, PART)
-    size = rows // parts
-    if parts == 1:
+def slices(rows, size, body):
+    """body(part) for slices of `size` that make up `rows`."""
+    if size == rows:
         body(pl.ds(0, size))
         return
 
     def step(i, carry):
-        body(pl.ds(pl.multiple_of(i * size, 16), size))
+        body(pl.ds(pl.multiple_of(i * size, size), size))
         return carry
 
-    jax.lax.fori_loop(0, parts, step, 0)
+    jax.lax.fori_loop(0, rows // size, step, 0)
+
+
+def over_parts(rows, body):
+    """body(part) for slices of at most PART that make up `rows`."""
+    slices(rows, rows // pl.cdiv(rows, PART), body)
 
 
 def products(

@@ -28,8 +28,8 @@ class State(NamedTuple):
     second: jax.Array  # the value after the greatest, which equals it on a tie
     total: jax.Array  # the sum of exp(value - top)
     moment: jax.Array  # the sum of (value - top) * exp(value - top)
-    choice: jax.Array  # the greatest of what is drawn from: the value, or value / temperature + noise
-    picked: jax.Array  # the value of that token
+    sampled_score: jax.Array  # the greatest of what is drawn from: the value, or value / temperature + noise
+    sampled_logit: jax.Array  # the value of that token
     token: jax.Array  # int32, that token
 
 
@@ -43,7 +43,7 @@ def scratch(rows):
 
 
 def start(state):
-    for ref in (state.top, state.second, state.choice, state.picked):
+    for ref in (state.top, state.second, state.sampled_score, state.sampled_logit):
         ref[...] = jnp.full(ref.shape, -jnp.inf, jnp.float32)
     for ref in (state.total, state.moment):
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
@@ -124,26 +124,26 @@ def accumulate(
             return carry
 
         def draw(chunk, carry):
-            choice, picked, token = carry
+            sampled_score, sampled_logit, token = carry
             value = values[rows, part(chunk)]
             index = first + chunk * LANES + lane
             draws = numerics.gumbel(words[rows, :], index) if noise is None else noise[rows, part(chunk)]
             scaled = value if tempered else value / divisor
             # A banned token stays so, and those past the end have no noise.
             score = jnp.where(hot & (value != -jnp.inf), scaled + draws, scaled)
-            better = score > choice
-            token, picked = jnp.where(better, index, token), jnp.where(better, value, picked)
-            return jnp.where(better, score, choice), picked, token
+            better = score > sampled_score
+            token, sampled_logit = jnp.where(better, index, token), jnp.where(better, value, sampled_logit)
+            return jnp.where(better, score, sampled_score), sampled_logit, token
 
         def draw_all():
-            carry = state.choice[rows, :], state.picked[rows, :], state.token[rows, :]
-            choice, picked, token = jax.lax.fori_loop(0, chunks, draw, carry)
-            state.choice[rows, :], state.picked[rows, :], state.token[rows, :] = choice, picked, token
+            carry = state.sampled_score[rows, :], state.sampled_logit[rows, :], state.token[rows, :]
+            sampled_score, sampled_logit, token = jax.lax.fori_loop(0, chunks, draw, carry)
+            state.sampled_score[rows, :], state.sampled_logit[rows, :], state.token[rows, :] = sampled_score, sampled_logit, token
 
         if noise is None:
             # What no noise can lift above the best so far needs none: most tiles of a row.
             reach = (top if tempered else top / divisor) + jnp.where(hot, numerics.GREATEST_GUMBEL, 0.0)
-            best = jnp.max(state.choice[rows, :], axis=1, keepdims=True)
+            best = jnp.max(state.sampled_score[rows, :], axis=1, keepdims=True)
             pl.when(jnp.max(jnp.where(reach > best, 1.0, 0.0)) > 0)(draw_all)
         else:
             draw_all()
@@ -175,13 +175,12 @@ def finish(
     total = jnp.sum(state.total[...] * shrink, axis=1, keepdims=True)
     moment = jnp.sum((state.moment[...] + shift * state.total[...]) * shrink, axis=1, keepdims=True)
 
-    choices = state.choice[...] if sampled else lane_top
-    choice = jnp.max(choices, axis=1, keepdims=True)
-    tokens = jnp.where(choices == choice, state.token[...], jnp.int32(2**31 - 1))
+    drawn = state.sampled_score[...] if sampled else lane_top
+    tokens = jnp.where(drawn == jnp.max(drawn, axis=1, keepdims=True), state.token[...], jnp.int32(2**31 - 1))
     chosen = jnp.min(tokens, axis=1, keepdims=True)
     value = top
     if sampled:
-        value = jnp.max(jnp.where(tokens == chosen, state.picked[...], -jnp.inf), axis=1, keepdims=True)
+        value = jnp.max(jnp.where(tokens == chosen, state.sampled_logit[...], -jnp.inf), axis=1, keepdims=True)
 
     log_total = jnp.log(total)
     h = log_total - moment / total

@@ -29,7 +29,7 @@ def _topk_kernel(
 ):  # fmt: skip
     b = pl.program_id(0)
     positions = tokens.shape[2]
-    theirs, counts, cost = (columns[0, :, i : i + 1] for i in range(3))
+    theirs, others_eligible, cost = (columns[0, :, i : i + 1] for i in range(3))
     j = jax.lax.broadcasted_iota(jnp.int32, (positions, LANES), 0)
 
     def count(part, carry):
@@ -40,7 +40,7 @@ def _topk_kernel(
         def _():
             mine = order[0, :, lanes]
             i = part * LANES + jax.lax.broadcasted_iota(jnp.int32, (positions, LANES), 1)
-            before = ((theirs > mine) | ((theirs == mine) & (j < i))) & (counts != 0)
+            before = ((theirs > mine) | ((theirs == mine) & (j < i))) & (others_eligible != 0)
             rank[:, lanes] = jnp.sum(jnp.where(before, jnp.float32(1), 0.0), axis=0, keepdims=True)
             if "entropy_budget" in rules:
                 spent[:, lanes] = jnp.sum(jnp.where(before, cost, 0.0), axis=0, keepdims=True)
@@ -48,23 +48,23 @@ def _topk_kernel(
         return carry
 
     jax.lax.fori_loop(0, positions // LANES, count, 0)
-    ranks, c, can = rank[...], sure[0], eligible[0] != 0
+    ranks, c, is_eligible = rank[...], sure[0], eligible[0] != 0
     n = jnp.float32(0)
     if "num_unmask" in rules:
         n = jnp.maximum(n, num_unmask[b].astype(jnp.float32))
     if "threshold" in rules:
-        above = jnp.sum(jnp.where(can & (c > threshold[b]), jnp.float32(1), 0.0))
+        above = jnp.sum(jnp.where(is_eligible & (c > threshold[b]), jnp.float32(1), 0.0))
         n = jnp.maximum(n, jnp.maximum(above, 1.0))
 
     def leading(passes):
         """The ranks before the first that does not pass; the first always does."""
-        return jnp.min(jnp.where(can & (ranks > 0) & ~passes, ranks, jnp.float32(positions)))
+        return jnp.min(jnp.where(is_eligible & (ranks > 0) & ~passes, ranks, jnp.float32(positions)))
 
     if "factor" in rules:
         n = jnp.maximum(n, leading(c >= 1 - factor[b] / (ranks + 2)))
     if "entropy_budget" in rules:
         n = jnp.maximum(n, leading(spent[...] <= entropy_budget[b]))
-    chosen = can & (ranks < n)
+    chosen = is_eligible & (ranks < n)
     changed = chosen
     if "edit_threshold" in rules:
         changed = changed | ((editable[0] != 0) & (confidence[0] > edit_threshold[b]))

@@ -131,7 +131,7 @@ def supports_truncate_logits(logits, top_p, **_):
     rows, columns = _tile(logits.shape[1], logits.dtype)
     # Of logits and of results two blocks each, one of them on its way.
     held = rows * columns * (4 * logits.dtype.itemsize + 4 * (top_p is not None))
-    if held > chips.chip().vmem * 13 // 16:
+    if held > chips.chip().row_budget:
         return f"VMEM holds no {rows} rows of a vocabulary of {logits.shape[1]}"
     return None
 

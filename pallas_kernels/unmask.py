@@ -11,7 +11,7 @@ from dlm_kernels.pallas_kernels.topk import supports_unmask_topk, unmask_topk
 
 __all__ = ["score_tokens", "supports_score_tokens", "supports_unmask_topk", "unmask_topk"]
 
-ROWS, COLUMNS = 64, 4096
+ROWS, COLUMNS = 64, 4096  # of a tile: a step must outlast what starting it costs
 
 
 def _score_kernel(live, logits, *refs, given, confidence, tempered, soft_cap, vocabulary):
