@@ -178,9 +178,10 @@ inline F load_first(const T* p, int64_t n, float fill) {
   return load(lanes);
 }
 
-// The same, at once where n is kLanes or more.
+// The same, at once where n is kLanes or more. always_inline: an LM head in bfloat16, whose weights
+// are packed with it, takes 6% longer where GCC 12 decides.
 template <typename T>
-inline F load_up_to(const T* p, int64_t n, float fill) {
+[[gnu::always_inline]] inline F load_up_to(const T* p, int64_t n, float fill) {
   return n >= kLanes ? load(p) : load_first(p, n, fill);
 }
 
