@@ -7,6 +7,7 @@ import pytest
 
 import dlm_kernels
 from dlm_kernels import masks
+from dlm_kernels.reference import unmask as reference
 
 IMPLEMENTATIONS = "cpu", "xla"
 
@@ -43,6 +44,30 @@ def test_equal_tokens_share_a_probability_however_cold(implementation):
         for confidence, expected in (("probability", 0.25), ("margin", 0.0)):
             found = dlm_kernels.score_tokens(logits, temperature=temperature, confidence=confidence, **options).confidence
             np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+# A constant of the program: XLA multiplies by its inverse, and fuses the product with what is subtracted from it.
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "confidence, guided, soft_cap",
+    [("probability", False, None), ("neg_entropy", True, None), ("margin", False, 30.0), ("neg_entropy", True, 30.0)],
+)
+def test_scores_at_a_temperature_that_is_compiled_in(confidence, guided, soft_cap, implementation):
+    random = np.random.default_rng(4)
+    logits, unconditional = (jnp.asarray(3 * random.normal(size=(2, 3, 300)), jnp.float32) for _ in range(2))
+    noise = jnp.asarray(random.gumbel(size=logits.shape), jnp.float32)
+    guidance = dict(unconditional=unconditional, guidance_scale=1.7) if guided else {}
+    options = dict(confidence=confidence, tempered_confidence=True, logits_soft_cap=soft_cap)
+    for temperature in (0.7, 1e-10, 1e-30):
+        named = dict(temperature=temperature, noise=noise, implementation=implementation, **guidance, **options)
+        found = jax.jit(lambda logits: dlm_kernels.score_tokens(logits, **named))(logits)
+        rows = [np.asarray(x, np.float64).reshape(6, 300) for x in (logits, unconditional, noise)]
+        scale, temperatures = (np.full(6, x, np.float32) for x in (1.7, temperature))
+        streams = (*rows[:2], scale) if guided else (rows[0], None, None)
+        wanted = reference.score_tokens(*streams, temperatures, None, None, rows[2], None, None, **options)
+        np.testing.assert_array_equal(found.token.reshape(-1), wanted[0])
+        for mine, other in zip(found[1:], wanted[1:]):
+            np.testing.assert_allclose(mine.reshape(-1), other, rtol=3e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -82,6 +82,22 @@ def test_a_traced_temperature_compiles_once(random):
     assert error(found, expected(*low, None, 0.5)) < 5e-3
 
 
+@pytest.mark.parametrize("soft_cap", [None, 30.0])
+@pytest.mark.parametrize("temperature", [0.6, 1e-10, 1e-30])
+def test_a_temperature_that_is_compiled_in(temperature, soft_cap, random):
+    """XLA multiplies by its inverse, and fuses the product with what is subtracted from it."""
+    hidden, weight, _ = inputs(random, 2 * op.CHUNK + 7, 24)
+    named = dict(temperature=temperature, logits_soft_cap=soft_cap, implementation="xla")
+
+    def run(hidden, weight):
+        out, back = jax.vjp(lambda *x: dlm_kernels.soft_embedding(*x, **named), hidden, weight)
+        return out, back(jnp.ones_like(out))
+
+    found, gradients = jax.jit(run)(hidden, weight)
+    assert error(found, expected(hidden, weight, None, temperature, soft_cap)) < 2e-6
+    assert all(jnp.isfinite(x).all() for x in gradients)
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
 def test_no_probabilities_in_memory(implementation):
     """Neither of the forward nor of the gradient's program holds an array with an entry for each row and vocabulary entry."""

@@ -47,7 +47,7 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     soft_cap = checks.soft_cap(logits_soft_cap)
     if hidden.size == 0:
         return jnp.zeros((b, length, e), hidden.dtype)
-    reason = _attention_cannot(hidden, e, temperature, soft_cap)
+    reason = attention_cannot(hidden, e, temperature, soft_cap)
     if reason is None and implementation != "xla":
         if isinstance(temperature, numbers.Real):
             scale, soft_cap = float(1 / temperature), None if soft_cap is None else soft_cap / temperature
@@ -59,8 +59,8 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     return _by_chunks(hidden, weight, embedding, jnp.asarray(temperature, jnp.float32), soft_cap)
 
 
-def _attention_cannot(hidden, e, temperature, soft_cap):
-    """Why attention does not compute the call, or None."""
+def attention_cannot(hidden, e, temperature, soft_cap):
+    """Why attention does not compute the call, or None. hidden: an array, or a tensor of torch."""
     d = hidden.shape[-1]
     if d != e or d > HEAD_SIZE:
         return f"it takes equal widths of at most {HEAD_SIZE}, got {d} and {e}"
@@ -72,6 +72,15 @@ def _attention_cannot(hidden, e, temperature, soft_cap):
         return "with a soft cap it takes a temperature that is a Python number"
     # The queries have to be divided by it, which rounds them once more.
     return None if hidden.dtype == jnp.float32 else "for a temperature that is an array it takes float32"
+
+
+def last_factor(xp, temperature, soft_cap):
+    """Of the soft cap and the temperature, what the differences of logits are multiplied by, after the greatest is subtracted:
+    before, their rounding would be multiplied too. A normal number even for the least temperature and for infinity, as in
+    `truncation.inverse`. xp: jax.numpy, or torch.
+    """
+    bounds = xp.finfo(xp.float32)
+    return xp.clip((1 if soft_cap is None else soft_cap) / temperature, bounds.tiny, bounds.max)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -87,7 +96,7 @@ def _by_attention(hidden, weight, embedding, scale, soft_cap, implementation):
 def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
     """[B, L, E] of hidden [B, L, D], with a running maximum over chunks of the vocabulary."""
     hidden, weight, embedding = sharding.whole(hidden, 2), sharding.whole(weight), sharding.whole(embedding)
-    v = embedding.shape[0]
+    v, factor = embedding.shape[0], last_factor(jnp, temperature, soft_cap)
 
     # The backward pass makes a chunk's logits anew; keeping them all would be the matrix that this avoids.
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
@@ -97,9 +106,9 @@ def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
         *matrices, begin = jax.lax.optimization_barrier((weight, embedding, begin))
         keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, size) for x in matrices)
         logits = jnp.einsum("bld,vd->blv", hidden, keys, preferred_element_type=jnp.float32)
-        logits = (logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)) / temperature
-        new = jnp.maximum(most, logits.max(-1))
-        p, keep = jnp.exp(logits - new[..., None]), jnp.exp(most - new)
+        logits = logits if soft_cap is None else jnp.tanh(logits / soft_cap)
+        new = jax.lax.stop_gradient(jnp.maximum(most, logits.max(-1)))
+        p, keep = jnp.exp((logits - new[..., None]) * factor), jnp.exp((most - new) * factor)
         added = jnp.einsum("blv,ve->ble", p, values.astype(jnp.float32))
         return new, total * keep + p.sum(-1), mean * keep[..., None] + added
 

@@ -157,7 +157,7 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     cap, learnt = _number(logits_soft_cap), getattr(temperature, "requires_grad", False)
     temperature = temperature.float().to(hidden.device) if learnt else float(temperature)
     rows = hidden.reshape(-1, d)
-    if not learnt and d == e and d <= soft.HEAD_SIZE and rows.shape[0]:
+    if not learnt and rows.shape[0] and soft.attention_cannot(hidden, e, temperature, cap) is None:
         query, key, value = (x[None, :, None].contiguous() for x in (rows, weight, embedding))
         out = _Attention.apply(query, key, value, None, 1 / temperature, None if cap is None else cap / temperature)[0]
     else:
@@ -167,12 +167,13 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
 
 def _soft_by_chunks(hidden, weight, embedding, temperature, cap):
     """[R, E] float32 of hidden [R, D], with a running maximum over chunks of the vocabulary."""
+    factor = soft.last_factor(torch, torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device), cap)
 
     def add(most, total, mean, keys, values):
         logits = hidden.float() @ keys.float().T
-        logits = (logits if cap is None else cap * torch.tanh(logits / cap)) / temperature
-        new = torch.maximum(most, logits.amax(-1, keepdim=True))
-        p, keep = torch.exp(logits - new), torch.exp(most - new)
+        logits = logits if cap is None else torch.tanh(logits / cap)
+        new = torch.maximum(most, logits.detach().amax(-1, keepdim=True))
+        p, keep = torch.exp((logits - new) * factor), torch.exp((most - new) * factor)
         return new, total * keep + p.sum(-1, keepdim=True), mean * keep + p @ values.float()
 
     nothing = hidden.new_zeros((hidden.shape[0], 1), dtype=torch.float32)

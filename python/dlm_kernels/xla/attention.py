@@ -1,7 +1,8 @@
 """Attention in plain jax.numpy: the logits exist in memory, whole."""
 
-import jax
 import jax.numpy as jnp
+
+from dlm_kernels.xla.soft_cap import bent, capped
 
 
 def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_cap):
@@ -9,20 +10,22 @@ def attention_forward(query, key, value, bounds, dense, *, scale, logits_soft_ca
 
     Returns out [B,T,N,H] in query's dtype and lse float32 [B,N,T].
     """
+    if scale <= 0:
+        # Logits are compared before they are scaled.
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
     b, t, n, h = query.shape
     grouped = query.reshape(b, t, key.shape[2], -1, h)
     visible = _visible(bounds, dense, key.shape)
     key, value = (_without_unseen(x, visible) for x in (key, value))
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
-    if logits_soft_cap is not None:
-        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    logits, factor = (logits, scale) if logits_soft_cap is None else bent(logits * scale, logits_soft_cap)
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
-    greatest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    greatest = logits.max(-1, keepdims=True)
     none = jnp.isneginf(greatest)  # a row that sees no key; -inf - -inf would be NaN
-    weights = jnp.exp(logits - jnp.where(none, 0, greatest))
+    weights = jnp.exp((logits - jnp.where(none, 0, greatest)) * factor)
     total = jnp.where(none, 1, weights.sum(-1, keepdims=True))
-    lse = jnp.log(total) + greatest
+    lse = jnp.log(total) + greatest * factor
     weights = weights / total
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return out.reshape(b, t, n, h).astype(query.dtype), lse.reshape(b, n, t)
@@ -36,14 +39,11 @@ def attention_backward(query, key, value, bounds, dense, out, lse, dout, dlse, *
     seen_key, seen_value = (_without_unseen(x, visible).astype(jnp.float32) for x in (key, value))
     q, o, do = (x.reshape(b, t, k, g, h).astype(jnp.float32) for x in (query, out, dout))
     lse, dlse = lse.reshape(b, k, g, t, 1), dlse.reshape(b, k, g, t, 1)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, seen_key) * scale
-    slope = 1.0
-    if logits_soft_cap is not None:
-        bent = jnp.tanh(logits / logits_soft_cap)
-        logits, slope = logits_soft_cap * bent, 1 - bent * bent
+    logits, slope = capped(jnp.einsum("btkgh,bskh->bkgts", q, seen_key) * scale, logits_soft_cap)
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0, lse))
+    # No weight is above 1, but huge logits round by hundreds, and here otherwise than for lse.
+    weights = jnp.exp(jnp.minimum(logits - jnp.where(jnp.isneginf(lse), 0, lse), 0))
     dvalue = jnp.einsum("bkgts,btkgh->bskh", weights, do)
     dweights = jnp.einsum("btkgh,bskh->bkgts", do, seen_value)
     delta = jnp.einsum("btkgh,btkgh->bkgt", do, o)[..., None] - dlse

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from dlm_kernels.xla.lm_head import logits_of
+from dlm_kernels.xla.soft_cap import capped
 
 
 def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft_cap):
     """hidden [R,D]; weight [V,D]; targets int32 [R]; active bool [R]. Returns loss and lse, float32 [R]; 0 where inactive."""
-    logits, _ = _capped(logits_of(hidden, weight), logits_soft_cap)
+    logits, _ = capped(logits_of(hidden, weight), logits_soft_cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
     known = (targets >= 0) & (targets < weight.shape[0])
     chosen = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[:, None], axis=-1)[:, 0]
@@ -17,7 +18,7 @@ def masked_cross_entropy_forward(hidden, weight, targets, active, *, logits_soft
 
 def masked_cross_entropy_backward(hidden, weight, targets, active, lse, dloss, *, logits_soft_cap):
     """lse, dloss float32 [R]. Returns dhidden [R,D] and dweight [V,D] in the dtypes of hidden and weight."""
-    logits, slope = _capped(logits_of(hidden, weight), logits_soft_cap)
+    logits, slope = capped(logits_of(hidden, weight), logits_soft_cap)
     p = jnp.exp(logits - lse[:, None])
     dlogits = (p - jax.nn.one_hot(targets, weight.shape[0], dtype=jnp.float32)) * dloss[:, None] * slope
     return gradients(hidden, weight, active, dlogits)
@@ -31,11 +32,3 @@ def gradients(hidden, weight, active, dlogits):
     dhidden = jnp.einsum("rv,vd->rd", dlogits, weight.astype(jnp.float32))
     dweight = jnp.einsum("rv,rd->vd", dlogits, hidden_seen.astype(jnp.float32))
     return dhidden.astype(hidden.dtype), dweight.astype(weight.dtype)
-
-
-def _capped(logits, logits_soft_cap):
-    """The capped logits and the slope of the cap at them."""
-    if logits_soft_cap is None:
-        return logits, 1.0
-    bent = jnp.tanh(logits / logits_soft_cap)
-    return logits_soft_cap * bent, 1 - bent * bent

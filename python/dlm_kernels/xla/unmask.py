@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
 from dlm_kernels.xla import guidance
+from dlm_kernels.xla.soft_cap import bent
 
 
 def score_tokens(
@@ -28,27 +29,27 @@ def score_tokens(
     v = logits.shape[1]
     if unconditional is not None:
         logits = guidance.mix(logits, unconditional, guidance_scale)
-    logits = logits.astype(jnp.float32)
-    if logits_soft_cap is not None:
-        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    logits, factor = bent(logits.astype(jnp.float32), logits_soft_cap)
     if banned is not None:
         # An id below zero would count from the end.
         logits = logits.at[:, jnp.where(banned < 0, v, banned)].set(-jnp.inf, mode="drop")
-    tempered = sampled = logits
+    sampled, divisor = factor * logits, 1.0
     if temperature is not None:
         hot = (temperature > 0)[:, None]
-        tempered = jnp.where(hot, logits / jnp.where(hot, temperature[:, None], 1), logits)
+        heat = jnp.where(hot, temperature[:, None], 1)
+        divisor = heat if tempered_confidence else divisor
         noise = gumbel(key_data, counter_row, v) if noise is None else noise
-        sampled = jnp.where(hot, tempered + noise, logits)
+        sampled = jnp.where(hot, sampled / heat + noise, sampled)
     token = jnp.argmax(sampled, axis=-1).astype(jnp.int32)
-    logits = tempered if tempered_confidence else logits
     greatest = logits.max(-1, keepdims=True)
     # Less the greatest, and not less logsumexp: far from zero that is rounded coarsely. In a row that is all -inf it would be NaN.
     base = jnp.where(jnp.isneginf(greatest), 0, greatest)
-    weights = jnp.exp(logits - base)
+    scale = factor / divisor
+    away = (logits - base) * scale
+    weights = jnp.exp(away)
     total = weights.sum(-1, keepdims=True)
-    logsumexp = jnp.where(jnp.isposinf(greatest), greatest, base + jnp.log(total))[:, 0]
-    log_p, p = logits - base - jnp.log(total), weights / total
+    logsumexp = jnp.where(jnp.isposinf(greatest), greatest, base * scale + jnp.log(total))[:, 0]
+    log_p, p = away - jnp.log(total), weights / total
     entropy = -jnp.where(p == 0, 0, p * log_p).sum(-1)
     if confidence == "probability":
         sure = jnp.take_along_axis(p, token[:, None], axis=-1)[:, 0]
