@@ -1,5 +1,7 @@
 """Numbers at the edges of what float32 holds, and NaN where nobody looks, by every implementation that a CPU can run."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +62,7 @@ def test_scores_at_a_temperature_that_is_compiled_in(confidence, guided, soft_ca
     options = dict(confidence=confidence, tempered_confidence=True, logits_soft_cap=soft_cap)
     for temperature in (0.7, 1e-10, 1e-30):
         named = dict(temperature=temperature, noise=noise, implementation=implementation, **guidance, **options)
-        found = jax.jit(lambda logits: dlm_kernels.score_tokens(logits, **named))(logits)
+        found = jax.jit(functools.partial(dlm_kernels.score_tokens, **named))(logits)
         rows = [np.asarray(x, np.float64).reshape(6, 300) for x in (logits, unconditional, noise)]
         scale, temperatures = (np.full(6, x, np.float32) for x in (1.7, temperature))
         streams = (*rows[:2], scale) if guided else (rows[0], None, None)

@@ -54,7 +54,7 @@ def test_attention_and_its_gradients_with_overlapping_intervals(native):
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
     mask = masks.KeyIntervals(*torch.tensor(ends))
     bounds = masks.bounds(masks.KeyIntervals(*jnp.asarray(ends)), 9)
-    np.testing.assert_array_equal(native._bounds(mask, 9).cpu(), bounds)
+    np.testing.assert_array_equal(native.arguments.bounds(mask, 9).cpu(), bounds)
     out, lse = native.attention(*(x.transpose(1, 2) for x in tensors), mask=mask, return_lse=True)
     same((out, lse), expected)
     cotangent = draw(3, *out.shape), np.where(np.isneginf(expected[1]), 0, draw(4, *lse.shape))
@@ -112,6 +112,14 @@ def test_the_soft_embedding_and_its_gradients(native, monkeypatch, width, option
     low = native.soft_embedding(*(x.detach().half() for x in (hidden, weight)), embedding=embedding.detach().half(), **options)
     assert low.dtype == torch.float16 and (low - got).abs().max() < 1e-2
     assert native.soft_embedding(hidden[:, :0], weight, embedding=embedding).shape == (B, 0, width)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=np.inf, logits_soft_cap=30.0), dict(temperature=1e-40)])
+def test_a_soft_embedding_at_the_ends_of_temperatures(native, options):
+    """Beyond what attention multiplies by."""
+    hidden, weight = draw(0, B, L, D), draw(1, V, D)
+    expected = dlm_kernels.soft_embedding(jnp.asarray(hidden), jnp.asarray(weight), **options, implementation="xla")
+    same([native.soft_embedding(torch.tensor(hidden), torch.tensor(weight), **options)], [expected])
 
 
 def test_the_mixture_of_experts_and_its_gradients(native):

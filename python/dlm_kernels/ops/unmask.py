@@ -183,15 +183,15 @@ def sampling_operands(b, length, v, confidence, *, temperature=0.0, key=None, no
         raise ValueError("key: expected a key for confidence='random', got None")
     if noise is not None:
         noise = checks.shaped("noise", checks.floats("noise", noise, "BLV"), (b, length, v), "the shape of the logits")
-    counters = None if key is None else _counters(key, b, length)
+    of_key = None if key is None else counters(key, b, length)
     checks.not_negative("temperature", temperature)
     if isinstance(temperature, numbers.Real) and temperature == 0:
         return operands
     operands["temperature"] = bounded(jnp, checks.per_row("temperature", temperature, b, length))
     if noise is not None:
         operands["noise"] = noise.astype(jnp.float32)
-    elif counters is not None:
-        operands["key_data"], operands["counter_row"] = counters
+    elif of_key is not None:
+        operands["key_data"], operands["counter_row"] = of_key
     else:
         raise ValueError(f"key, noise: expected one of them for temperature {temperature}, got neither")
     return operands
@@ -204,7 +204,7 @@ def bounded(xp, temperature):
     return xp.where(temperature > 0, xp.clip(temperature, 1e-30, 1e30), temperature)
 
 
-def _counters(key, b, length):
+def counters(key, b, length):
     """Each position's key, and the row of that key's draw which is its own: uint32 [B, L, 2] and int32 [B, L]."""
     data = _key_data(key)
     if data.shape == (2,):

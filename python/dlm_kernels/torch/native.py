@@ -18,7 +18,7 @@ from dlm_kernels import masks
 from dlm_kernels.ops import soft_embedding as soft
 from dlm_kernels.ops import truncation
 from dlm_kernels.ops import unmask as ops
-from dlm_kernels.torch import narrow, refuse_second_gradients
+from dlm_kernels.torch import arguments, refuse_second_gradients
 from dlm_kernels.torch.experts import Experts
 from dlm_kernels.triton_kernels import attention as attention_kernels
 from dlm_kernels.triton_kernels import cross_entropy as cross_entropy_kernels
@@ -40,13 +40,13 @@ def _operation(function):
         if implementation not in (None, "triton"):
             raise ValueError(f"implementation: expected 'triton' or None for tensors on a GPU, got {implementation!r}")
         leaves, tree = jax.tree.flatten((args, kwargs))
-        abstract = tuple(map(_abstract, leaves))
+        abstract = tuple(map(arguments.abstract, leaves))
         # What no cache can hold, a set for one, no operation takes: the check says so.
-        check = _checked if all(isinstance(x, Hashable) for x in abstract) else _checked.__wrapped__
+        check = arguments.checked if all(isinstance(x, Hashable) for x in abstract) else arguments.checked.__wrapped__
         check(operation, tree, abstract, tuple(map(type, abstract)))
         device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
         key = {name: x for name, x in kwargs.items() if name == "key"}  # which stays JAX's
-        args, kwargs = jax.tree.unflatten(tree, [_tensor(leaf, device) for leaf in leaves])
+        args, kwargs = jax.tree.unflatten(tree, [arguments.tensor(leaf, device) for leaf in leaves])
         return function(*args, **kwargs | key)
 
     return call
@@ -66,9 +66,9 @@ def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None,
         return (out, lse) if return_lse else out
     dense = None if mask is None or isinstance(mask, masks.KeyIntervals) else mask
     _refuse("attention", query.device, attention_kernels.supports_attention_forward(query, key, value, None, dense))
-    bounds = None if mask is None else _bounds(mask, key.shape[1])
+    bounds = None if mask is None else arguments.bounds(mask, key.shape[1])
     scale = h**-0.5 if scale is None else float(scale)
-    out, lse = _Attention.apply(query, key, value, bounds, scale, _number(logits_soft_cap))
+    out, lse = _Attention.apply(query, key, value, bounds, scale, arguments.number(logits_soft_cap))
     return (out, lse) if return_lse else out
 
 
@@ -101,8 +101,8 @@ def masked_cross_entropy(hidden, weight, targets, weights, *, reduction="sum", l
         loss = hidden.float().sum(-1)  # as empty, and in the graph
     else:
         active = (weights != 0).reshape(-1)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        loss = _Loss.apply(rows, weight, _ints(targets).reshape(-1), active, _number(logits_soft_cap)).reshape(weights.shape)
+        rows, targets = hidden.reshape(-1, hidden.shape[-1]), arguments.ints(targets).reshape(-1)
+        loss = _Loss.apply(rows, weight, targets, active, arguments.number(logits_soft_cap)).reshape(weights.shape)
     return torch.sum(weights * loss) if reduction == "sum" else weights * loss
 
 
@@ -154,7 +154,7 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     embedding = weight if embedding is None else embedding
     (b, length, d), e = hidden.shape, embedding.shape[1]
     # The attention kernel takes a number, which has no gradient.
-    cap, learnt = _number(logits_soft_cap), getattr(temperature, "requires_grad", False)
+    cap, learnt = arguments.number(logits_soft_cap), getattr(temperature, "requires_grad", False)
     temperature = temperature.float().to(hidden.device) if learnt else float(temperature)
     rows = hidden.reshape(-1, d)
     if not learnt and rows.shape[0] and soft.attention_cannot(hidden, e, temperature, cap) is None:
@@ -189,7 +189,7 @@ def _soft_by_chunks(hidden, weight, embedding, temperature, cap):
 def mix_experts(x, gate, up, down, expert, weight, *, activation="silu"):
     if x.numel() == 0 or expert.numel() == 0:
         return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)  # in the graph, with a gradient of zero
-    rows, expert, weight = (array.reshape(-1, array.shape[-1]) for array in (x, _ints(expert), weight.float()))
+    rows, expert, weight = (array.reshape(-1, array.shape[-1]) for array in (x, arguments.ints(expert), weight.float()))
     arrays = rows, gate, up, down, expert, weight.contiguous()
     _refuse("mix_experts", x.device, experts_kernels.supports_mix_experts(*arrays))
     return Experts.apply(*arrays, activation).reshape(x.shape)
@@ -201,7 +201,7 @@ def mix_guidance(conditional, unconditional, scale):
     if conditional.numel() == 0:
         return conditional
     width = conditional.shape[-1]
-    scale = _rows(scale, conditional.shape[:-1], conditional.device)
+    scale = arguments.rows(scale, conditional.shape[:-1], conditional.device)
     mixed = guidance_kernels.mix_guidance(conditional.reshape(-1, width), unconditional.reshape(-1, width), scale)
     return mixed.reshape(conditional.shape)
 
@@ -223,7 +223,7 @@ def combine_guidance(logits, weights):
 def truncate_logits(logits, *, top_p=None, top_k=None, temperature=1.0):
     if logits.numel() == 0 or (top_p is None and top_k is None):
         return logits
-    rows, width = functools.partial(_rows, shape=logits.shape[:-1], device=logits.device), logits.shape[-1]
+    rows, width = functools.partial(arguments.rows, shape=logits.shape[:-1], device=logits.device), logits.shape[-1]
     inverse = truncation.inverse(torch, rows(temperature))
     top_p = None if top_p is None else rows(top_p)
     top_k = None if top_k is None else rows(top_k, dtype=torch.int32)
@@ -242,7 +242,7 @@ def _source(logits, options):
     """The rows of logits and unconditional, and the scale of each, the last two out of the options."""
     (b, length, v), unconditional, scale = logits.shape, options.pop("unconditional", None), options.pop("guidance_scale", None)
     if unconditional is not None:
-        unconditional, scale = unconditional.reshape(-1, v), _rows(scale, (b, length), logits.device)
+        unconditional, scale = unconditional.reshape(-1, v), arguments.rows(scale, (b, length), logits.device)
     return logits.reshape(-1, v), unconditional, scale
 
 
@@ -265,7 +265,7 @@ def lm_head_scores(hidden, weight, **options):
 
     def score(*sampling, **static):
         return head_kernels.lm_head_scores(
-            hidden.reshape(-1, d), weight, *sampling, **static, logits_dtype=_dtype(logits_dtype)
+            hidden.reshape(-1, d), weight, *sampling, **static, logits_dtype=arguments.dtype_name(logits_dtype)
         )
 
     return _scores(score, b, length, weight.shape[0], hidden.device, **options)
@@ -293,16 +293,16 @@ def _sampling(b, length, v, device, *, confidence="probability", temperature=0.0
     if isinstance(temperature, numbers.Real) and temperature == 0:
         temperature = noise = None
     else:
-        temperature = ops.bounded(torch, _rows(temperature, (b, length), device))
+        temperature = ops.bounded(torch, arguments.rows(temperature, (b, length), device))
         if noise is None:
-            counters = (torch.from_numpy(np.array(x)) for x in ops._counters(key, b, length))
+            counters = (torch.from_numpy(np.array(x)) for x in ops.counters(key, b, length))
             key_data, counter_row = (x.flatten(0, 1).to(device) for x in counters)
         else:
             noise = noise.float().reshape(-1, v)
     rows_active = None if active is None else active.reshape(-1).contiguous()
-    banned = None if banned_tokens is None else _ints(torch.as_tensor(banned_tokens, device=device))
+    banned = None if banned_tokens is None else arguments.ints(torch.as_tensor(banned_tokens, device=device))
     static = dict(
-        confidence=confidence, tempered_confidence=bool(tempered_confidence), logits_soft_cap=_number(logits_soft_cap)
+        confidence=confidence, tempered_confidence=bool(tempered_confidence), logits_soft_cap=arguments.number(logits_soft_cap)
     )
     return (temperature, key_data, counter_row, noise, rows_active, banned), static
 
@@ -314,24 +314,24 @@ _RESULTS = (torch.int32, torch.float32, torch.float32, torch.float32)
 @torch.no_grad()
 def unmask_topk(tokens, scores, *, mask_id, candidates=None, **rules):
     _refuse("unmask_topk", tokens.device, unmask_kernels.supports_unmask_topk(tokens))
-    tokens = _ints(tokens)
+    tokens = arguments.ints(tokens)
     eligible, editable, rules = _rules(tokens, mask_id, candidates, rules)
     if tokens.numel() == 0:
         return _nothing_unmasked(tokens)
     entropy = None if rules["entropy_budget"] is None else scores.entropy.float().contiguous()
     results = unmask_kernels.unmask_topk(
-        tokens, _ints(scores.token), scores.confidence.float().contiguous(), entropy, eligible, editable, **rules
+        tokens, arguments.ints(scores.token), scores.confidence.float().contiguous(), entropy, eligible, editable, **rules
     )
     return dlm_kernels.UnmaskResult(*results)
 
 
 def _rules(tokens, mask_id, candidates, rules):
     """The eligible and the editable positions, and every rule by row."""
-    allowed, masked, device = _candidates(candidates, tokens), _masked(tokens, mask_id), tokens.device
+    allowed, masked, device = arguments.allowed(candidates, tokens), arguments.masked(tokens, mask_id), tokens.device
     by_row = dict.fromkeys(ranks.RULES)
     for name, rule in rules.items():
         if rule is not None:
-            by_row[name] = _rows(rule, tokens.shape[:1], device, torch.int32 if name == "num_unmask" else torch.float32)
+            by_row[name] = arguments.rows(rule, tokens.shape[:1], device, torch.int32 if name == "num_unmask" else torch.float32)
     return masked & allowed, None if by_row["edit_threshold"] is None else ~masked & allowed, by_row
 
 
@@ -343,7 +343,7 @@ def _nothing_unmasked(tokens):
 @torch.no_grad()
 def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
     rules = {name: options.pop(name) for name in ranks.RULES if name in options}
-    tokens = _ints(tokens)
+    tokens = arguments.ints(tokens)
     if tokens.numel() == 0:
         return _nothing_unmasked(tokens)
     eligible, editable, by_row = _rules(tokens, mask_id, candidates, rules)
@@ -355,88 +355,3 @@ def unmask_step(logits, tokens, *, mask_id, candidates=None, **options):
     sampling, static = _sampling(*logits.shape, logits.device, active=active, **options)
     results = unmask_kernels.unmask_step(*source, *sampling, tokens, eligible, editable, **static, **by_row)
     return dlm_kernels.UnmaskResult(*results)
-
-
-# --- From torch's arguments to the kernels' ------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4096)
-def _checked(operation, tree, leaves, types):
-    """Raises what the JAX operation raises for these shapes, dtypes and numbers. Remembers them, for it takes a trace.
-
-    types: the leaves', for 1, 1.0 and True are equal, and not all of them may be what is asked for.
-    """
-    shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-    def abstract(*traced):
-        traced = iter(traced)
-        args, kwargs = jax.tree.unflatten(tree, [next(traced) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves])
-        # It runs all calls; and to choose among the others would start JAX on the GPU, which takes most of the memory.
-        return operation(*args, **kwargs, implementation="xla")
-
-    # Without 64 bits JAX would take float64 for float32.
-    with jax.enable_x64(True):
-        jax.eval_shape(abstract, *shapes)
-
-
-def _abstract(leaf):
-    if isinstance(leaf, torch.dtype):
-        return _dtype(leaf)
-    if isinstance(leaf, torch.Tensor):
-        dtype = "int32" if leaf.dtype == torch.int64 else str(leaf.dtype).removeprefix("torch.")
-        return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf
-
-
-def _tensor(leaf, device):
-    """A tensor, or an array of JAX or NumPy, as a tensor that kernels can read; keys, and what is no array, as it is."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf.resolve_neg()
-    if not isinstance(leaf, (jax.Array, np.ndarray)) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    array = np.array(leaf)
-    if array.dtype.name == "bfloat16":  # of which torch knows none of NumPy's
-        return torch.as_tensor(array.view(np.int16), device=device).view(torch.bfloat16)
-    return torch.as_tensor(array, device=device)
-
-
-def _bounds(mask, length):
-    """`masks.bounds` on tensors."""
-    ends = (x.clamp(0, length).int() for x in (mask.start, mask.stop, mask.start2, mask.stop2) if x is not None)
-    return torch.stack(masks.in_order(torch, *torch.broadcast_tensors(*ends)), -1)
-
-
-def _candidates(candidates, tokens):
-    if candidates is None:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    if isinstance(candidates, tuple):
-        start, stop = (_rows(end, tokens.shape[:1], tokens.device, torch.int32)[:, None] for end in candidates)
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        return (start <= position) & (position < stop)
-    return candidates
-
-
-def _rows(value, shape, device, dtype=torch.float32):
-    """A scalar, [B] or [B, L] as one value per row, [B] or [B * L]."""
-    if dtype == torch.int32:
-        value = _ints(torch.as_tensor(value, device=device))
-    else:  # at once, or torch would round a number of Python to its default dtype first
-        value = torch.as_tensor(value, dtype=dtype, device=device)
-    value = value.reshape(value.shape + (1,) * (len(shape) - value.ndim if value.ndim else 0))
-    return value.expand(tuple(shape)).reshape(-1).contiguous()
-
-
-def _ints(tensor):
-    return (tensor if tensor.dtype == torch.int32 else narrow(tensor.long())).contiguous()
-
-
-def _masked(tokens, mask_id):
-    return tokens == _ints(torch.as_tensor(mask_id))
-
-
-def _number(value):
-    return None if value is None else float(value)
-
-
-def _dtype(dtype):
-    return None if dtype is None else str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else np.dtype(dtype).name

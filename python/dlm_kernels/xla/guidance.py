@@ -12,8 +12,8 @@ def mix(conditional, unconditional, scale):
     """The same in float32, not yet rounded."""
     c, u, s = conditional.astype(jnp.float32), unconditional.astype(jnp.float32), scale[:, None]
     banned = jnp.isneginf(c) | jnp.isneginf(u)
-    # The inner choice keeps the product from the sum: fused in one place and not in another, the greatest logit would not be at zero
-    # distance from itself, which a low temperature makes infinite.
+    # The inner choice keeps the product apart from the sum: fused in one place and not in another, the greatest logit would be at
+    # a distance from itself, of which a low temperature makes an infinite exponential.
     mixed = jnp.where(banned, -jnp.inf, u + jnp.where(banned, 0, s * (c - u)))
     return jnp.where(s == 1, c, jnp.where(s == 0, u, mixed))
 
