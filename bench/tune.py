@@ -38,7 +38,7 @@ LEAST_GAIN = 0.02
 class Size:
     about: str  # its comment in the header
     tried: tuple[int, ...]
-    sources: tuple[str, ...]  # of csrc/, which read it
+    sources: tuple[str, ...]  # of csrc/: what its cases run of those that read it
     cases: Callable  # () -> the cases that choose it
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import rich.console
 
 import dlm_kernels
+from dlm_kernels import cpu_kernels
 from dlm_kernels.denoiser import (
     chat,
     checkpoint,
@@ -33,6 +33,7 @@ from dlm_kernels.denoiser import (
     view,
 )
 from dlm_kernels.denoiser.config import DenoiserConfig
+from dlm_kernels.ops import dispatch
 
 # Of `dlm-kernels generate`, handed to denoiser.generate as they are, where given.
 GENERATE_OPTIONS = (
@@ -111,15 +112,12 @@ def run_generate(options):
     on_pass = shown and shown.on_pass if options.html is None else frames.append
 
     def work():
-        return generate.generate(model, [prompt], on_pass=on_pass, **named)
+        with dispatch.recording() as choices:
+            return generate.generate(model, [prompt], on_pass=on_pass, **named), choices
 
-    result = shown.watch(work) if shown else view.in_background(work).result()
+    result, choices = shown.watch(work) if shown else view.in_background(work).result()
     if options.html is not None:
         html.write(options.html, model, prompt, result, frames, named)
-    truncated = options.top_p is not None or options.top_k is not None
-    used = implementations.taken(*model[:2], options.block or 64, truncated=truncated)
-    if options.implementation:
-        used = dict.fromkeys(used, options.implementation)
     numbers = {
         "tokens": result.tokens,
         "passes": result.passes,
@@ -127,7 +125,7 @@ def run_generate(options):
         "seconds": round(result.seconds, 4),
         "tokens_per_second": round(result.tokens_per_second, 1),
         "compile_seconds": round(result.compile_seconds, 2),
-        "implementation": used,
+        "implementation": implementations.recorded(choices),
     }
     text = result.answers[0] if options.chat else result.texts[0]
     if options.json:
@@ -161,12 +159,10 @@ def run_info(options):
     device = jax.devices()[0]
     print(f"dlm_kernels {dlm_kernels.__version__}, jax {jax.__version__}")
     print(f"device: {device.device_kind} ({device.platform}), {len(jax.devices())} of them")
-    if importlib.util.find_spec("dlm_kernels._cpu"):
-        from dlm_kernels import _cpu
-
-        print(f"instruction set of the CPU kernels: {_cpu.isa()}")
+    if not cpu_kernels.unavailable():
+        print(f"instruction set of the CPU kernels: {cpu_kernels.isa()}")
     print(f"model: {sum(x.size for x in params.values()) / 1e6:.1f} million parameters, {config.layers} layers")
-    for name, implementation in implementations.taken(config, params, every=True).items():
+    for name, implementation in implementations.taken(config, params).items():
         print(f"{name}: {options.implementation or implementation}")
 
 

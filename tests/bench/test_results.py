@@ -291,7 +291,7 @@ def test_a_run_keeps_the_rows_that_it_does_not_measure(measured, tmp_path):
     "missing, status",
     [
         ("wrong: differs by 0.5, more than 0.1", 1),
-        ("ValueError: implementation='triton' cannot run attention_forward: it takes masks as key intervals only", 0),
+        ("ValueError: implementation='triton' cannot run attention: it takes masks as key intervals only", 0),
     ],
 )
 def test_a_run_fails_where_ours_is_wrong(measured, capsys, tmp_path, missing, status):

@@ -15,7 +15,7 @@ import pytest
 import rich.console
 
 import dlm_kernels
-from dlm_kernels import cli, commands
+from dlm_kernels import cli, commands, cpu_kernels
 from dlm_kernels.denoiser import (
     checkpoint,
     correct,
@@ -39,7 +39,13 @@ def test_generate_json(command):
     assert 1 <= numbers["tokens"] <= 12 and 1 <= numbers["passes"] <= 6
     assert numbers["tokens_per_pass"] == pytest.approx(numbers["tokens"] / numbers["passes"], abs=1e-3)
     assert numbers["seconds"] > 0 and numbers["tokens_per_second"] > 0
-    assert numbers["implementation"].keys() == {"attention", "mix_guidance", "lm_head_scores", "unmask_topk"}
+    assert numbers["implementation"].keys() == {"attention", "lm_head_scores", "unmask_topk"}
+
+
+def test_generate_json_tells_the_implementations_that_ran(command):
+    options = ("--steps", "2", "--block", "6", "--length", "6", "--json", "--implementation", "xla", "--guidance", "2")
+    found = json.loads(command("generate", "def add(", *options)[1])["implementation"]
+    assert found == dict.fromkeys(["attention", "mix_guidance", "lm_head_scores", "unmask_topk"], "xla")
 
 
 def test_the_likeliest_alone_at_any_temperature(command):
@@ -49,7 +55,7 @@ def test_the_likeliest_alone_at_any_temperature(command):
         for more in (["0"], ["9"], ["9", "--top-k", "1"], ["9", "--top-p", "1e-6"])
     )
     assert greedy["text"] == single["text"] == nucleus["text"] != hot["text"]
-    assert single["implementation"].keys() == {"attention", "mix_guidance", "truncate_logits", "score_tokens", "unmask_topk"}
+    assert single["implementation"].keys() == {"attention", "truncate_logits", "score_tokens", "unmask_topk"}
 
 
 def test_infill_keeps_the_text_around(command, saved):
@@ -163,7 +169,7 @@ def test_errors_are_one_line(command):
 def test_info_names_every_operation(command):
     status, out, _ = command("info")
     assert status == 0
-    for word in ("device:", "million parameters"):
+    for word in ("device:", "instruction set of the CPU kernels:", "million parameters"):
         assert word in out
     of_arrays = {name for name in dlm_kernels.__all__ if name.islower()} - {"explain", "export_checks", "masks", "pack_lm_head"}
     for name in {*of_arrays, "gradient of attention", "gradient of masked_cross_entropy"}:
@@ -349,9 +355,11 @@ def test_the_model_corrects_what_python_cannot_mean():
         assert text == right and len(changes) == 1
 
 
-def test_info_tells_what_it_is_told_to_take(command):
-    _, out, _ = command("info", "--implementation", "xla")
-    assert "\nattention: xla\n" in out
+def test_info_tells_what_it_is_told_to_take(command, monkeypatch):
+    """Where the extension cannot be loaded too."""
+    monkeypatch.setattr(cpu_kernels, "unavailable", lambda: "it cannot be loaded")
+    status, out, _ = command("info", "--implementation", "xla")
+    assert status == 0 and "\nattention: xla\n" in out and "instruction set" not in out
 
 
 @pytest.mark.parametrize("message", ["", "stopped after step 3"])

@@ -431,6 +431,11 @@ def test_message_names_the_argument(case):
         call()
 
 
+def test_an_option_that_nobody_has_is_named_with_the_operation():
+    with pytest.raises(TypeError, match=r"unmask_step\(\) got an unexpected keyword argument 'temprature'"):
+        dlm.unmask_step(logits, tokens, mask_id=0, num_unmask=1, temprature=1.0)
+
+
 @pytest.mark.parametrize("library", [np, jnp])
 def test_integers_past_32_bits_are_not_wrapped(library):
     with jax.enable_x64(True):

@@ -76,16 +76,14 @@ def _canonical_mask(mask, b, n, t, s):
     if mask is None:
         return None, None
     if isinstance(mask, masks.KeyIntervals):
-        for name in ("start", "stop", "start2", "stop2"):
-            ends = getattr(mask, name)
-            if ends is None and name in ("start2", "stop2") and mask.start2 is mask.stop2:
-                continue
-            ends = checks.ints(f"mask.{name}", ends, "BT")
-            if ends.shape not in ((1, t), (b, t)):
+        ends = {}
+        for name in ("start", "stop") if mask.start2 is mask.stop2 is None else ("start", "stop", "start2", "stop2"):
+            ends[name] = checks.ints(f"mask.{name}", getattr(mask, name), "BT")
+            if ends[name].shape not in ((1, t), (b, t)):
                 raise ValueError(
-                    f"mask.{name}: expected shape [{b} or 1, {t}] (batch, queries), got {list(ends.shape)}"
+                    f"mask.{name}: expected shape [{b} or 1, {t}] (batch, queries), got {list(ends[name].shape)}"
                 )
-        return masks.bounds(mask, s), None
+        return masks.bounds(masks.KeyIntervals(**ends), s), None
     dense = checks.array("mask", mask)
     if dense.dtype != jnp.bool_:
         raise ValueError(f"mask: expected masks.KeyIntervals or a boolean array, got dtype {dense.dtype}")

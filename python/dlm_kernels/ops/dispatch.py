@@ -63,6 +63,12 @@ class Leaf:
     sharded: str | None
 
 
+def operation(kernel):
+    """What the caller knows a kernel of this name as."""
+    name = kernel.removesuffix("_forward")
+    return f"the gradient of {name.removesuffix('_backward')}" if name.endswith("_backward") else name
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Choice:
     """Which implementation a call takes on each platform, and why not the others; within: where it is part of another kernel."""
@@ -112,8 +118,8 @@ def call(leaf, implementation, operands, **static):
 
 
 def call_fused(leaf, parts, implementation, operands, **static):
-    """`call` where an implementation has this leaf, which is several in one; parts(implementation, operands, **static), which calls
-    these, elsewhere.
+    """`call` where an implementation has this leaf, which is several in one; elsewhere parts(implementation, operands, **static),
+    which calls them one by one.
     """
     check(implementation)
     if implementation is not None:
@@ -208,7 +214,7 @@ def _choose(leaf, implementation, operands, static):
     check(implementation)
     if implementation is not None:
         if reason := _refusal(leaf, implementation, operands, static):
-            raise ValueError(f"implementation={implementation!r} cannot run {leaf.name}: {reason}")
+            raise ValueError(f"implementation={implementation!r} cannot run {operation(leaf.name)}: {reason}")
         return Choice(leaf.name, {"default": implementation}, {})
     implementations, refused = {}, {}
     for platform, name in PLATFORM_KERNELS.items():
@@ -252,7 +258,7 @@ def _function(leaf, implementation, implementations, present, axes, groups, stat
     kernels = {platform: _kernel(leaf, name, present, static) for platform, name in implementations.items()}
     default = kernels.pop("default")
     if implementation in ("triton", "pallas"):
-        default = lowering.asked(default, implementation, leaf.name)
+        default = lowering.asked(default, implementation, operation(leaf.name))
     tpu = lowering.kernel_or(kernels.pop("tpu"), default) if "tpu" in kernels else default
 
     def run(*arrays):
@@ -290,7 +296,7 @@ def _without_derivative(leaf, function):
         results = function(*primals)
         if any(jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in results):
             raise ValueError(
-                f"{leaf.name} has no derivative: put jax.lax.stop_gradient around its arguments; attention, the losses, "
+                f"{operation(leaf.name)} has no derivative: put jax.lax.stop_gradient around its arguments; attention, the losses, "
                 "soft_embedding and mix_experts have a first gradient, in reverse mode alone"
             )
         return results, tuple(np.zeros(x.shape, jax.dtypes.float0) for x in results)

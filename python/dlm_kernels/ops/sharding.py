@@ -4,6 +4,7 @@ There are two ways. Along a mesh's auto axes the compiler splits, and asks how (
 in the arrays' types, a shard_map around the call does (`by_parts`).
 """
 
+import itertools
 import math
 
 import jax
@@ -63,7 +64,7 @@ def partitioned(leaf, run, axes, groups):
 
 def _sharding_rule(leaf, axes, groups):
     """Shardy's einsum-like rule; query heads n are kv heads k times g, and each broadcast axis gets a factor of its own."""
-    unique = iter(f"u{i}" for i in range(100))
+    unique = (f"u{i}" for i in itertools.count())
     own = {"n": "(k g)" if groups > 1 else "k"}
 
     def term(names):

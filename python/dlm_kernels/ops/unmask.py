@@ -1,5 +1,6 @@
 """Scoring tokens and unmasking the most confident: the inner step of a diffusion sampler."""
 
+import inspect
 import numbers
 from typing import NamedTuple
 
@@ -375,6 +376,8 @@ def unmask_step(
     checks.shaped("tokens", tokens, logits.shape[:2], "batch and length of logits")
     if "active" in scoring:
         raise ValueError("active: unmask_step derives it from tokens and candidates; narrow `candidates` instead")
+    if unknown := scoring.keys() - inspect.signature(score_tokens).parameters.keys():
+        raise TypeError(f"unmask_step() got an unexpected keyword argument {min(unknown)!r}")
     rules = dict(num_unmask=num_unmask, threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     operands = _topk_operands(tokens, mask_id, candidates, rules, edit_threshold)
     active = operands["eligible"] if edit_threshold is None else operands["eligible"] | operands["editable"]
