@@ -2,7 +2,8 @@
 
 Full, padded, packed, block-causal, prefix or dual KV cache, sliding window and BD3-LM's training mask have in common that
 the keys which one query sees form at most two runs. A mask here is those runs' ends, and all kernels implement just that.
-All helpers are plain jax.numpy: they work under jit, and their array arguments may be traced.
+All helpers are plain jax.numpy: they work under jit, and their array arguments may be traced. `dlm_kernels.torch.masks` runs them
+with NumPy in its place, so they keep to what both have.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import cummax
 
 from dlm_kernels.ops import checks
 
@@ -26,7 +28,7 @@ class KeyIntervals:
 
     int32 [B or 1, T] each; starts are inclusive, stops exclusive. start2 and stop2 come together or not at all. An interval
     with start >= stop is empty; ends outside the keys are clipped; a key in both intervals counts once. Ends may be torch tensors,
-    for `dlm_kernels.torch`; the methods want arrays.
+    for `dlm_kernels.torch`.
     """
 
     start: jax.Array
@@ -36,7 +38,7 @@ class KeyIntervals:
 
     def as_boolean(self, key_length):
         """The same mask as bool [B or 1, 1, T, key_length], True where the query sees the key."""
-        keys = jnp.arange(key_length)
+        keys = self.start.new_ones(key_length).cumsum(0) - 1 if self._of_torch() else jnp.arange(key_length)
         visible = (self.start[..., None] <= keys) & (keys < self.stop[..., None])
         if self.start2 is not None:
             visible |= (self.start2[..., None] <= keys) & (keys < self.stop2[..., None])
@@ -50,10 +52,17 @@ class KeyIntervals:
             if self.start2 is not None:
                 raise ValueError("mask & mask: expected a single interval on at least one side, got two on both")
             return other & self
-        start, stop = jnp.maximum(self.start, other.start), jnp.minimum(self.stop, other.stop)
+        if self._of_torch() != other._of_torch():
+            got = f"{type(self.start).__name__} and {type(other.start).__name__}"
+            raise ValueError(f"mask & mask: expected torch tensors on both sides or on neither, got {got}")
+        xp = type(self.start) if self._of_torch() else jnp
+        start, stop = xp.maximum(self.start, other.start), xp.minimum(self.stop, other.stop)
         if self.start2 is None:
             return KeyIntervals(start, stop)
-        return KeyIntervals(start, stop, jnp.maximum(self.start2, other.start), jnp.minimum(self.stop2, other.stop))
+        return KeyIntervals(start, stop, xp.maximum(self.start2, other.start), xp.minimum(self.stop2, other.stop))
+
+    def _of_torch(self):
+        return hasattr(self.start, "new_ones")
 
 
 def bounds(mask, key_length):
@@ -206,11 +215,11 @@ def _per_row(name, value):
 
 def _runs(segment_ids):
     """For each position the first (inclusive) and last (exclusive) position of its run of equal ids; int32 [B, L] both."""
-    length = segment_ids.shape[1]
-    position = jnp.arange(length, dtype=jnp.int32)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return _firsts(segment_ids), segment_ids.shape[1] - _firsts(segment_ids[:, ::-1])[:, ::-1]
+
+
+def _firsts(segment_ids):
+    position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     edge = jnp.ones((segment_ids.shape[0], 1), bool)
-    starts, stops = jnp.concatenate([edge, changes], 1), jnp.concatenate([changes, edge], 1)
-    start = jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
-    stop = jax.lax.cummin(jnp.where(stops, position + 1, length), axis=1, reverse=True)
-    return start, stop
+    starts = jnp.concatenate([edge, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+    return cummax(jnp.where(starts, position, 0), axis=1)

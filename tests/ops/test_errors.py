@@ -161,6 +161,14 @@ CASES = {
         lambda: dlm.score_tokens(logits, temperature=1.0, key=jax.random.key(0, impl="rbg")),
         r"key: expected a threefry key",
     ),
+    "a seed for a key": (
+        lambda: dlm.score_tokens(logits, temperature=1.0, key=0),
+        r"key: expected a JAX key such as jax.random.key\(0\), or an array of one per row, got int",
+    ),
+    "a list of keys": (
+        lambda: dlm.score_tokens(logits, confidence="random", key=[jax.random.key(0)] * 2),
+        r"key: expected a JAX key such as .*, or an array of one per row, got list",
+    ),
     "too many keys": (
         lambda: dlm.score_tokens(logits, temperature=1.0, key=jax.random.split(jax.random.key(0), 3)),
         r"key: expected shape \[2, 2\]",
@@ -399,7 +407,7 @@ CASES = {
     ),
     "mixture of one axis": (lambda: mix(x=rows[0]), r"x: expected shape \[N, D\] or \[B, L, D\], got \[8\]"),
     "mixture of integers": (lambda: mix(x=rows.astype(int)), r"x: expected dtype float32, bfloat16 or float16"),
-    "experts of another width": (lambda: mix(gate=matrices[:, :5]), r"gate: expected shape \[4, 8, 6\].*got \[4, 5, 6\]"),
+    "experts of another width": (lambda: mix(gate=matrices[:, :5]), r"gate: expected shape \[E, 8, F\].*got \[4, 5, 6\]"),
     "a gate of one expert": (lambda: mix(gate=matrices[0]), r"gate: expected shape \[E, D, F\], got \[8, 6\]"),
     "no experts at all": (lambda: mix(gate=matrices[:0]), r"gate: expected shape \[E, 8, F\] with E and F of at least 1, got \[0"),
     "gate and up of two widths": (lambda: mix(up=matrices[..., :5]), r"up: expected shape \[4, 8, 6\] .*got \[4, 8, 5\]"),

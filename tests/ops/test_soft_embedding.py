@@ -130,11 +130,15 @@ def test_gradients_are_those_of_the_naive_code(implementation, random):
 
 def test_bad_arguments(random):
     hidden, weight, _ = inputs(random, 9, 8)
-    with pytest.raises(ValueError, match=r"weight: expected shape \[9, 6\]"):
+    with pytest.raises(ValueError, match=r"weight: expected shape \[V, 6\] with V of at least 1, got \[9, 8\]"):
         dlm_kernels.soft_embedding(hidden[..., :6], weight)
+    with pytest.raises(ValueError, match=r"embedding: expected shape \[9, E\], as many entries as weight, got \[8, 9\]"):
+        dlm_kernels.soft_embedding(hidden, weight, embedding=weight.T)
+    with pytest.raises(ValueError, match="embedding: expected hidden's dtype float32, got bfloat16"):
+        dlm_kernels.soft_embedding(hidden, weight, embedding=weight.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="temperature: expected a number above 0, got 0.0"):
         dlm_kernels.soft_embedding(hidden, weight, temperature=0.0)
-    with pytest.raises(ValueError, match="expected hidden's dtype float32, got bfloat16"):
+    with pytest.raises(ValueError, match="weight: expected hidden's dtype float32, got bfloat16"):
         dlm_kernels.soft_embedding(hidden, weight.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="with a soft cap it takes a temperature that is a Python number"):
         dlm_kernels.soft_embedding(hidden, weight, temperature=jnp.float32(1), logits_soft_cap=3.0, implementation="cpu")

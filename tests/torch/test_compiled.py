@@ -17,6 +17,7 @@ DEVICE = "cpu" if os.environ.setdefault("TRITON_INTERPRET", "1") == "1" else "cu
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 adapter = importlib.import_module("dlm_kernels.torch")
 compiled = importlib.import_module("dlm_kernels.torch.compiled")
+torch_masks = importlib.import_module("dlm_kernels.torch.masks")
 
 B, L, V, D = 2, 5, 40, 16
 CASES = {
@@ -166,6 +167,32 @@ def test_torch_compile_breaks_its_graph_for_arrays_of_jax():
     given = arguments("the loss") | dict(weights=jnp.ones((B, L)))
     made = torch.compile(lambda hidden: adapter.masked_cross_entropy(**given | dict(hidden=hidden)), backend="eager")
     assert made(given["hidden"]) == adapter.masked_cross_entropy(**given)
+
+
+def attend(x, causal, padding):
+    return adapter.attention(2 * x, x, x, mask=causal & padding) + 1
+
+
+def test_torch_compile_breaks_its_graph_for_a_mask_that_a_model_builds():
+    def model(x, lengths):
+        causal = torch_masks.block_causal(x.shape[1], 4, offset=lengths - 3)
+        return attend(x, causal, torch_masks.padding(lengths, x.shape[1]))
+
+    x, lengths = torch.randn(2, 8, 1, 8), torch.tensor([3, 8])
+    made = torch.compile(model, backend="aot_eager")(x, lengths)
+    np.testing.assert_array_equal(made, model(x, lengths))
+    whole = masks.block_causal(8, 4, offset=jnp.array([0, 5])) & masks.padding(jnp.array([3, 8]), 8)
+    np.testing.assert_array_equal(made, adapter.attention(2 * x, x, x, mask=whole) + 1)
+
+
+def test_torch_compile_takes_masks_from_outside_into_its_one_graph():
+    """What combines them and what shows them too."""
+    x, causal, padding = torch.randn(2, 8, 1, 8), torch_masks.block_causal(8, 4), torch_masks.padding([3, 8], 8, side="left")
+    made = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    np.testing.assert_array_equal(made(x, causal, padding), attend(x, causal, padding))
+    shown = torch.compile(lambda mask: mask.as_boolean(8), backend="aot_eager", fullgraph=True)(causal & padding)
+    expected = (masks.block_causal(8, 4) & masks.padding(jnp.array([3, 8]), 8, side="left")).as_boolean(8)
+    np.testing.assert_array_equal(shown, expected)
 
 
 def test_torch_compile_breaks_its_graph_around_the_other_operations():

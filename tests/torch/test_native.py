@@ -329,12 +329,15 @@ def test_without_a_key_no_backend_of_jax_is_started(native):
     """On a GPU it would take three quarters of the memory."""
     code = f"""
 import torch
-from dlm_kernels.torch import native
+from dlm_kernels.torch import masks, native
 
 with torch.device({DEVICE!r}):
     query = torch.ones(1, 2, 1, 16, requires_grad=True)
     hidden, head, words = torch.ones(1, 2, 16, requires_grad=True), torch.ones(40, 16), torch.ones(1, 2, dtype=torch.int64)
-    native.attention(query, query, query).sum().backward()
+    many = torch.tensor([2])
+    mask = masks.block_causal(2, 1, offset=many) & masks.padding(many, 2) & masks.sliding_window(2, 1, 1, offset=many)
+    mask = masks.block_diffusion(1, 1) & masks.packed(words) & mask & masks.cache(2, many)
+    native.attention(query, query, query, mask=mask).sum().backward()
     native.masked_cross_entropy(hidden, head, words, torch.ones(1, 2)).backward()
     native.masked_divergence(hidden, head, hidden, head, torch.ones(1, 2)).backward()
     native.soft_embedding(hidden, head).sum().backward()

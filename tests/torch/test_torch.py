@@ -52,10 +52,11 @@ def test_masks_of_torch():
     nothing = torch.zeros(7, 7, dtype=torch.bool)
     of_heads = torch.stack([runs, combs, runs, runs])[None]
     cases = [(runs, True), (padding, True), (padding & runs, True), (combs, False), (nothing, True), (of_heads, False)]
+    cases += [((where < 3)[:, None], True)]
     for mask, kept in cases:
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         for given in (mask, bias, bias.double().masked_fill(~mask, -torch.inf)):
-            assert isinstance(adapter.intervals(given, 7, 7), masks.KeyIntervals) == kept
+            assert isinstance(adapter.intervals(given, 4, 7, 7), masks.KeyIntervals) == kept
             expected = torch.nn.functional.scaled_dot_product_attention(
                 *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask
             ).transpose(1, 2)
@@ -68,6 +69,23 @@ def test_masks_of_torch():
         adapter.attention(None, key, value, mask=padding)
     with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \[2, 4, 7, 7\]"):
         adapter.attention(query, key, value, mask=torch.ones(7, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \[2, 4, 7, 7\]"):
+        adapter.attention(query, key, value, mask=runs.expand(1, 3, 7, 7))
+
+
+def test_what_a_mask_repeats_is_looked_at_once(monkeypatch):
+    """A model of 32 layers would look at heads x queries x keys numbers 32 times."""
+    looked, pad = [], torch.nn.functional.pad
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda x, *rest: looked.append(x.numel()) or pad(x, *rest))
+    padding = (torch.arange(7) < torch.tensor([[5], [6]]))[:, None, None]
+    bias = torch.zeros(2, 1, 1, 7).masked_fill(~padding, -torch.inf)
+    for given in (padding, padding.expand(2, 4, 7, 7), bias.expand(2, 4, 7, 7)):
+        mask = adapter.intervals(given, 4, 7, 7)
+        assert mask.stop.tolist() == [[5] * 7, [6] * 7] and mask.start2 is None
+    assert looked == [14, 14, 14]
+    assert adapter.intervals(torch.tensor(True).expand(2, 4, 7, 7), 4, 7, 7).stop.tolist() == [[7] * 7] * 2
+    combs = (torch.arange(7) % 2 == 0).expand(2, 4, 7, 7)
+    assert torch.equal(adapter.intervals(combs, 4, 7, 7), combs)
 
 
 def test_a_step_with_a_key():

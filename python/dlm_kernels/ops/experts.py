@@ -41,9 +41,8 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation="silu", impleme
     x, gate = checks.floats("x", x, lead + "D"), checks.floats("gate", gate, "EDF")
     e, _, f = gate.shape
     d = x.shape[-1]
-    if e == 0 or f == 0:
+    if e == 0 or f == 0 or gate.shape[1] != d:
         raise ValueError(f"gate: expected shape [E, {d}, F] with E and F of at least 1, got {list(gate.shape)}")
-    checks.shaped("gate", gate, (e, d, f), "experts, x's width, width inside")
     up = checks.shaped("up", checks.floats("up", up, "EDF"), (e, d, f), "gate's shape")
     down = checks.shaped("down", checks.floats("down", down, "EFD"), (e, f, d), "gate's, the last two turned round")
     if not x.dtype == gate.dtype == up.dtype == down.dtype:

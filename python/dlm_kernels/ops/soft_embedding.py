@@ -34,12 +34,12 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     dispatch.check(implementation)
     hidden, weight = checks.floats("hidden", hidden, "BLD"), checks.floats("weight", weight, "VD")
     embedding = weight if embedding is None else checks.floats("embedding", embedding, "VE")
-    (b, length, d), (v, e) = hidden.shape, embedding.shape
-    checks.shaped("weight", weight, (v, d), "as many entries as embedding, hidden's width")
-    if 0 in (v, d):
-        raise ValueError(f"weight: expected a vocabulary and a width of at least 1, got shape {[v, d]}")
-    if not hidden.dtype == weight.dtype == embedding.dtype:
-        raise ValueError(f"weight, embedding: expected hidden's dtype {hidden.dtype}, got {weight.dtype} and {embedding.dtype}")
+    (b, length, _), (v, e) = hidden.shape, embedding.shape
+    checks.head("hidden", hidden, "weight", weight.shape, weight.dtype)
+    if v != weight.shape[0]:
+        raise ValueError(f"embedding: expected shape [{weight.shape[0]}, E], as many entries as weight, got {[v, e]}")
+    if embedding.dtype != hidden.dtype:
+        raise ValueError(f"embedding: expected hidden's dtype {hidden.dtype}, got {embedding.dtype}")
     if not isinstance(temperature, numbers.Real):
         temperature = checks.shaped("temperature", checks.numbers("temperature", temperature), (), "a scalar")
     elif not np.float32(temperature) > 0:

@@ -215,6 +215,9 @@ def counters(key, b, length):
 
 
 def _key_data(key):
+    if not hasattr(key, "dtype"):
+        got = type(key).__name__
+        raise ValueError(f"key: expected a JAX key such as jax.random.key(0), or an array of one per row, got {got}")
     key = checks.array("key", key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32 or key.shape[-1:] != (2,):

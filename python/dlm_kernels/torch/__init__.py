@@ -7,7 +7,8 @@ Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). 
 through DLPack, without a copy where they are contiguous. On both attention, the losses, the soft embedding and the mixture of
 experts have gradients; the others refuse a tensor that requires one rather than detach it silently, and all refuse forward mode.
 Keys are JAX's (`jax.random.key(0)`). Where JAX has the GPU too, a key starts it there, and it takes three quarters of the memory
-unless XLA_PYTHON_CLIENT_PREALLOCATE=false is set; without a key nothing starts it.
+unless XLA_PYTHON_CLIENT_PREALLOCATE=false is set. So do the masks of `dlm_kernels.masks`, which are JAX's too; those of
+`dlm_kernels.torch.masks` are tensors. Beside CUDA tensors nothing else starts it.
 Tokens that `unmask_step` and `unmask_topk` return are of the dtype of those given, those of scores int64.
 Integers of tensors are 32 bits to the kernels. What these do not hold is refused on the CPU; on a GPU, where to look would be to
 wait for it, it counts as the nearest that they do.
@@ -33,7 +34,7 @@ from torch.autograd import forward_ad
 
 import dlm_kernels
 from dlm_kernels import triton_kernels
-from dlm_kernels.torch import compiled
+from dlm_kernels.torch import compiled, masks
 from dlm_kernels.torch.intervals import intervals
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "lm_head_scores",
     "masked_cross_entropy",
     "masked_divergence",
+    "masks",
     "mix_experts",
     "mix_guidance",
     "pack_lm_head",
@@ -219,7 +221,7 @@ _attention = _on_tensors(dlm_kernels.attention, differentiable=True)
 def _eager_attention(query, key, value, *, mask=None, **options):
     # Of other than queries and keys of four axes `_attention` says what is wrong.
     if isinstance(mask, torch.Tensor) and all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (query, key)):
-        mask = intervals(mask, query.shape[1], key.shape[1])
+        mask = intervals(mask, query.shape[2], query.shape[1], key.shape[1])
     return _attention(query, key, value, mask=mask, **options)
 
 
