@@ -145,7 +145,7 @@ def _seed(texts):
 
 def prepare(config, seed_texts=None, tokenizer=None):
     """(tokenizer, training streams, held-out texts) of the standard library, or of `seed_texts` [(name, text, held out?)]."""
-    found = _seed(seed_texts)
+    found = data.files() if seed_texts is None else seed_texts
     train_texts = [text for _, text, held_out in found if not held_out]
     if tokenizer is None:
         least = 256 + 3
