@@ -133,14 +133,13 @@ def _drawn_objective(train, step):
     return uniform_objective if draw < train.block_share + train.uniform_share else whole_objective
 
 
-def _seed(texts):
-    """What a run learns from: `texts`, or by default the standard library."""
-    if texts is None:
-        return data.files()
-    for text in texts:
+def _texts(seed_texts):
+    """What a run learns from: by default the standard library. Raises ValueError for what is not of that form."""
+    found = list(data.files() if seed_texts is None else seed_texts)
+    for text in found:
         if not isinstance(text, (list, tuple)) or len(text) != 3 or not isinstance(text[1], str):
             raise ValueError(f"seed_texts: expected (name, text, held out?) of each, as `data.read` gives, got {text!r:.80}")
-    return texts
+    return found
 
 
 def prepare(config, seed_texts=None, tokenizer=None):
@@ -255,7 +254,7 @@ def run(
     if out in checkpoint.BESIDE:
         raise ValueError(f"out: expected another name than of a model that comes with the package, got {out}; ./{out} is none")
     out = pathlib.Path(out)
-    seed_texts = _seed(seed_texts)
+    seed_texts = _texts(seed_texts)
     told = (told or {}) | {"texts": _contents(seed_texts)}
     config, params, tokenizer, learns = _start(config, train, out, initial, told)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed)) | (params or {})
