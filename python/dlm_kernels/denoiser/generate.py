@@ -22,6 +22,7 @@ MADE = {
     "unconditional": "negative_prompt", "unconditional_start": "negative_prompt", "guidance_scale": "guidance",
     "guidance_remask": "adaptive", "budget": "noise_budget", "config": "model", "params": "model", "tokens": "prompts",
 }  # fmt: skip
+KNOWN = {name for decode in (sampler.decode, renoise.decode) for name in inspect.signature(decode).parameters}
 # Options of the generate of LLaDA, LLaDA2, Dream and SDAR, and of transformers, and what is asked for here.
 THEIRS = {
     "gen_length": "length", "max_new_tokens": "length", "block_length": "block", "denoising_steps": "steps of each block",
@@ -327,8 +328,7 @@ def _check(prompts, required, options):
         raise ValueError("prompts: expected <mask:n> in all of them or in none, got both")
     for name in MADE.keys() & {name for name, option in options.items() if option is not None}:
         raise ValueError(f"{name}: expected {MADE[name]} in its place, of which it is made, got {name}")
-    known = {name for decode in (sampler.decode, renoise.decode) for name in inspect.signature(decode).parameters}
-    for name in options.keys() - known:
+    for name in options.keys() - KNOWN:
         expected = f"{THEIRS[name]} in its place" if name in THEIRS else "an option of generate or of sampler.decode"
         raise ValueError(f"{name}: expected {expected}, got {name}")
 
