@@ -24,6 +24,9 @@ def main(arguments=None):
     commands.add_parser("report", help="table and plots of a results file").add_argument("file", type=results_file)
     commands.add_parser("readme", help="rewrite the results in README.md from bench/results/*.json")
     compare = commands.add_parser("compare", help="what became slower or faster beyond noise; status 1 if slower, 3 if unknown")
+    compare.add_argument(
+        "--least", type=share, help="a change is one that is by more than this share; default: 0.5, for runs of one commit differ"
+    )
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     tuning = commands.add_parser("tune", help="time other sizes of the kernels' tiles and write the fastest into the sources")
@@ -56,8 +59,9 @@ def run(chosen):
     elif chosen.command == "readme":
         report.rewrite_readme()
     elif chosen.command == "compare":
-        text, status = comparison.compare(report.load(chosen.before), report.load(chosen.after))
-        print(text)
+        least = comparison.LEAST_CHANGE if chosen.least is None else chosen.least
+        text, status = comparison.compare(report.load(chosen.before), report.load(chosen.after), least)
+        print(text, comparison.note(least), sep="\n")
         return status
     elif chosen.command == "tpu-schedule":
         from bench import tpu_schedule
@@ -68,7 +72,10 @@ def run(chosen):
             from bench import tune_triton
 
             return tune_triton.run(chosen.part)
-        from bench import tune  # needs what builds the kernels: pybind11 and a compiler
+        for package in ("pybind11", "setuptools"):  # which build the kernels
+            if reason := machine.why_missing(package):
+                raise report.Unusable(f"tune: {reason}")
+        from bench import tune
 
         tune.run(chosen.part, chosen.build)
     else:
@@ -81,6 +88,12 @@ def run(chosen):
 def minutes(text):
     if not 0 < (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return value
+
+
+def share(text):
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0, got {text}")
     return value
 
 

@@ -7,7 +7,7 @@ import sys
 
 from bench import harness, machine
 
-PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+PROCESSORS = machine.processors()
 # {number of processors: what so few reach at best}, not what all do: the ceilings of their cases, measured with the first of them.
 RATES = {}
 

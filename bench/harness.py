@@ -36,6 +36,8 @@ LEAST_ROUNDS = 7
 # as fast but for noise, it might be the first in the next run.
 LONG_SECONDS = 0.5
 LEAVES = {1: 2.0, 2: 1.5}
+# Copies of inputs so small that more would take longer to make than all calls: a cache holds them in a decoder, too.
+MOST_SETS = 4096
 # A prime, so that no two rows of a matrix are equal.
 PERIOD = 4194301
 # Numbers whose difference is taken at one time: so few that BLAS wakes no threads for their product.
@@ -154,7 +156,7 @@ def input_sets(case, cache_bytes):
     rng = np.random.default_rng(zlib.crc32(f"{case.operation} {case.name}".encode()))
     first = case.inputs(rng)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
-    copies = min(64, max(1, math.ceil(4 * cache_bytes / max(size, 1))))
+    copies = min(MOST_SETS, max(1, math.ceil(4 * cache_bytes / max(size, 1))))
     return [first, *(case.inputs(rng) for _ in range(copies - 1))]
 
 
@@ -169,15 +171,20 @@ _repeated = jax.jit(jnp.resize, static_argnums=1)
 
 def measure(case, seconds, quick=False):
     """The row of `case`: times per call of each contender over `seconds` of rounds, or the reason that there are none."""
-    with precision():
+    with precision(case.dtype):
         return _measure(case, seconds, quick)
 
 
-def precision():
-    """Products of float32 numbers in full, as a CPU's are; torch may have been told otherwise."""
+def precision(dtype):
+    """Products of float32 numbers in full, as a CPU's are; torch may have been told otherwise.
+
+    JAX's are left as they are where `dtype`, the case's, is another: asked for any precision, XLA keeps its Triton products from
+    bfloat16 numbers too, and its code would be slower than a user's.
+    """
     if torch := sys.modules.get("torch"):
         torch.set_float32_matmul_precision(machine.FULL)
-    return jax.default_matmul_precision(None if machine.platform_name() == "cpu" else machine.FULL)
+    in_full = dtype == "float32" and machine.platform_name() != "cpu"
+    return jax.default_matmul_precision(machine.FULL if in_full else None)
 
 
 def _measure(case, seconds, quick):
@@ -204,7 +211,7 @@ def _measure(case, seconds, quick):
                 compiling = time.perf_counter() - start
             (output, first), peak = machine.peak_bytes(functools.partial(_timed, again), function)
         except Exception as failure:  # a peer may fail in any way; its row says how
-            results[name] = dict(missing=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}")
+            results[name] = dict(missing=machine.first_line(failure))
             continue
         if isinstance(output, Timed):
             first, peak = output.seconds, None
@@ -403,7 +410,7 @@ def microbenchmark(cases):
         if contender.missing:
             pytest.skip(contender.missing)
         benchmark.group = f"{case.operation}: {case.name}"
-        with precision():
+        with precision(case.dtype):
             inputs = input_sets(case, machine.cache_bytes())
             sets = [contender.prepare(*each) for each in inputs]
             reason, *_ = verify(case, name, _call(contender.function, sets, 0), _expected(case, name, inputs[0]), inputs[0])

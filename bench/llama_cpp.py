@@ -30,6 +30,16 @@ def program():
     return os.environ.get("LLAMA_DIFFUSION_CLI") or shutil.which("llama-diffusion-cli")
 
 
+@functools.cache
+def version():
+    """The build's number and commit; None where there is no program, or it does not say."""
+    if program() is None:
+        return None
+    made = subprocess.run([program(), "--version"], capture_output=True, text=True)
+    found = re.search(r"^version: (.*)$", made.stdout + made.stderr, re.MULTILINE)
+    return found and found[1]
+
+
 def why_missing():
     if program() is None:
         return "llama-diffusion-cli is not on the path, nor named by LLAMA_DIFFUSION_CLI"

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PACKAGES = ("dlm_kernels", "jax", "jaxlib", "numpy", "torch", "triton", "jax_triton", "tokamax")
+PACKAGES = ("dlm_kernels", "jax", "jaxlib", "numpy", "torch", "triton", "jax_triton", "tokamax", "gguf")
 M_ARENA_MAX = -8  # of glibc's mallopt
 MOST_L2 = 128 << 20  # of a GPU's so far, for where nobody tells
 # Accelerators' float32 products as the CPU and torch compute them: by default XLA would round their operands to fewer bits.
-FULL = "highest"
+FULL, TF32 = "highest", "default"
 ROOT = Path(__file__).resolve().parent.parent
 if platform.libc_ver()[0] == "glibc":
     # malloc_trim, which `peak_bytes` needs, gives all of the main arena back, but of the threads' own arenas only parts.
@@ -48,23 +48,45 @@ def device_name():
     else:
         flags = set(_cpuinfo("flags").split())
         isa = next((name for name in ("avx512_bf16", "avx512f", "avx2") if name in flags), platform.machine())
-        words = f"{_cpuinfo('model name') or platform.machine()} {os.cpu_count()} threads {isa}"
+        words = f"{_cpu()} {len(processors())} threads {isa}"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def processors():
+    """Those that this process may use, as under taskset."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
+
+
+def _cpu():
+    """Its model; ARM's have numbers in the place of a name."""
+    if name := _cpuinfo("model name"):
+        return name
+    numbers = [f"{field} {value}" for field in ("implementer", "part") if (value := _cpuinfo(f"CPU {field}"))]
+    return " ".join([platform.machine(), *numbers])
+
+
+def first_line(failure):
+    """What an exception is, and the beginning of what it says, if it says anything."""
+    said = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}{f': {said[0][:200]}' if said else ''}"
 
 
 def describe():
     """For the head of a results file."""
+    from bench import llama_cpp
+
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    versions["llama.cpp"] = llama_cpp.version()
     return dict(
         device=device_name(),
-        kind=_cpuinfo("model name") if platform_name() == "cpu" else jax.devices()[0].device_kind,
+        kind=_cpu() if platform_name() == "cpu" else jax.devices()[0].device_kind,
         devices=len(jax.devices()),
-        threads=os.cpu_count(),
+        threads=len(processors()),
         cache_bytes=cache_bytes(),
         versions=versions,
     )
@@ -111,11 +133,18 @@ def cache_bytes():
         if not installed("torch"):  # JAX does not tell
             return MOST_L2
         return importlib.import_module("torch").cuda.get_device_properties(0).L2_cache_size
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        number, unit = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip()).groups()
-        sizes.append(int(number) << {"": 0, "K": 10, "M": 20}[unit])
-    return max(sizes) or 32 << 20
+    return _last_caches(Path("/sys/devices/system/cpu"), processors()) or 32 << 20
+
+
+def _last_caches(folder, processors):
+    """Bytes of all caches of the last level that any of `processors` reads through: a large chip has several."""
+    levels = {}
+    for processor in processors:
+        for index in (folder / f"cpu{processor}/cache").glob("index*"):
+            level, shared, size = ((index / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+            number, unit = re.fullmatch(r"(\d+)([KM]?)", size).groups()
+            levels.setdefault(int(level), {})[shared] = int(number) << {"": 0, "K": 10, "M": 20}[unit]
+    return sum(levels[max(levels)].values()) if levels else 0
 
 
 def _memory():
@@ -136,7 +165,7 @@ def _memory():
         read.append(tensor.sum)
         copy.append(lambda: target.copy_(tensor))
     if on_cpu:
-        halves = np.array_split(np.ones(length, np.float32), os.cpu_count())
+        halves = np.array_split(np.ones(length, np.float32), len(processors()))
         targets = [np.empty_like(half) for half in halves]
         pool = ThreadPoolExecutor(len(halves))
         read.append(lambda: list(pool.map(np.max, halves)))
@@ -162,16 +191,19 @@ def rates(seconds=0.15):
         result[dtype] = max(
             2 * math.prod(shape) / _fastest(make(shape, kind), seconds) for make, kind in makers for shape in shapes
         )
+    if platform_name() == "cuda":
+        # Ours multiply float32 numbers as three products of TF32, in units that IEEE's product does not reach.
+        result["float32"] = max(result["float32"], 2 * 8192**3 / _fastest(_jnp_product(shapes[0], jnp.float32, TF32), seconds) / 3)
     # Where bfloat16 has no instructions of its own, the physical limit is to convert it and multiply in float32.
     result["bfloat16"] = max(result["bfloat16"], result["float32"])
     return result
 
 
 # Of random numbers: a GPU that multiplies ones takes less power, and so runs faster than it does on any model's.
-def _jnp_product(shape, dtype):
+def _jnp_product(shape, dtype, precision=FULL):
     m, k, n = shape
     a, b = (jax.random.normal(jax.random.key(i), sizes, dtype) for i, sizes in enumerate(((m, k), (n, k))))
-    product = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision=FULL))
+    product = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision=precision))
     return lambda: product(a, b)
 
 

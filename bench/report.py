@@ -27,6 +27,7 @@ class Unusable(ValueError):
 
 FIELDS = {"operation", "case", "read", "written", "flops", "dtype", "sweep", "tokens", "headline", "component", "contenders"}
 FIELDS |= {"commit", "rates"}
+RATES = {"read", "copy", "float32", "bfloat16"}
 
 
 def read(path):
@@ -51,6 +52,10 @@ def load(path):
     for i, row in enumerate(result["rows"]):
         if lacking := FIELDS - row.keys():
             raise Unusable(f"{path}: expected {', '.join(sorted(lacking))} in every row, got none in rows[{i}]")
+        rates = row["rates"] if isinstance(row["rates"], dict) else {}
+        for name in sorted(RATES | {row["dtype"]}):
+            if not (isinstance(rates.get(name), int | float) and rates[name] > 0):
+                raise Unusable(f"{path}: expected rates above 0, got {rates.get(name)} of {name} in rows[{i}]")
         for name in (OURS, *row["contenders"]):
             each = row["contenders"].get(name, {})
             times = each.get("times")
@@ -236,14 +241,17 @@ def _times(result):
     times = result.get("times")
     if not times:
         return "–"
-    # Of an accelerator: the kernel itself may be faster than so short a time says.
-    start = " (start)" if result.get("start", 0) > 0.8 * statistics.median(times) else ""
-    return f"{_seconds(statistics.median(times))} ({_seconds(min(times))} to {_seconds(max(times))}){start}"
+    return f"{_seconds(statistics.median(times))} ({_seconds(min(times))} to {_seconds(max(times))}){_start(result)}"
+
+
+def _start(result):
+    """Of an accelerator: the kernel itself may be faster than so short a time says."""
+    return " (start)" if result.get("start", 0) > 0.8 * statistics.median(result["times"]) else ""
 
 
 def _ratio(row, name):
     values = ratios(row, name) if name in row["contenders"] else []
-    return f"{statistics.median(values):.2f}x" if values else "–"
+    return f"{statistics.median(values):.2f}x{_start(row['contenders'][name])}" if values else "–"
 
 
 def _memory(result):
@@ -281,8 +289,19 @@ def losses(rows):
     ]
     told = f"WRONG, and so not compared, {len(wrong)}:\n\n" + "\n".join(wrong) + "\n\n" if wrong else ""
     if not lines:
-        return told + "No case is slower than its fastest peer.\n"
-    return told + f"Slower than the fastest peer, {len(lines)} of {len(rows)} cases:\n\n" + "\n".join(lines) + "\n"
+        return told + f"No case is slower than its fastest peer.{_not_compiled(rows)}\n"
+    found = f"Slower than the fastest peer, {len(lines)} of {len(rows)} cases:\n\n" + "\n".join(lines) + "\n"
+    return told + found + (f"\n{said.strip()}\n" if (said := _not_compiled(rows)) else "")
+
+
+def _not_compiled(rows):
+    """Where torch.compile ran in some cases of an operation, in how many others it might have been the fastest."""
+    ran = [(row["operation"], "times" in row["contenders"].get("torch.compile", {})) for row in rows]
+    operations = dict.fromkeys(operation for operation, compiled in ran if compiled)
+    without = [compiled for operation, compiled in ran if operation in operations].count(False)
+    every = sum(operation in operations for operation, _ in ran)
+    names = ", ".join(operations)
+    return f" {without} of the {every} cases of {names} were not run with torch.compile." if without else ""
 
 
 def absences(rows):

@@ -51,6 +51,7 @@ class Case:
     unit: str
     units: float  # of work in one call
     products: float  # multiply-adds that the call must make
+    moved: float  # bytes that it must read from HBM and write there
     contenders: dict[str, list[Contender]]  # of several, the one with the fewest cycles counts
 
 
@@ -81,9 +82,9 @@ def attention_cases():
         contenders["splash"] = list(_splash(heads, t, s, size))
         contenders["flash"] = list(_flash(heads, t, s, size))
         contenders["XLA"] = [Contender(functools.partial(xla_attention.attention_forward, **static), as_written)]
-        pairs = heads * t * s
-        given = "" if size == 128 else f"{heads} heads of {size}, "
-        yield Case(f"attention {t} x {s}, {given}bfloat16", "128 x 128 of a head", pairs / 128**2, 2 * pairs * size, contenders)
+        pairs, moved = heads * t * s, 2 * heads * size * (2 * t + 2 * s)
+        name = f"attention {t} x {s}, {'' if size == 128 else f'{heads} heads of {size}, '}bfloat16"
+        yield Case(name, "128 x 128 of a head", pairs / 128**2, 2 * pairs * size, moved, contenders)
 
 
 def _ours_by_head(query, key, value, **static):
@@ -146,6 +147,7 @@ def head_cases():
             f"{columns} rows of the weight",
             v / columns,
             rows * d * v,
+            2 * d * (rows + v),
             {
                 OURS: [Contender(functools.partial(lm_head.lm_head_scores, **static), operands, live)],
                 "XLA": [Contender(functools.partial(xla_lm_head.lm_head_scores, **static), operands)],
@@ -161,13 +163,13 @@ def score_cases():
     score, plain = (functools.partial(module.score_tokens, **static) for module in (unmask, xla_unmask))
     r, v = 128, 126464
     logits, per_row, live = ((r, v), BF16), ((r,), jnp.float32), {"score_tokens": [np.ones(2, int)]}
-    for name, ours, peer, operands in (
-        ("score_tokens", score, plain, (logits, *[None] * 8)),
-        ("score_tokens, guided,", score, plain, (logits, logits, per_row, *[None] * 6)),
-        ("mix_guidance", guidance.mix_guidance, xla_guidance.mix_guidance, (logits, logits, per_row)),
+    for name, ours, peer, operands, arrays in (
+        ("score_tokens", score, plain, (logits, *[None] * 8), 1),
+        ("score_tokens, guided,", score, plain, (logits, logits, per_row, *[None] * 6), 2),
+        ("mix_guidance", guidance.mix_guidance, xla_guidance.mix_guidance, (logits, logits, per_row), 3),
     ):
         contenders = {OURS: [Contender(ours, operands, live)], "XLA": [Contender(peer, operands)]}
-        yield Case(f"{name} LLaDA-8B {r} x {v}, bfloat16", "1024 logits", r * v / 1024, 0, contenders)
+        yield Case(f"{name} LLaDA-8B {r} x {v}, bfloat16", "1024 logits", r * v / 1024, 0, 2 * arrays * r * v, contenders)
     for dtype in (BF16, jnp.float32):
         operands = ((r, v), dtype), per_row, per_row, None
         bisection = {"select_reduce_fusion": 8 * jnp.dtype(dtype).itemsize}
@@ -176,7 +178,7 @@ def score_cases():
             "XLA": [Contender(xla_truncation.truncate_logits, operands, repeated=bisection)],
         }
         name = f"truncate_logits, top_p, LLaDA-8B {r} x {v}, {jnp.dtype(dtype).name}"
-        yield Case(name, "1024 logits", r * v / 1024, 0, contenders)
+        yield Case(name, "1024 logits", r * v / 1024, 0, 2 * jnp.dtype(dtype).itemsize * r * v, contenders)
 
 
 def loss_cases():
@@ -204,6 +206,7 @@ def loss_cases():
                 "1024 logits",
                 r * v / 1024,
                 products * r * d * v,
+                2 * d * (r + v) * (logits + (way == "backward")),
                 {OURS: [Contender(function, arrays, live)], "XLA": [Contender(peer, arrays)]},
             )
 
@@ -228,6 +231,7 @@ def experts_cases():
             "an expert",
             used,
             3 * used * experts.LEAST_ROWS * d * f,
+            2 * d * (3 * f * len(np.unique(expert)) + 2 * rows),
             {OURS: [Contender(ours, operands, prefetched)], "XLA": [Contender(peer, operands)]},
         )
 
@@ -262,6 +266,7 @@ def run(chip, only=None, pallas=False, out=None):
                 continue
             before = rows.get(case.name, {}).get("contenders", {})
             row = dict(case=case.name, unit=case.unit, units=case.units, commit=commit, contenders={})
+            row |= least(case, hardware)
             for name, variants in case.contenders.items():
                 if pallas and name not in PALLAS:
                     row["contenders"] |= {name: before[name]} if name in before else {}
@@ -274,6 +279,12 @@ def run(chip, only=None, pallas=False, out=None):
             write(path, chip, versions, [rows[each.name] for each in every if each.name in rows])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def least(case, hardware):
+    """Of the core whose cycles are counted: the bytes that it has to move, and the cycles that they take."""
+    moved = case.moved / chips.CHIPS[hardware.kind].cores
+    return dict(least_bytes=moved, least_copies=moved / hardware.bandwidth * hardware.clock)
 
 
 def write(path, chip, versions, rows):
@@ -290,7 +301,7 @@ def _count(contender, case, hardware, sharding, folder):
     try:
         jax.jit(contender.function).lower(*arrays).compile()
     except Exception as error:  # a peer that does not take the shape; ours are compiled by `make test-tpu`
-        return dict(missing=str(error).splitlines()[0][:200], note=contender.note)
+        return dict(missing=machine.first_line(error), note=contender.note)
     counts = {}
     for program in tpu_bundles.programs(folder, hardware.delay_slots):
         values = contender.prefetched.get(program.name.split(".")[0], ())

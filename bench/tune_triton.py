@@ -20,6 +20,7 @@ from bench import attention, experts, harness, lm_head, machine, report
 from bench.harness import OURS, Contender, Patched
 from dlm_kernels.triton_kernels import launch, tiles
 
+OWN = "own"  # the kernel's own choice
 TABLE = machine.ROOT / "python/dlm_kernels/triton_kernels/tiles.py"
 
 
@@ -137,9 +138,8 @@ def _compile(kernel, at, candidate):
     with (
         mock.patch.object(machine, "platform_name", lambda: "cuda"),
         mock.patch.object(tiles, "MEASURED", Table(tiles.MEASURED, kernel.name, candidate)),
-        harness.precision(),
+        harness.precision((case := kernel.cases()[at]).dtype),
     ):
-        case = kernel.cases()[at]
         shapes = jax.eval_shape(lambda: case.inputs(np.random.default_rng(0)))
         jax.clear_caches()  # of what was traced with another candidate
         try:
@@ -148,26 +148,34 @@ def _compile(kernel, at, candidate):
             pass
 
 
-def fastest(kernel, case):
-    """(key of the table, (constants, warps, stages)) of the fastest for `case`; None in the second's place: the kernel's own."""
+def measured(kernel, case):
+    """(key of the table, {candidate's number, or OWN: seconds} of those that ran)."""
     contender = case.contenders[OURS]
 
     def tried_with(table):
         return Contender(Patched(contender.function, tiles, "MEASURED", table), contender.prepare)
 
     own = Table(tiles.MEASURED, kernel.name, None)
-    tried = kernel.candidates()
-    contenders = {"own": tried_with(own)}
-    for i, candidate in enumerate(tried):
+    contenders = {OWN: tried_with(own)}
+    for i, candidate in enumerate(kernel.candidates()):
         contenders[i] = tried_with(Table(tiles.MEASURED, kernel.name, candidate))
     # What does not fit the chip's memory or registers fails, and is missing from the row.
     row = harness.measure(dataclasses.replace(case, contenders=contenders), seconds=5.0)
     times = {name: statistics.median(result["times"]) for name, result in row["contenders"].items() if "times" in result}
     if not times:
-        raise RuntimeError(f"{case.name}: {row['contenders']['own']['missing']}")
-    best = min(times, key=times.get)
+        raise RuntimeError(f"{case.name}: {row['contenders'][OWN]['missing']}")
+    return own.asked, times
+
+
+def fastest(kernel, times):
+    """(constants, warps, stages) of the least geometric mean over `times`, one dict of `measured` for each case of a key; None: the
+    kernel's own.
+    """
+    ran = set(times[0]).intersection(*times)  # in every case
+    means = {name: statistics.geometric_mean([each[name] for each in times]) for name in ran}
+    best = min(means, key=means.get, default=OWN)
     # The kernel's own may not fit this chip.
-    return own.asked, tried[best] if best != "own" and times[best] < 0.98 * times.get("own", math.inf) else None
+    return kernel.candidates()[best] if best != OWN and means[best] < 0.98 * means.get(OWN, math.inf) else None
 
 
 def run(only=None):
@@ -177,9 +185,11 @@ def run(only=None):
         names = ", ".join(dict.fromkeys(kernel.name for kernel in KERNELS))
         raise report.Unusable(f"--only: expected a part of one of {names} and a case's name, got {only!r}")
     compile_all(cases)
-    table = dict(tiles.MEASURED)
+    table, times = dict(tiles.MEASURED), {}
     for kernel, case in cases:
-        key, found = fastest(kernel, case)
+        key, seconds = measured(kernel, case)
+        times.setdefault(key, []).append(seconds)  # several cases may be of one key
+        found = fastest(kernel, times[key])
         table.pop(key, None)
         if found is not None:
             table[key] = found

@@ -279,7 +279,7 @@ def test_torch_multiplies_in_full_while_a_case_is_measured():
     torch = pytest.importorskip("torch")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    with harness.precision():
+    with harness.precision("bfloat16"):
         assert torch.get_float32_matmul_precision() == "highest"
     torch.set_float32_matmul_precision(before)
 

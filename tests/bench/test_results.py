@@ -1,6 +1,7 @@
 """What results files say: ratios, ceilings, noise, who is missing; and what the command line refuses, in one line."""
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -128,6 +129,8 @@ def test_who_is_missing_is_what_the_rows_say():
     assert "- peer: not installed (attention, 0)" in report.absences(result(here, there)["rows"])
 
 
+# Of runs of one process each the rank test alone: how far runs differ is another's test.
+compare = functools.partial(comparison.compare, least=0.03)
 SEVEN = [1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.03]
 
 
@@ -149,7 +152,7 @@ SEVEN = [1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.03]
 )
 def test_compare_tells_what_changed_beyond_noise(ours, theirs, status, words):
     before, after = row(SEVEN, peer=[2.0] * 7), row(ours, peer=theirs)
-    text, found = comparison.compare(result(before), result(after))
+    text, found = compare(result(before), result(after))
     assert words in text and found == status
 
 
@@ -164,9 +167,9 @@ def test_noise_is_seldom_called_a_change_and_a_change_seldom_noise(rounds, burst
         return result(*(row(list(each)) for each in scale * times))
 
     before, same, slower = rows(1.0), rows(1.0), rows(scale)
-    text, _ = comparison.compare(before, same)
+    text, _ = compare(before, same)
     assert len(text.splitlines()) - 1 <= 8
-    text, status = comparison.compare(before, slower)
+    text, status = compare(before, slower)
     assert text.count("SLOWER") >= least and status == 1
 
 
@@ -184,9 +187,27 @@ def test_a_small_change_is_none_however_sure():
     def file(time):
         return result(row([time] * 9), row([1.0] * 9))
 
-    assert comparison.compare(file(1.0), file(1.02)) == ("2 compared: 2 without a change beyond noise", 0)
-    text, status = comparison.compare(file(1.0), file(1.04))
+    assert compare(file(1.0), file(1.02)) == ("2 compared: 2 without a change beyond noise", 0)
+    text, status = compare(file(1.0), file(1.04))
     assert text.splitlines()[0] == "attention, 0: SLOWER by 4.0% (time)" and status == 1
+
+
+# As ratios of peers whose code has not changed do from run to run.
+def test_what_runs_of_one_commit_may_differ_by_is_no_change(capsys, tmp_path):
+    for name, time in (("before", 1.0), ("slower", 1.45), ("faster", 0.7), ("much slower", 1.55), ("much faster", 0.6)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(row([time] * 9))))
+
+    def said(name, *options):
+        status = command.main(["compare", *options, str(tmp_path / "before.json"), str(tmp_path / f"{name}.json")])
+        return capsys.readouterr().out.splitlines(), status
+
+    for name in ("slower", "faster"):
+        lines, status = said(name)
+        assert (lines[0], status) == ("1 compared: 1 without a change beyond noise", 0)
+        assert "less than 50% is no change" in lines[1]
+    assert said("much slower")[1] == 1 and "faster by 40.0%" in said("much faster")[0][0]
+    lines, status = said("slower", "--least", "0.03")
+    assert "SLOWER by 45.0%" in lines[0] and status == 1 and "less than 3%" in lines[-1]
 
 
 # Those of ours that are no peers are compared too: what became slower from torch is slower.
@@ -196,7 +217,7 @@ def test_compare_takes_the_fastest_peer_of_before_that_is_not_ours_too():
         return result(row([scale] * 7, **times))
 
     def compared(after):
-        return comparison.compare(file(1.0, 2.0, 1.5), after)[0].splitlines()[:-1]
+        return compare(file(1.0, 2.0, 1.5), after)[0].splitlines()[:-1]
 
     early = result(row([1.5] * 7, slow=[3.0] * 7, fast=[2.0] * 2))
     assert compared(early) == ["attention, 0: SLOWER by 50.0% (against slow)"]
@@ -208,7 +229,7 @@ def test_compare_takes_the_fastest_peer_of_before_that_is_not_ours_too():
 def test_compare_tells_which_rows_are_in_one_file_alone():
     one, two = result(row([1.0] * 7)), result(row([1.0] * 7), row([1.0] * 7))
     said = "attention, 1: not in both\n2 compared: 1 without a change beyond noise, 1 in one file alone"
-    assert comparison.compare(one, two) == comparison.compare(two, one) == (said, 0)
+    assert compare(one, two) == compare(two, one) == (said, 0)
 
 
 # Rows that a run of a part has left in the file are not of its commit, its packages or its ceilings.

@@ -67,7 +67,7 @@ def test_a_format_that_it_does_not_know_is_refused():
 def test_what_is_written_says_that_it_is_static_and_what_failed(tmp_path):
     result = dict(cycles=100, least=90, per_unit=10.0, copies=50.0, bytes=1e6, mxu=0.5, products=0.4, unknown=0, note="")
     contenders = {"dlm_kernels": result, "splash": result | dict(cycles=200)}
-    row = dict(unit="tile", units=10, commit="c", contenders=contenders)
+    row = dict(unit="tile", units=10, commit="c", least_bytes=1e6, least_copies=50.0, contenders=contenders)
     rows = [row | dict(case="attention"), row | dict(case="lm_head_scores")]
     rows.append(row | dict(case="attention too", contenders={"splash": dict(missing="too small", note="")}))
     tpu_schedule.write(tmp_path / "tpu-static-v5e.json", "v5e", {"jax": "0", "libtpu": "0"}, rows)
@@ -75,3 +75,35 @@ def test_what_is_written_says_that_it_is_static_and_what_failed(tmp_path):
     assert tpu_report.LIMITS in text and "(least 90)" in text and "| 0.50 |" in text and "not compiled: too small" in text
     text = tpu_report.readme(tmp_path)
     assert "| attention | 0.50 |" in text and "| attention too | – |" in text and "| lm_head_scores | 2.00 |" in text
+
+
+def counted(cycles, copies, products=0.5):
+    told = dict(least=cycles, per_unit=1.0, mxu=0.5, unknown=0, note="")
+    return told | dict(cycles=cycles, copies=copies, bytes=2e4 * copies, products=products)
+
+
+# Of cycles that copies hide nobody is faster for having fewer; a copy too small to be one hides none.
+@pytest.mark.parametrize(
+    "ours, splash, flash, ratio",
+    [
+        ((20, 100), (40, 100), (60, 100), 1.0),
+        ((90, 60), (200, 60), (120, 60), 0.75),
+        ((90, 10), (30, 10), (100, 10), 1.8),  # 50 at least for the operands and results of all
+        ((40, 10), (45, 50), (45, 60), 1.0),
+        ((90, 60), (100, 60, 1.2), (120, 60), 0.75),
+        ((90, 60, 1.01), (100, 60), (120, 60), None),
+    ],
+)
+def test_ours_is_compared_with_the_better_peer_by_the_larger_of_cycles_and_copies(ours, splash, flash, ratio):
+    names = ("dlm_kernels", "splash", "flash")
+    contenders = {name: counted(*each) for name, each in zip(names, (ours, splash, flash))}
+    row = dict(case="attention", unit="tile", units=1, least_bytes=1e6, least_copies=50.0, contenders=contenders)
+    assert tpu_report.ratio(row, "splash", "flash") == (ratio and pytest.approx(ratio))
+
+
+def test_a_count_that_cannot_be_is_refused():
+    contenders = {"dlm_kernels": counted(90, 10), "XLA": counted(100, 60, 1.43)}
+    row = dict(case="attention", unit="tile", units=1, commit="c", least_bytes=1e6, least_copies=50.0, contenders=contenders)
+    text = tpu_report.table(dict(chip="v5e", clock=1e9, bandwidth=1e9, versions={}, rows=[row]))
+    assert "| – | refused: 0.2 of 1.0 |" in text and "| XLA | refused: 100 cycles, of which the products alone take 143% |" in text
+    assert "ours" not in tpu_report.line(row) and "XLA refused" in tpu_report.line(row)

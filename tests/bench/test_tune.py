@@ -40,7 +40,8 @@ def test_tune_tries_tiles_and_writes_the_table(monkeypatch):
     kernel = tune_triton.Kernel("attention_forward", None, {"BLOCK_M": (16, 15)}, warps=(4,), stages=(1,))
     seen, measure = [], harness.measure
     monkeypatch.setattr(harness, "measure", lambda case, seconds: seen.append(measured := measure(case, 0.01, True)) or measured)
-    key, found = tune_triton.fastest(kernel, case)
+    key, times = tune_triton.measured(kernel, case)
+    found = tune_triton.fastest(kernel, [times])
     assert key == ("attention_forward", launch.arch(), "float32", 128, True, 0)
     assert found in (None, ({"BLOCK_M": 16}, 4, 1))
     # A tile has to be a power of two.
@@ -55,6 +56,28 @@ def test_tune_tries_tiles_and_writes_the_table(monkeypatch):
         4,
         1,
     )
+
+
+# 128 and 1024 rows of the head have one key: what is best for the last alone must not take the place of the others'.
+def test_tune_chooses_for_all_cases_of_a_key(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from bench import tune_triton
+    from dlm_kernels.triton_kernels import tiles
+
+    seconds = {"few": {"own": 4.0, 0: 1.0, 1: 3.0, 2: 0.1}, "many": {"own": 4.0, 0: 3.0, 1: 2.0}, "alone": {"own": 1.0, 0: 0.99}}
+    cases = [SimpleNamespace(name=name) for name in seconds]
+    kernel = tune_triton.Kernel("lm_head", lambda: cases, {"BLOCK_R": (16, 32, 64)}, (4,), (1,))
+    keys = {"few": ("lm_head", 90, 1), "many": ("lm_head", 90, 1), "alone": ("lm_head", 90, 2)}
+    monkeypatch.setattr(tune_triton, "KERNELS", [kernel])
+    monkeypatch.setattr(tune_triton, "TABLE", tmp_path / "tiles.py")
+    monkeypatch.setattr(tune_triton, "compile_all", lambda cases: None)
+    monkeypatch.setattr(tune_triton, "measured", lambda kernel, case: (keys[case.name], seconds[case.name]))
+    monkeypatch.setattr(tiles, "MEASURED", {keys["alone"]: ({"BLOCK_R": 64}, 4, 1)})
+    tune_triton.run()
+    written = {}
+    exec((tmp_path / "tiles.py").read_text(), written)
+    # sqrt(1 x 3) against sqrt(3 x 2); the fastest of all does not run in both, and 1% is noise.
+    assert written["MEASURED"] == {keys["few"]: ({"BLOCK_R": 16}, 4, 1)}
 
 
 def test_tune_compiles_beforehand_what_it_measures(tmp_path, monkeypatch):
