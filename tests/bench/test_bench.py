@@ -90,6 +90,9 @@ def test_measure_times_only_what_is_right_and_there():
     def fails(x):
         raise RuntimeError("no such instruction\nand more")
 
+    def asserts(x):
+        raise AssertionError
+
     case = Case(
         "doubling",
         "1000",
@@ -102,6 +105,7 @@ def test_measure_times_only_what_is_right_and_there():
             "rounded": Contender(lambda x: x * (2 + 1e-4)),
             "absent": Contender(None, missing="not here"),
             "failing": Contender(fails),
+            "asserting": Contender(asserts),
         },
         read=4000,
         oracle=lambda x: 2 * np.asarray(x, np.float64),
@@ -111,6 +115,7 @@ def test_measure_times_only_what_is_right_and_there():
     assert len(ours) == len(jnp_) >= 2 and min(ours + jnp_) > 0
     assert row["contenders"]["absent"] == dict(missing="not here")
     assert row["contenders"]["failing"] == dict(missing="RuntimeError: no such instruction")
+    assert row["contenders"]["asserting"] == dict(missing="AssertionError")
     assert row["contenders"]["wrong"]["missing"].startswith("wrong: differs by 0.5")
     assert row["contenders"]["a little wrong"]["missing"] == "wrong: differs by 0.0003, more than 0.0001"
     assert len(row["contenders"]["rounded"]["times"]) == len(ours)
@@ -199,6 +204,48 @@ def test_inputs_have_left_the_cache_when_they_come_again():
     sets = harness.input_sets(case, 10000)
     assert len(sets) == 10 and len({float(x[0]) for (x,) in sets}) == 10
     assert len(harness.input_sets(case, 1000)) == 1
+    # A row of LLaDA's logits on an H200, whose cache holds a hundred of them.
+    row = Case("row", "1", lambda rng: (np.empty(126464, "float32"),), {}, read=0)
+    assert len(harness.input_sets(row, 60 << 20)) * 4 * 126464 >= 4 * 60 << 20
+
+
+# Two of the usable processors share a cache, a third has its own, and a fourth is not for us.
+def test_the_cache_is_all_of_the_last_level_that_the_usable_processors_have(tmp_path):
+    for processor, shared in ((0, "0-1"), (1, "0-1"), (2, "2"), (3, "3")):
+        for level, size, who in ((2, "1024K", str(processor)), (3, "32M", shared)):
+            folder = tmp_path / f"cpu{processor}/cache/index{level}"
+            folder.mkdir(parents=True)
+            for name, text in (("level", level), ("size", size), ("shared_cpu_list", who)):
+                (folder / name).write_text(f"{text}\n")
+    assert machine._last_caches(tmp_path, [0, 1, 2]) == 64 << 20
+    assert machine._last_caches(tmp_path / "nothing", [0]) == 0
+
+
+# Files of two machines, or of a part of one, must not have one name.
+def test_a_device_is_named_by_what_it_is_and_what_of_it_may_be_used(monkeypatch):
+    arm = "processor: 0\nFeatures: fp asimd\nCPU implementer: 0x41\nCPU part: 0xd40\n"
+    read = machine.Path.read_text
+    monkeypatch.setattr(machine.Path, "read_text", lambda path, *how: arm if str(path) == "/proc/cpuinfo" else read(path, *how))
+    monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: {3, 1, 2}, raising=False)
+    assert machine.device_name() == "aarch64-implementer-0x41-part-0xd40-3-threads-aarch64"
+    monkeypatch.setattr(machine, "cache_bytes", lambda: 1)
+    about = machine.describe()
+    assert about["kind"] == "aarch64 implementer 0x41 part 0xd40" and about["threads"] == 3
+
+
+def test_the_build_of_llama_cpp_is_among_the_versions(monkeypatch, tmp_path):
+    from bench import llama_cpp
+
+    program = tmp_path / "llama-diffusion-cli"
+    program.write_text("#!/bin/sh\necho 'version: 6800 (abc)' >&2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("LLAMA_DIFFUSION_CLI", str(program))
+    llama_cpp.version.cache_clear()
+    try:
+        assert machine.describe()["versions"]["llama.cpp"] == "6800 (abc)"
+    finally:
+        llama_cpp.version.cache_clear()
 
 
 # A time is of one call of several; in a round all begin at the same inputs, and the next goes on behind them.
@@ -260,6 +307,9 @@ def test_an_accelerators_first_call_is_no_time_of_a_contender(monkeypatch):
 def test_a_time_says_where_it_is_that_of_starting_the_call():
     assert report._times(dict(times=[1e-5, 2e-5], start=1.4e-5)) == "15 us (10 us to 20 us) (start)"
     assert report._times(dict(times=[1e-5, 2e-5], start=1e-6)) == report._times(dict(times=[1e-5, 2e-5]))
+    contenders = {OURS: dict(times=[1.0]), "peer": dict(times=[2.0], start=1.9), "slow": dict(times=[2.0], start=0.1)}
+    row = dict(contenders=contenders)
+    assert report._ratio(row, "peer") == "2.00x (start)" and report._ratio(row, "slow") == "2.00x"
 
 
 # Queued calls wait for nothing, so their seconds are the starts'.
@@ -282,6 +332,14 @@ def test_torch_multiplies_in_full_while_a_case_is_measured():
     with harness.precision("bfloat16"):
         assert torch.get_float32_matmul_precision() == "highest"
     torch.set_float32_matmul_precision(before)
+
+
+# Asked for any precision, XLA keeps its faster products from bfloat16 numbers too.
+def test_jax_multiplies_in_full_where_the_numbers_are_float32(monkeypatch):
+    monkeypatch.setattr(machine, "platform_name", lambda: "cuda")
+    for dtype, found in (("float32", "highest"), ("bfloat16", None)):
+        with harness.precision(dtype):
+            assert jax.config.jax_default_matmul_precision == found
 
 
 def test_a_case_may_have_only_slow_contenders(monkeypatch):
@@ -369,6 +427,73 @@ def test_sdpa_and_statistics_are_attention_and_scores():
         peers.statistics(torch.from_numpy(logits)), dlm_kernels.score_tokens(logits, implementation="xla"), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+# Both would be the plain path's on a GPU, which writes all logits.
+@pytest.mark.parametrize("size, masked, grouped", [(128, False, True), (512, False, False), (128, True, False)])
+def test_sdpa_gives_a_gpu_what_its_fused_kernels_take(monkeypatch, size, masked, grouped):
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def attend(query, key, value, attn_mask, scale, enable_gqa):
+        given.append((key.shape[1] == 2, value.shape[1] == 2, enable_gqa))
+        return query
+
+    given = []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    with FakeTensorMode():
+        query, key = (torch.empty(1, 4, heads, size, device="cuda") for heads in (16, 2))
+        peers.sdpa(query, key, key, mask=torch.ones(4, 4, device="cuda") if masked else None)
+    assert given == [(grouped,) * 3]
+
+
+# What lies at the edge may round the other way; a token that is likely may not be missing, nor one stand where it does not belong.
+def test_a_wide_nucleus_is_right_up_to_rounding_at_its_edge():
+    from bench import truncation
+
+    case = truncation.case("small", 16, 4096, "float32", temperature=1.0)
+    (logits,) = case.inputs(np.random.default_rng(0))
+    contender = case.contenders["jnp"]
+    out = np.array(contender.function(logits))
+    assert harness.verify(case, "jnp", out, None, (logits,))[:2] == (None, 0)
+    row, values = out[0, 0], np.array(logits[0, 0])
+    order = np.argsort(-values)
+    last = int(np.isfinite(row).sum()) - 1
+
+    def wrong(change):
+        changed = out.copy()
+        change(changed[0, 0])
+        return harness.verify(case, "jnp", changed, None, (logits,))[0] is not None
+
+    def drop(row, ranks):
+        row[order[ranks]] = -np.inf
+
+    def keep(row, ranks):
+        row[order[ranks]] = values[order[ranks]]
+
+    # Of 4096 tokens a few at the edge have more probability than rounding moves.
+    assert wrong(lambda row: drop(row, slice(last - 4, last + 1))) and wrong(lambda row: keep(row, slice(last + 1, last + 6)))
+    assert wrong(lambda row: drop(row, 3)) and wrong(lambda row: row.__setitem__(order[0], 0)) and wrong(lambda row: keep(row, -1))
+    assert harness.verify(case, "jnp", out[:, :1], None, (logits,))[0] is not None
+    assert truncation.beyond(out, logits, 1.0) == 0
+    # Dream's temperature leaves so few that nothing rounds.
+    assert truncation.case("small", 1, 64, "float32").tolerance == 0
+
+
+# Where texts part at the first tie, ours that writes other tokens than jnp's logits say is wrong all the same.
+def test_a_decoders_first_pass_is_checked_where_texts_part(monkeypatch):
+    from bench import end_to_end
+
+    case = end_to_end.case("shipped", 8, 8, 4, 2)
+    inputs = case.inputs(np.random.default_rng(0))
+    right = case.contenders[OURS].function
+    text = right(*inputs, jnp.int32(2))
+    monkeypatch.setattr(end_to_end, "ON_CPU", False)
+    for decode, is_right in ((right, True), (lambda *given: right(*given) // 2 + 3, False)):
+        monkeypatch.setattr(end_to_end, "_decode", lambda *_, decode=decode, **__: decode)
+        on_gpu = end_to_end.case("shipped", 8, 8, 4, 2)
+        assert (harness.verify(on_gpu, OURS, text, text, inputs)[0] is None) == is_right
+        assert harness.verify(on_gpu, "jnp", text, text, inputs)[0] is None
 
 
 # Grouped heads, biases, a prompt that no block divides; untied so that the head is not the embedding.

@@ -97,6 +97,15 @@ def test_rows_slower_than_the_fastest_peer_are_listed():
     assert report.slower_than_best_peer([other]) == []
 
 
+# torch.compile may have been the fastest where it did not run, but not in an operation in which it never is a peer.
+def test_cases_without_torch_compile_are_counted():
+    rows = [row([1.0], torch=[2.0]), row([1.0], torch=[0.5]), dict(row([1.0]), operation="experts")]
+    assert "torch.compile" not in report.losses(rows)
+    rows.append(row([1.0], **{"torch.compile": [2.0]}))
+    assert report.losses(rows).endswith("\n2 of the 3 cases of attention were not run with torch.compile.\n")
+    assert report.losses(rows[2:]) == "No case is slower than its fastest peer.\n"
+
+
 # A peer that is said to be wrong is compared with nothing: then it may be ours that is.
 def test_wrong_results_are_told_before_who_is_slower():
     text = report.losses([row([1.0], peer="wrong: differs by 0.5, more than 0.1")])
@@ -268,6 +277,37 @@ def measured(monkeypatch):
     return given, ours, theirs
 
 
+# Of one case alone: the best of several looks, which its row has.
+def test_a_part_of_a_run_measures_its_ceilings_several_times(measured, monkeypatch, tmp_path):
+    looks = iter((5.0, 6.0, 8.0, 7.0))
+    monkeypatch.setattr(machine, "rates", lambda: dict(RATES, read=next(looks)))
+    suite.run(None, "x0", None, tmp_path / "results.json")
+    (found,) = report.load(tmp_path / "results.json")["rows"]
+    assert found["rates"]["read"] == 8.0 and next(looks, None) is None
+
+
+# What another run has compiled would be in no first call.
+def test_a_run_has_compilers_caches_of_its_own(measured, monkeypatch, tmp_path):
+    names, seen = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), []
+    for name in names:
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(machine, "rates", lambda: seen.append([os.environ[name] for name in names]) or RATES)
+    for _ in range(2):
+        suite.run(None, "x0", None, tmp_path / "results.json")
+    assert len({*seen[0], *seen[-1], str(tmp_path)}) == 5 and [os.environ[name] for name in names] == [str(tmp_path)] * 2
+    assert not any(map(os.path.exists, seen[0]))
+
+
+@pytest.mark.parametrize("name", ["file/results.json", "folder.json"])
+def test_a_run_that_could_write_nothing_times_nothing(measured, capsys, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--out", str(tmp_path / name)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and f"--out: {tmp_path / name}: " in error and not measured[0]
+
+
 # Two cases of the 39 without the large one: rounds of as long as in the whole run, unless they were given time of their own.
 @pytest.mark.parametrize("minutes, most", [(None, 0.3 * 14 * 60 / 39), (20.0, 0.3 * 20 * 60 / 2)])
 def test_a_part_of_a_run_takes_a_part_of_its_time(measured, tmp_path, minutes, most):
@@ -392,6 +432,8 @@ GOOD = result(row([1.0] * 7, peer="not here"), row([1.0] * 7))
         (json.dumps(dict(GOOD, rows=[])), "JSON without rows"),
         (json.dumps(dict(rows=GOOD["rows"])), "got no machine"),
         (json.dumps(without(GOOD, "contenders")), "expected contenders in every row, got none in rows[1]"),
+        (json.dumps(result(row([1.0], dtype="float16"))), "expected rates above 0, got None of float16 in rows[0]"),
+        (json.dumps(result(row([1.0]) | dict(rates=dict(RATES, copy=0)))), "expected rates above 0, got 0 of copy in rows[0]"),
         (json.dumps(result(row([]))), "got [] of dlm_kernels in rows[0]"),
         (json.dumps(result(row([1.0], peer=[1.0, 0.0]))), "got [1.0, 0.0] of peer in rows[0]"),
     ],
