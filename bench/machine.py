@@ -193,7 +193,8 @@ def rates(seconds=0.15):
         )
     if platform_name() == "cuda":
         # Ours multiply float32 numbers as three products of TF32, in units that IEEE's product does not reach.
-        result["float32"] = max(result["float32"], 2 * 8192**3 / _fastest(_jnp_product(shapes[0], jnp.float32, TF32), seconds) / 3)
+        product = _jnp_product(shapes[0], jnp.float32, TF32)
+        result["float32"] = max(result["float32"], 2 * math.prod(shapes[0]) / _fastest(product, seconds) / 3)
     # Where bfloat16 has no instructions of its own, the physical limit is to convert it and multiply in float32.
     result["bfloat16"] = max(result["bfloat16"], result["float32"])
     return result

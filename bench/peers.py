@@ -79,7 +79,7 @@ def sdpa(query, key, value, mask=None, scale=None):
     from torch.nn.functional import scaled_dot_product_attention
 
     groups = query.shape[2] // key.shape[2]
-    # No fused kernel takes groups and a mask, nor groups and heads of more than 256: those are its plain path's.
+    # No fused kernel takes groups with a mask, or with heads of more than 256: torch's plain path would write all logits.
     if groups > 1 and query.is_cuda and (mask is not None or query.shape[-1] > 256):
         key, value = (x.repeat_interleave(groups, 2) for x in (key, value))
     heads_first = (x.transpose(1, 2) for x in (query, key, value))

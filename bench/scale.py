@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 
 import jax
 import numpy as np
@@ -85,5 +84,5 @@ def cases():
     text = end_to_end.case("shipped", 64, 64, 32, 8, batch=8)
     # Heads of attention; rows of hidden states; texts of a batch, whose number of steps is for all.
     split = ((heads, (2, 2, 2, 2)), (head, (1, None, 1)), (text, (None, 0, None, 0)))
-    many = max(2, os.cpu_count()) if ON_CPU else len(jax.devices())
+    many = max(2, len(machine.processors())) if ON_CPU else len(jax.devices())
     return made + [devices(case, axes, n) for case, axes in split for n in doublings(many)]

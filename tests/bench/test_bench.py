@@ -225,7 +225,7 @@ def test_the_cache_is_all_of_the_last_level_that_the_usable_processors_have(tmp_
 def test_a_device_is_named_by_what_it_is_and_what_of_it_may_be_used(monkeypatch):
     arm = "processor: 0\nFeatures: fp asimd\nCPU implementer: 0x41\nCPU part: 0xd40\n"
     read = machine.Path.read_text
-    monkeypatch.setattr(machine.Path, "read_text", lambda path, *how: arm if str(path) == "/proc/cpuinfo" else read(path, *how))
+    monkeypatch.setattr(machine.Path, "read_text", lambda path, **how: arm if str(path) == "/proc/cpuinfo" else read(path, **how))
     monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: {3, 1, 2}, raising=False)
     assert machine.device_name() == "aarch64-implementer-0x41-part-0xd40-3-threads-aarch64"
@@ -332,6 +332,19 @@ def test_torch_multiplies_in_full_while_a_case_is_measured():
     with harness.precision("bfloat16"):
         assert torch.get_float32_matmul_precision() == "highest"
     torch.set_float32_matmul_precision(before)
+
+
+# Ours multiply float32 numbers as three products of TF32, whose ceiling is no lower for IEEE's being slower.
+@pytest.mark.parametrize("tf32, rate", [(6.0, 2.0), (2.0, 1.0)])
+def test_a_gpus_ceiling_of_float32_is_ieees_or_a_third_of_tf32s(monkeypatch, tf32, rate):
+    rates = {(jnp.float32, "highest"): 1.0, (jnp.bfloat16, "highest"): 9.0, (jnp.float32, "default"): tf32}
+    monkeypatch.setattr(machine, "platform_name", lambda: "cuda")
+    monkeypatch.setattr(machine, "installed", lambda package: False)
+    monkeypatch.setattr(machine, "_memory", lambda: (1, [1.0], [1.0]))
+    monkeypatch.setattr(machine, "_jnp_product", lambda shape, dtype, precision="highest": rates[dtype, precision])
+    monkeypatch.setattr(machine, "_fastest", lambda rate, seconds: 2 * 8192**3 / rate)
+    found = machine.rates()
+    assert found["float32"] == pytest.approx(rate) and found["bfloat16"] == pytest.approx(9)
 
 
 # Asked for any precision, XLA keeps its faster products from bfloat16 numbers too.

@@ -413,6 +413,14 @@ def test_a_bad_command_line_is_told_in_one_line(capsys, arguments, words):
     assert ended.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_tune_names_the_package_that_it_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "platform_name", lambda: "cpu")
+    monkeypatch.setattr(machine, "why_missing", lambda package: f"the Python package {package} is not installed")
+    with pytest.raises(SystemExit) as ended:
+        command.main(["tune", "--build"])
+    assert ended.value.code == 2 and "tune: the Python package pybind11 is not installed" in capsys.readouterr().err
+
+
 def without(result, field):
     result = copy.deepcopy(result)
     del result["rows"][-1][field]
