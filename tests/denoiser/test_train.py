@@ -194,7 +194,7 @@ def test_objectives_have_their_shares_and_blocks_every_size(config, monkeypatch)
     drawn = [train._drawn_objective(settings, step) for step in range(2000)]
     for objective, share in ((train.block_objective, 0.5), (train.uniform_objective, 0.3), (train.whole_objective, 0.2)):
         assert abs(drawn.count(objective) / 2000 - share) < 0.05
-    monkeypatch.setattr(train.losses, "block_loss", lambda config, params, tokens, key, size, **_: int(size))
+    monkeypatch.setattr(losses, "block_loss", lambda config, params, tokens, key, size, **_: int(size))
     sizes = {train.block_objective(config, settings, None, None, None, jax.random.key(i)) for i in range(60)}
     assert sizes == {1, 2, 4, 8, 16}
 
