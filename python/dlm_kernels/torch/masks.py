@@ -6,7 +6,8 @@
 
 device is where the mask's tensors are to be, by default where the first tensor among the arguments is, else torch's default.
 Nothing here starts JAX's devices. Arguments on a GPU are waited for: a mask of them is better built once a pass than at each layer.
-torch.compile breaks its graph around the helpers; with fullgraph=True a mask comes from outside of what is compiled.
+torch.compile breaks its graph around the helpers, where it fails on those of JAX; with fullgraph=True a mask comes from outside of
+what is compiled.
 """
 
 import functools
