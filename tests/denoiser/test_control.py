@@ -146,15 +146,20 @@ def test_a_negative_prompt_is_read_whole(saved_model):
 
 
 def test_texts_are_encoded_one_way(saved_model):
-    """A tokenizer that would put a token of its own in front: nothing gets one, not even what follows a style."""
+    """A tokenizer that puts a token of its own in front: each row and stream begins with one, and no text within gets one."""
     config, params, tokenizer = saved_model
-    other = tokenizer.from_str(tokenizer.to_str())
+    plain, other = (tokenizer.from_str(tokenizer.to_str()) for _ in range(2))  # that read `<|eos|>` as what it spells
     other.post_processor = processors.TemplateProcessing(single="<|eos|> $A", special_tokens=[("<|eos|>", config.eos_id)])
     assert other.encode("x").ids[0] == config.eos_id
-    boards = [generate.canvas(config, t, ["x<mask:2>y"], 3, "class").tokens for t in (tokenizer, other)]
-    np.testing.assert_array_equal(*boards)
-    options = dict(length=6, block=6, steps=1, required=["self"], guidance=2.0, negative_prompt="x")
-    made = [generate.generate((config, params, t), ["def"], **options).decoded.tokens for t in (tokenizer, other)]
+    spelled = generate.canvas(config, plain, ["<|eos|>classx<mask:2>y"], 3).tokens
+    np.testing.assert_array_equal(generate.canvas(config, other, ["x<mask:2>y"], 3, "class").tokens, spelled)
+    twice = [generate.canvas(config, other, [prompt], 3).tokens for prompt in ("x<mask:2>y", "<|eos|>x<mask:2>y")]
+    np.testing.assert_array_equal(*twice)
+    options = dict(length=6, block=6, steps=1, required=["self"], guidance=2.0)
+    made = [
+        generate.generate((config, params, t), [f"{opening}def"], negative_prompt=f"{opening}x", **options).decoded.tokens
+        for t, opening in ((plain, "<|eos|>"), (other, ""))
+    ]
     np.testing.assert_array_equal(*made)
     assert correct.correct_text((config, params, other), "a<keep>b</keep>", passes=0)[0] == "ab"
 
