@@ -25,6 +25,7 @@ from dlm_kernels.denoiser import (
     html,
     losses,
     model,
+    train,
     view,
 )
 from dlm_kernels.denoiser.text import words

@@ -96,7 +96,7 @@ ENDS = {
 ENDS["llada22"] = ENDS["llada2"]
 BARRED = {"llada22": [2, DELETE, INSERT]}  # what is never written, of others the mask alone
 bidirectional = pytest.mark.parametrize("published", ["llada", "dream"], indirect=True)
-by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm", "llada2", "llada22"], indirect=True)
+by_blocks = pytest.mark.parametrize("published", ["sdar", "fast_dllm", "llada2"], indirect=True)
 
 
 def names_of(kind):
@@ -490,7 +490,7 @@ def test_blocks_are_decoded_as_published(published):
     )
 
 
-@by_blocks
+@pytest.mark.parametrize("published", ["sdar", "fast_dllm", "llada2", "llada22"], indirect=True)
 def test_generation_is_the_projects_own_by_default(published):
     """The last block is filled, and the cache is that of the model's blocks whichever part of them is decoded at once."""
     kind, given, weights, folder = published

@@ -147,7 +147,7 @@ def decode(
         config, tokens, rules, block=block, steps=steps, edit_threshold=edit_threshold, edit_passes=edit_passes, remask=remask,
         remask_rule=remask_rule, confidence=confidence, temperature=temperature, top_p=top_p, top_k=top_k, key=key,
         logit_bias=logit_bias, classifier=classifier, classifier_scale=classifier_scale, attend=attend, cache=cache,
-        refresh=refresh,
+        refresh=refresh, start=start, stop=stop,
     )  # fmt: skip
     _check_guidance(
         config, tokens, start=start, cache=cache, unconditional=unconditional, other_start=other_start,
@@ -159,6 +159,7 @@ def decode(
     length, own = tokens.shape[1], config.block_size
     seen = max(own or 0, min(block, length)) if own or attend == "blocks" else None
     columns = blocks.row_columns(config, tokens, start, first, stop, unconditional_start=other_start)
+    moves = config.delete_id is not None and edit_passes is not None and remask is None
     # Each of one dtype: 2, 2.0 and NumPy's would each compile a loop of its own. What is None is not in the loop at all.
     real, whole = (functools.partial(jax.tree.map, lambda x, to=to: jnp.asarray(x, to)) for to in (jnp.float32, jnp.int32))
     data = dict(
@@ -190,7 +191,7 @@ def decode(
 
 def _check(
     config, tokens, rules, *, block, steps, edit_threshold, edit_passes, remask, remask_rule, confidence, temperature, top_p, top_k,
-    key, logit_bias, classifier, classifier_scale, attend, cache, refresh,
+    key, logit_bias, classifier, classifier_scale, attend, cache, refresh, start, stop,
 ):  # fmt: skip
     """Raises ValueError for arguments of `decode` that do not fit, but those of guidance. rules: those of `unmask_topk`."""
     if tokens.ndim != 2:
@@ -216,6 +217,11 @@ def _check(
     own = config.block_size
     if own is not None and own % block and block % own:
         raise ValueError(f"block: expected a divisor or a multiple of the model's block_size {own}, got {block}")
+    if config.experts is not None and config.experts.capacity is not None:
+        end = tokens.shape[1] if stop is None else stop
+        if not any(isinstance(x, jax.Array) for x in (start, end)) and ((np.asarray(end) - np.asarray(start)) % own).any():
+            where = f"whole blocks of {own} between them, whose tokens choose experts together"
+            raise ValueError(f"start, stop: expected {where}, got {start} and {end}")
     if refresh is not None and (not cache or own or attend == "blocks"):
         got = f"cache={cache}, attend={attend!r}"
         raise ValueError(f"refresh: expected a cache of keys that grow old, cache=True with attend='all', got {got}")

@@ -143,9 +143,8 @@ def _texts(seed_texts):
 
 
 def prepare(config, seed_texts=None, tokenizer=None):
-    """(tokenizer, training streams, held-out texts) of the standard library, or of `seed_texts` [(name, text, held out?)]."""
-    found = data.files() if seed_texts is None else seed_texts
-    train_texts = [text for _, text, held_out in found if not held_out]
+    """(tokenizer, training streams) of the standard library, or of `seed_texts` [(name, text, held out?)]."""
+    train_texts = [text for _, text, held_out in (data.files() if seed_texts is None else seed_texts) if not held_out]
     if tokenizer is None:
         least = 256 + 3
         if config.vocab < least:
