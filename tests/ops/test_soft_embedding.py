@@ -128,6 +128,23 @@ def test_gradients_are_those_of_the_naive_code(implementation, random):
         assert error(found, np.asarray(wanted, np.float64)) < 1e-5
 
 
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_the_gradient_of_the_temperature(soft_cap, random):
+    """By chunks, two of them."""
+    hidden, weight, _ = inputs(random, op.CHUNK + 3, 12, rows=(1, 4))
+    embedding = jnp.asarray(random.normal(size=(len(weight), 5)), jnp.float32)
+
+    def naive(t):
+        logits = jnp.einsum("bld,vd->blv", hidden, weight)
+        logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+        return (jnp.einsum("blv,vd->bld", jax.nn.softmax(logits / t), embedding) ** 2).sum()
+
+    def ours(t):
+        return (dlm_kernels.soft_embedding(hidden, weight, embedding=embedding, temperature=t, logits_soft_cap=soft_cap) ** 2).sum()
+
+    np.testing.assert_allclose(jax.grad(ours)(0.7), jax.grad(naive)(0.7), rtol=1e-5)
+
+
 def test_bad_arguments(random):
     hidden, weight, _ = inputs(random, 9, 8)
     with pytest.raises(ValueError, match=r"weight: expected shape \[V, 6\] with V of at least 1, got \[9, 8\]"):

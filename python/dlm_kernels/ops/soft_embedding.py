@@ -10,6 +10,7 @@ import numpy as np
 from dlm_kernels.ops import checks, dispatch, sharding
 from dlm_kernels.ops.attention import attention
 
+LEAST = float(jnp.finfo(jnp.float32).min)  # the maximum before the first chunk: of -inf the temperature's gradient would be NaN
 CHUNK = 4096  # vocabulary entries whose logits exist at a time, where attention does not serve
 HEAD_SIZE = 256  # the greatest that the attention kernels of every platform, their gradients too, take in every dtype
 
@@ -114,7 +115,7 @@ def _by_chunks(hidden, weight, embedding, temperature, soft_cap):
 
     # The first chunk, the smaller one, makes the state that the scan carries: explicit axes split it as they split hidden.
     first = v % CHUNK or CHUNK
-    state = add((-jnp.inf, 0.0, 0.0), 0, first)
+    state = add((LEAST, 0.0, 0.0), 0, first)
     if v > CHUNK:
         state, _ = jax.lax.scan(lambda s, begin: (add(s, begin, CHUNK), None), state, jnp.arange(first, v, CHUNK))
     _, total, mean = state

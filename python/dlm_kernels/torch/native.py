@@ -177,7 +177,7 @@ def _soft_by_chunks(hidden, weight, embedding, temperature, cap):
         return new, total * keep + p.sum(-1, keepdim=True), mean * keep + p @ values.float()
 
     nothing = hidden.new_zeros((hidden.shape[0], 1), dtype=torch.float32)
-    state = nothing - torch.inf, nothing, nothing.expand(-1, embedding.shape[1])
+    state = nothing + soft.LEAST, nothing, nothing.expand(-1, embedding.shape[1])
     for chunk in zip(weight.split(soft.CHUNK), embedding.split(soft.CHUNK)):
         # The gradient makes a chunk's logits anew; keeping them all would be the matrix that this avoids.
         state = checkpoint(add, *state, *chunk, use_reentrant=False)
