@@ -1,8 +1,5 @@
 """Non-causal fused attention: checks, masks, gradient."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
 from dlm_kernels import masks
@@ -95,19 +92,14 @@ def _canonical_mask(mask, b, n, t, s):
     return None, jnp.broadcast_to(dense, (*dense.shape[:3], s))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, query, key, value, bounds, dense):
+def _forward(static, query, key, value, bounds, dense):
     scale, soft_cap, implementation = static
     operands = dict(query=query, key=key, value=value, bounds=bounds, dense=dense)
-    return dispatch.call(FORWARD, implementation, operands, scale=scale, logits_soft_cap=soft_cap)
-
-
-def _attention_fwd(static, query, key, value, bounds, dense):
-    out, lse = _attention(static, query, key, value, bounds, dense)
+    out, lse = dispatch.call(FORWARD, implementation, operands, scale=scale, logits_soft_cap=soft_cap)
     return (out, lse), (query, key, value, bounds, dense, out, lse)
 
 
-def _attention_bwd(static, residuals, cotangents):
+def _backward(static, residuals, cotangents):
     scale, soft_cap, implementation = static
     query, key, value, bounds, dense, out, lse = residuals
     dout, dlse = cotangents
@@ -123,4 +115,4 @@ def _attention_bwd(static, residuals, cotangents):
     return (*sharding.typed_as((query, key, value), gradients), None, None)
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention = dispatch.with_gradient(_forward, _backward)

@@ -1,8 +1,5 @@
 """The training loss of an LM head's logits, with no logits in memory."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
 from dlm_kernels.ops import checks, dispatch, sharding
@@ -57,19 +54,14 @@ def masked_cross_entropy(
     return jnp.sum(weights * loss) if reduction == "sum" else weights * loss
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(static, hidden, weight, targets, active):
-    return _loss_fwd(static, hidden, weight, targets, active)[0]
-
-
-def _loss_fwd(static, hidden, weight, targets, active):
+def _forward(static, hidden, weight, targets, active):
     soft_cap, implementation = static
     operands = dict(hidden=hidden, weight=weight, targets=targets, active=active)
     loss, lse = dispatch.call(FORWARD, implementation, operands, logits_soft_cap=soft_cap)
     return loss, (operands, lse)
 
 
-def _loss_bwd(static, residuals, dloss):
+def _backward(static, residuals, dloss):
     soft_cap, implementation = static
     operands, lse = residuals
     operands = operands | dict(lse=lse, dloss=dloss)
@@ -77,4 +69,4 @@ def _loss_bwd(static, residuals, dloss):
     return *sharding.typed_as((operands["hidden"], operands["weight"]), (dhidden, dweight)), None, None
 
 
-_loss.defvjp(_loss_fwd, _loss_bwd)
+_loss = dispatch.with_gradient(_forward, _backward)

@@ -14,7 +14,7 @@ score_tokens(logits [B, L, V]), whose leaf has "rv" for logits:
     `_kernel`          calls, on a CPU, cpu_kernels/unmask.py: score_tokens(logits [R, V], ...)
 
 The order, `custom_vmap(custom_partitioning(platform_dependent(kernels)))`, matters: custom_partitioning has no batching rule of its
-own, and a gradient (`custom_vjp`, in the operation's file) must be outside of both.
+own, and a gradient (`with_gradient`, in the operation's file) must be outside of both.
 """
 
 import contextlib
@@ -202,6 +202,14 @@ def _run(leaf, implementation, operands, static):
     axes = sharding.axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays])
     groups = sharding.groups(leaf, operands)
     return _function(leaf, implementation, choice.implementations, present, axes, groups, static)(*arrays)
+
+
+def with_gradient(forward, backward):
+    """function(static, *arrays), which is forward(static, *arrays)[0], with a gradient: `jax.custom_vjp` of these two."""
+    function = jax.custom_vjp(lambda static, *arrays: forward(static, *arrays)[0], nondiff_argnums=(0,))
+    function.defvjp(forward, backward)
+    # One program: outside of any, custom_vjp asks for signatures in each call, which takes longer than a small kernel.
+    return jax.jit(function, static_argnums=0)
 
 
 def check(implementation, known=PACKAGES):

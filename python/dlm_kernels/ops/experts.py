@@ -1,8 +1,6 @@
 """A mixture of experts: of many narrow gated layers each token passes through a few."""
 
-import functools
 
-import jax
 import jax.numpy as jnp
 
 from dlm_kernels.ops import checks, dispatch, sharding
@@ -57,24 +55,19 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation="silu", impleme
     return _mix((activation, implementation), x, gate, up, down, expert, weight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(static, *arrays):
+def _forward(static, *arrays):
     activation, implementation = static
-    return dispatch.call(MIX, implementation, _operands(MIX, arrays), activation=activation)[0]
+    return dispatch.call(MIX, implementation, _operands(MIX, arrays), activation=activation)[0], arrays
 
 
-def _mix_fwd(static, *arrays):
-    return _mix(static, *arrays), arrays
-
-
-def _mix_bwd(static, arrays, dout):
+def _backward(static, arrays, dout):
     activation, _ = static
     gradients = dispatch.call(BACKWARD, "xla", _operands(BACKWARD, (*arrays, dout)), activation=activation)
     *of_arrays, of_weight = sharding.typed_as((*arrays[:4], arrays[5]), gradients)
     return *of_arrays, None, of_weight
 
 
-_mix.defvjp(_mix_fwd, _mix_bwd)
+_mix = dispatch.with_gradient(_forward, _backward)
 
 
 def _operands(leaf, arrays):
