@@ -68,8 +68,13 @@ class KeyIntervals:
 def bounds(mask, key_length):
     """`mask` as the kernels want it: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order, empty ones as stop == start."""
     ends = (mask.start, mask.stop, mask.start2, mask.stop2)
-    ends = (checks.ints("mask", end, "BT").clip(0, key_length) for end in ends if end is not None)
-    return jnp.stack(in_order(jnp, *jnp.broadcast_arrays(*ends)), axis=-1)
+    return _bounds(key_length, *(checks.ints("mask", end, "BT") for end in ends if end is not None))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _bounds(key_length, *ends):
+    ends = jnp.broadcast_arrays(*(end.clip(0, key_length) for end in ends))
+    return jnp.stack(in_order(jnp, *ends), axis=-1)
 
 
 def in_order(xp, start, stop, start2=None, stop2=None):

@@ -1,5 +1,8 @@
 """Non-causal fused attention: checks, masks, gradient."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from dlm_kernels import masks
@@ -64,7 +67,7 @@ def attention(query, key, value, *, mask=None, scale=None, logits_soft_cap=None,
         out, lse = jnp.zeros_like(query), jnp.full((b, n, t), -jnp.inf, jnp.float32)
     else:
         static = (scale, soft_cap, implementation)
-        out, lse = _attention(static, query, key, value, bounds, dense)
+        out, lse = dispatch.differentiable(_attention, static, query, key, value, bounds, dense)
     return (out, lse) if return_lse else out
 
 
@@ -92,14 +95,19 @@ def _canonical_mask(mask, b, n, t, s):
     return None, jnp.broadcast_to(dense, (*dense.shape[:3], s))
 
 
-def _forward(static, query, key, value, bounds, dense):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static, query, key, value, bounds, dense):
     scale, soft_cap, implementation = static
     operands = dict(query=query, key=key, value=value, bounds=bounds, dense=dense)
-    out, lse = dispatch.call(FORWARD, implementation, operands, scale=scale, logits_soft_cap=soft_cap)
+    return dispatch.call(FORWARD, implementation, operands, scale=scale, logits_soft_cap=soft_cap)
+
+
+def _attention_fwd(static, query, key, value, bounds, dense):
+    out, lse = _attention(static, query, key, value, bounds, dense)
     return (out, lse), (query, key, value, bounds, dense, out, lse)
 
 
-def _backward(static, residuals, cotangents):
+def _attention_bwd(static, residuals, cotangents):
     scale, soft_cap, implementation = static
     query, key, value, bounds, dense, out, lse = residuals
     dout, dlse = cotangents
@@ -115,4 +123,4 @@ def _backward(static, residuals, cotangents):
     return (*sharding.typed_as((query, key, value), gradients), None, None)
 
 
-_attention = dispatch.with_gradient(_forward, _backward)
+_attention.defvjp(_attention_fwd, _attention_bwd)

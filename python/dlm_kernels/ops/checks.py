@@ -23,6 +23,30 @@ def _as_array(name, value, expected):
         raise ValueError(f"{name}: expected {expected}, got {shown(value)}") from None
 
 
+def _on_host(name, value, expected):
+    """What Python or NumPy holds as NumPy's array, for JAX takes as long to make one of its own as a small kernel to run; others
+    as JAX's.
+    """
+    if not isinstance(value, (Real, np.ndarray, np.generic)):
+        return _as_array(name, value, expected)
+    held = np.asarray(value)
+    if held.dtype == object:
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
+    with np.errstate(over="ignore"):  # what float32 does not hold is infinite
+        return held.astype(np.float32) if held.dtype == np.float64 else held
+
+
+def broadcast(value, shape):
+    """Of NumPy's arrays NumPy's, unless a size is symbolic."""
+    on_host = not isinstance(value, jax.Array) and all(isinstance(n, int) for n in shape)
+    return (np if on_host else jnp).broadcast_to(value, shape)
+
+
+def arange(n):
+    """int32 [n], NumPy's unless n is symbolic."""
+    return np.arange(n, dtype=np.int32) if isinstance(n, int) else jnp.arange(n, dtype=jnp.int32)
+
+
 def _of_32_bits(value):
     """An array's integers as int32, what 32 bits do not hold as the nearest that they do: wrapped, it would be another token, or a
     small count in the place of all. Other values as they are.
@@ -35,7 +59,7 @@ def _of_32_bits(value):
     given, least, most = jnp.iinfo(value.dtype), -(2**31), 2**31 - 1
     if given.max > most:
         value = library.clip(value, max(least, given.min), most)
-    return value.astype(np.int32)
+    return value if value.dtype == np.int32 else value.astype(np.int32)
 
 
 def shown(value):
@@ -98,22 +122,22 @@ def per_row(name, value, batch, length=None, dtype=jnp.float32):
     if length is None:
         if value.shape not in ((), (batch,)):
             raise ValueError(f"{name}: expected a scalar or shape [{batch}] (batch), got {list(value.shape)}")
-        return jnp.broadcast_to(value, (batch,))
+        return broadcast(value, (batch,))
     if value.shape not in ((), (batch,), (batch, length)):
         raise ValueError(
             f"{name}: expected a scalar, shape [{batch}] (batch) or [{batch}, {length}] (batch, length), got {list(value.shape)}"
         )
     if value.ndim == 1:
         value = value[:, None]
-    return jnp.broadcast_to(value, (batch, length))
+    return broadcast(value, (batch, length))
 
 
 def numbers(name, value):
     """A number or an array of them, traced or not, as float32."""
-    value = _as_array(name, value, "a number or an array of numbers")
+    value = _on_host(name, value, "a number or an array of numbers")
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         raise ValueError(f"{name}: expected a number or an array of numbers, got dtype {value.dtype}")
-    return value.astype(jnp.float32)
+    return value if value.dtype == np.float32 else value.astype(np.float32)
 
 
 def not_negative(name, value):
@@ -127,7 +151,7 @@ def integers(name, value, expected="an integer or an array of integers"):
     # Without 64 bits JAX raises for such a number of Python's, with them it would take it.
     if isinstance(value, int) and not -(2**31) <= value < 2**31:
         raise ValueError(f"{name}: expected {expected}, got {value}")
-    value = _as_array(name, _of_32_bits(value), expected)
+    value = np.int32(value) if type(value) is int else _on_host(name, _of_32_bits(value), expected)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"{name}: expected {expected}, got dtype {value.dtype}")
     return _of_32_bits(value)

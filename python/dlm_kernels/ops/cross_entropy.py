@@ -1,5 +1,8 @@
 """The training loss of an LM head's logits, with no logits in memory."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from dlm_kernels.ops import checks, dispatch, sharding
@@ -50,18 +53,23 @@ def masked_cross_entropy(
     if hidden.size == 0:
         loss = jnp.zeros((b, length), jnp.float32)
     else:
-        loss = _loss(static, hidden, weight, targets, weights != 0)
+        loss = dispatch.differentiable(_loss, static, hidden, weight, targets, weights != 0)
     return jnp.sum(weights * loss) if reduction == "sum" else weights * loss
 
 
-def _forward(static, hidden, weight, targets, active):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(static, hidden, weight, targets, active):
+    return _loss_fwd(static, hidden, weight, targets, active)[0]
+
+
+def _loss_fwd(static, hidden, weight, targets, active):
     soft_cap, implementation = static
     operands = dict(hidden=hidden, weight=weight, targets=targets, active=active)
     loss, lse = dispatch.call(FORWARD, implementation, operands, logits_soft_cap=soft_cap)
     return loss, (operands, lse)
 
 
-def _backward(static, residuals, dloss):
+def _loss_bwd(static, residuals, dloss):
     soft_cap, implementation = static
     operands, lse = residuals
     operands = operands | dict(lse=lse, dloss=dloss)
@@ -69,4 +77,4 @@ def _backward(static, residuals, dloss):
     return *sharding.typed_as((operands["hidden"], operands["weight"]), (dhidden, dweight)), None, None
 
 
-_loss = dispatch.with_gradient(_forward, _backward)
+_loss.defvjp(_loss_fwd, _loss_bwd)

@@ -14,7 +14,7 @@ score_tokens(logits [B, L, V]), whose leaf has "rv" for logits:
     `_kernel`          calls, on a CPU, cpu_kernels/unmask.py: score_tokens(logits [R, V], ...)
 
 The order, `custom_vmap(custom_partitioning(platform_dependent(kernels)))`, matters: custom_partitioning has no batching rule of its
-own, and a gradient (`with_gradient`, in the operation's file) must be outside of both.
+own, and a gradient (`custom_vjp`, in the operation's file) must be outside of both.
 """
 
 import contextlib
@@ -204,11 +204,16 @@ def _run(leaf, implementation, operands, static):
     return _function(leaf, implementation, choice.implementations, present, axes, groups, static)(*arrays)
 
 
-def with_gradient(forward, backward):
-    """function(static, *arrays), which is forward(static, *arrays)[0], with a gradient: `jax.custom_vjp` of these two."""
-    function = jax.custom_vjp(lambda static, *arrays: forward(static, *arrays)[0], nondiff_argnums=(0,))
-    function.defvjp(forward, backward)
-    # One program: outside of any, custom_vjp asks for signatures in each call, which takes longer than a small kernel.
+def differentiable(function, static, *arrays):
+    """function(static, *arrays), a custom_vjp."""
+    # Outside of any trace custom_vjp asks for signatures in each call, which takes longer than a small kernel. Within one it stays
+    # as it is: a program would be traced once for itself and once for its gradient, and `explain` would count both.
+    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    return (function if traced else _program(function))(static, *arrays)
+
+
+@functools.cache
+def _program(function):
     return jax.jit(function, static_argnums=0)
 
 

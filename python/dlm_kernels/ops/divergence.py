@@ -1,6 +1,8 @@
 """The divergence of an LM head's distribution from another's, with no logits in memory: the loss of distillation."""
 
+import functools
 
+import jax
 import jax.numpy as jnp
 
 from dlm_kernels.ops import checks, dispatch, sharding
@@ -52,19 +54,25 @@ def masked_divergence(hidden, weight, target_hidden, target_weight, weights, *, 
     if hidden.size == 0:
         loss = jnp.zeros((b, length), jnp.float32)
     else:
-        loss = _loss(implementation, hidden, weight, target_hidden, target_weight, weights != 0)
+        arrays = hidden, weight, target_hidden, target_weight, weights != 0
+        loss = dispatch.differentiable(_loss, implementation, *arrays)
     return jnp.sum(weights * loss) if reduction == "sum" else weights * loss
 
 
-def _forward(implementation, *arrays):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(implementation, *arrays):
+    return _loss_fwd(implementation, *arrays)[0]
+
+
+def _loss_fwd(implementation, *arrays):
     operands = dict(zip(dict(_INPUTS), arrays, strict=True))
     loss, lse, target_lse = dispatch.call(FORWARD, implementation, operands)
     return loss, operands | dict(lse=lse, target_lse=target_lse)
 
 
-def _backward(implementation, operands, dloss):
+def _loss_bwd(implementation, operands, dloss):
     gradients = dispatch.call(BACKWARD, implementation, operands | dict(dloss=dloss))
     return *sharding.typed_as((operands["hidden"], operands["weight"]), gradients), None, None, None
 
 
-_loss = dispatch.with_gradient(_forward, _backward)
+_loss.defvjp(_loss_fwd, _loss_bwd)

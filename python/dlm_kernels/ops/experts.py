@@ -1,6 +1,8 @@
 """A mixture of experts: of many narrow gated layers each token passes through a few."""
 
+import functools
 
+import jax
 import jax.numpy as jnp
 
 from dlm_kernels.ops import checks, dispatch, sharding
@@ -52,22 +54,27 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation="silu", impleme
     checks.one_of("activation", activation, ("silu", "gelu"))
     if x.size == 0 or expert.size == 0:
         return jnp.zeros(x.shape, x.dtype)
-    return _mix((activation, implementation), x, gate, up, down, expert, weight)
+    return dispatch.differentiable(_mix, (activation, implementation), x, gate, up, down, expert, weight)
 
 
-def _forward(static, *arrays):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(static, *arrays):
     activation, implementation = static
-    return dispatch.call(MIX, implementation, _operands(MIX, arrays), activation=activation)[0], arrays
+    return dispatch.call(MIX, implementation, _operands(MIX, arrays), activation=activation)[0]
 
 
-def _backward(static, arrays, dout):
+def _mix_fwd(static, *arrays):
+    return _mix(static, *arrays), arrays
+
+
+def _mix_bwd(static, arrays, dout):
     activation, _ = static
     gradients = dispatch.call(BACKWARD, "xla", _operands(BACKWARD, (*arrays, dout)), activation=activation)
     *of_arrays, of_weight = sharding.typed_as((*arrays[:4], arrays[5]), gradients)
     return *of_arrays, None, of_weight
 
 
-_mix = dispatch.with_gradient(_forward, _backward)
+_mix.defvjp(_mix_fwd, _mix_bwd)
 
 
 def _operands(leaf, arrays):

@@ -1,6 +1,8 @@
 """Guidance mixing: the weighted sums of logits (or hidden states) that classifier-free guidance is made of."""
 
+import functools
 
+import jax
 import jax.numpy as jnp
 
 from dlm_kernels.ops import checks, dispatch, sharding
@@ -39,7 +41,7 @@ def mix_guidance(conditional, unconditional, scale, *, implementation=None):
     scale = checks.per_row("scale", scale, batch, length).reshape(conditional.shape[:-1])
     if conditional.size == 0:
         return conditional
-    return _mix(implementation, conditional, unconditional, scale)
+    return dispatch.differentiable(_mix, implementation, conditional, unconditional, scale)
 
 
 def combine_guidance(logits, weights, *, implementation=None):
@@ -67,15 +69,20 @@ def combine_guidance(logits, weights, *, implementation=None):
     weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(lead) - weights.ndim)), lead)
     if logits.size == 0:
         return jnp.zeros(logits.shape[1:], logits.dtype)
-    return _combine(implementation, logits, weights)
+    return dispatch.differentiable(_combine, implementation, logits, weights)
 
 
-def _mix_forward(implementation, conditional, unconditional, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(implementation, conditional, unconditional, scale):
     operands = dict(conditional=conditional, unconditional=unconditional, scale=scale)
-    return dispatch.call(MIX, implementation, operands)[0], (conditional, unconditional, scale)
+    return dispatch.call(MIX, implementation, operands)[0]
 
 
-def _mix_backward(implementation, residuals, cotangent):
+def _mix_fwd(implementation, conditional, unconditional, scale):
+    return _mix(implementation, conditional, unconditional, scale), (conditional, unconditional, scale)
+
+
+def _mix_bwd(implementation, residuals, cotangent):
     conditional, unconditional, scale = residuals
     weights = jnp.stack([scale, 1 - scale])
     cotangent, (c, u) = _changing(jnp.stack([conditional, unconditional]), weights, cotangent)
@@ -84,14 +91,19 @@ def _mix_backward(implementation, residuals, cotangent):
     return sharding.typed_as(residuals, (*streams, (cotangent * (c - u)).sum(-1)))
 
 
-_mix = dispatch.with_gradient(_mix_forward, _mix_backward)
+_mix.defvjp(_mix_fwd, _mix_bwd)
 
 
-def _combine_forward(implementation, logits, weights):
-    return dispatch.call(COMBINE, implementation, dict(logits=logits, weights=weights))[0], (logits, weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(implementation, logits, weights):
+    return dispatch.call(COMBINE, implementation, dict(logits=logits, weights=weights))[0]
 
 
-def _combine_backward(implementation, residuals, cotangent):
+def _combine_fwd(implementation, logits, weights):
+    return _combine(implementation, logits, weights), (logits, weights)
+
+
+def _combine_bwd(implementation, residuals, cotangent):
     logits, weights = residuals
     cotangent, finite = _changing(logits, weights, cotangent)
     gradients = (cotangent * weights[..., None]).astype(logits.dtype), (cotangent * finite).sum(-1)
@@ -106,4 +118,4 @@ def _changing(logits, weights, cotangent):
     return cotangent, jnp.where(jnp.isneginf(logits), 0, logits.astype(jnp.float32))
 
 
-_combine = dispatch.with_gradient(_combine_forward, _combine_backward)
+_combine.defvjp(_combine_fwd, _combine_bwd)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_kernels.ops import checks, dispatch
 
@@ -146,6 +147,9 @@ def score_tokens(
     return token_scores(dispatch.call(SCORE, implementation, operands, **static), confidence, key, active)
 
 
+_OF_SCORES = inspect.signature(score_tokens).parameters.keys()
+
+
 def _score_operands(logits, *, unconditional=None, guidance_scale=None, confidence="probability", tempered_confidence=False,
                     logits_soft_cap=None, **sampling):  # fmt: skip
     """SCORE's operands and static arguments, of those of `score_tokens`, which it checks."""
@@ -188,7 +192,8 @@ def sampling_operands(b, length, v, confidence, *, temperature=0.0, key=None, no
     checks.not_negative("temperature", temperature)
     if isinstance(temperature, numbers.Real) and temperature == 0:
         return operands
-    operands["temperature"] = bounded(jnp, checks.per_row("temperature", temperature, b, length))
+    temperature = checks.per_row("temperature", temperature, b, length)
+    operands["temperature"] = bounded(jnp if isinstance(temperature, jax.Array) else np, temperature)
     if noise is not None:
         operands["noise"] = noise.astype(jnp.float32)
     elif of_key is not None:
@@ -200,7 +205,7 @@ def sampling_operands(b, length, v, confidence, *, temperature=0.0, key=None, no
 
 def bounded(xp, temperature):
     """A temperature that logits can be divided by: -inf / inf would be NaN, and by one near 0 what is finite would not stay so.
-    xp: jax.numpy, or torch.
+    xp: jax.numpy, numpy or torch.
     """
     return xp.where(temperature > 0, xp.clip(temperature, 1e-30, 1e30), temperature)
 
@@ -209,9 +214,9 @@ def counters(key, b, length):
     """Each position's key, and the row of that key's draw which is its own: uint32 [B, L, 2] and int32 [B, L]."""
     data = _key_data(key)
     if data.shape == (2,):
-        return jnp.broadcast_to(data, (b, length, 2)), jnp.arange(b * length, dtype=jnp.int32).reshape(b, length)
+        return jnp.broadcast_to(data, (b, length, 2)), checks.arange(b * length).reshape(b, length)
     checks.shaped("key", data, (b, 2), "key data of a single key, or of one per batch row")
-    return jnp.broadcast_to(data[:, None], (b, length, 2)), jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+    return jnp.broadcast_to(data[:, None], (b, length, 2)), checks.broadcast(checks.arange(length), (b, length))
 
 
 def _key_data(key):
@@ -339,12 +344,12 @@ def _nothing_unmasked(tokens):
 
 def _candidates(candidates, b, length):
     if candidates is None:
-        return jnp.ones((b, length), bool)
+        return checks.broadcast(np.array(True), (b, length))
     if isinstance(candidates, tuple):
         if len(candidates) != 2:
             raise ValueError(f"candidates: expected bool [B, L] or (start, stop), got a tuple of {len(candidates)}")
         start, stop = (checks.per_row("candidates", end, b, dtype=jnp.int32)[:, None] for end in candidates)
-        position = jnp.arange(length)
+        position = checks.arange(length)
         return (start <= position) & (position < stop)
     return checks.shaped("candidates", checks.bools("candidates", candidates, "BL"), (b, length), "batch, length")
 
@@ -379,7 +384,7 @@ def unmask_step(
     checks.shaped("tokens", tokens, logits.shape[:2], "batch and length of logits")
     if "active" in scoring:
         raise ValueError("active: unmask_step derives it from tokens and candidates; narrow `candidates` instead")
-    if unknown := scoring.keys() - inspect.signature(score_tokens).parameters.keys():
+    if unknown := scoring.keys() - _OF_SCORES:
         raise TypeError(f"unmask_step() got an unexpected keyword argument {min(unknown)!r}")
     rules = dict(num_unmask=num_unmask, threshold=threshold, factor=factor, entropy_budget=entropy_budget)
     operands = _topk_operands(tokens, mask_id, candidates, rules, edit_threshold)
