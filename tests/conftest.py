@@ -1,4 +1,4 @@
-"""Runs JAX on the CPU with four devices, so that sharding is tested where there is one machine."""
+"""Runs JAX on the CPU with four devices, so that sharding is tested where there is one machine, and Triton in its interpreter."""
 
 import gc
 import os
@@ -9,6 +9,9 @@ import pytest
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 4)
+
+# Triton reads it when a kernel is decorated, at import, of whichever test comes first. `make test-gpu` sets 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # To trace a program makes many objects and leaves few cycles: every 700 objects, Python would look for them a tenth of the time.
 gc.set_threshold(200_000, 20, 100)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import os
 from types import SimpleNamespace
 
 import jax
@@ -15,9 +14,6 @@ import pytest
 import dlm_kernels
 from bench import attention, harness, machine
 from bench.harness import OURS, Contender
-
-# Triton reads this when a kernel is decorated, at import.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def test_the_header_of_tile_sizes_is_as_tune_writes_it():

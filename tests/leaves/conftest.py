@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas
 
-# Triton reads this when a kernel is decorated, at import: here its kernels run in its interpreter. `make test-gpu` sets 0.
-INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "1") == "1"
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 
 PACKAGES = {"cpu": "cpu_kernels", "xla": "xla", "triton": "triton_kernels", "pallas": "pallas_kernels"}
 

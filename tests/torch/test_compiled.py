@@ -13,7 +13,7 @@ import pytest
 
 from dlm_kernels import masks
 
-DEVICE = "cpu" if os.environ.setdefault("TRITON_INTERPRET", "1") == "1" else "cuda"
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 adapter = importlib.import_module("dlm_kernels.torch")
 compiled = importlib.import_module("dlm_kernels.torch.compiled")

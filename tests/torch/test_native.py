@@ -18,7 +18,7 @@ import pytest
 import dlm_kernels
 from dlm_kernels import masks
 
-DEVICE = "cpu" if os.environ.setdefault("TRITON_INTERPRET", "1") == "1" else "cuda"
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
 B, L, V, D = 2, 5, 40, 16
@@ -291,6 +291,12 @@ def test_numbers_are_not_of_torchs_default_dtype(native):
         torch.set_default_dtype(torch.float32)
     assert made.unmasked.tolist() == [[True, False]]
     same([mixed], [dlm_kernels.combine_guidance(jnp.asarray(streams.cpu()), jnp.array([1.7, -0.7]), implementation="xla")])
+
+
+def test_a_temperature_of_zero_says_so_in_a_tensor_too(native):
+    hidden, weight = torch.ones(1, 2, D, device=DEVICE), torch.ones(V, D, device=DEVICE)
+    with pytest.raises(ValueError, match="temperature: expected a number above 0, got 0.0"):
+        native.soft_embedding(hidden, weight, temperature=torch.tensor(0.0, device=DEVICE))
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])

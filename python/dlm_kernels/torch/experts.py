@@ -21,6 +21,7 @@ class Experts(torch.autograd.Function):
         """One expert's rows after the other's. The host waits once, to know how many each has; frozen arrays cost nothing."""
         refuse_second_gradients()
         x, gate, up, down, expert, weight = context.saved_tensors
+        weights = weight.flatten()
         *needed, _, of_weight, _ = context.needs_input_grad
         # A row with an unknown expert has no part at all: zeros times a NaN in it would be NaN. Such rows are sorted last.
         known = ((expert >= 0) & (expert < len(gate))).all(-1, keepdim=True)
@@ -30,14 +31,14 @@ class Experts(torch.autograd.Function):
         dx = torch.zeros((len(sorted_by), x.shape[1]), device=x.device) if needed[0] else None
         dgate, dup, ddown, dweight = (
             torch.zeros_like(array) if wanted else None
-            for array, wanted in zip((gate, up, down, weight.flatten()), (*needed[1:], of_weight))
+            for array, wanted in zip((gate, up, down, weights), (*needed[1:], of_weight))
         )
         gradients = dx, dgate, dup, ddown, dweight
         for e, pair in enumerate(sorted_by.argsort(stable=True).split(counts)[:-1]):
             if len(pair) == 0:
                 continue
             row = pair // expert.shape[1]
-            own = [x[row], gate[e], up[e], down[e], weight.flatten()[pair]]
+            own = [x[row], gate[e], up[e], down[e], weights[pair]]
             own = [array.detach().requires_grad_(gradient is not None) for array, gradient in zip(own, gradients)]
             with torch.enable_grad():
                 out = _one_expert(*own, context.activation)

@@ -156,6 +156,8 @@ def soft_embedding(hidden, weight, *, embedding=None, temperature=1.0, logits_so
     # The attention kernel takes a number, which has no gradient.
     cap, learnt = arguments.number(logits_soft_cap), getattr(temperature, "requires_grad", False)
     temperature = temperature.float().to(hidden.device) if learnt else float(temperature)
+    if not learnt and not temperature > 0:  # of a tensor, whose number the check by shapes has not seen
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     rows = hidden.reshape(-1, d)
     if not learnt and rows.shape[0] and soft.attention_cannot(hidden, e, temperature, cap) is None:
         query, key, value = (x[None, :, None].contiguous() for x in (rows, weight, embedding))
