@@ -36,10 +36,15 @@ def _on_host(name, value, expected):
         return held.astype(np.float32) if held.dtype == np.float64 else held
 
 
+def library(array):
+    """What computes where the array is: jax.numpy, or of NumPy's arrays numpy."""
+    return jnp if isinstance(array, jax.Array) else np
+
+
 def broadcast(value, shape):
     """Of NumPy's arrays NumPy's, unless a size is symbolic."""
-    on_host = not isinstance(value, jax.Array) and all(isinstance(n, int) for n in shape)
-    return (np if on_host else jnp).broadcast_to(value, shape)
+    known = all(isinstance(n, int) for n in shape)
+    return (library(value) if known else jnp).broadcast_to(value, shape)
 
 
 def arange(n):
@@ -55,10 +60,9 @@ def _of_32_bits(value):
         value = value.numpy(force=True)
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or not jnp.issubdtype(value.dtype, jnp.integer):
         return value
-    library = jnp if isinstance(value, jax.Array) else np
     given, least, most = jnp.iinfo(value.dtype), -(2**31), 2**31 - 1
     if given.max > most:
-        value = library.clip(value, max(least, given.min), most)
+        value = library(value).clip(value, max(least, given.min), most)
     return value if value.dtype == np.int32 else value.astype(np.int32)
 
 

@@ -3,6 +3,7 @@
 import numbers
 
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_kernels.ops import checks, dispatch
 
@@ -51,9 +52,10 @@ def truncate_logits(logits, *, top_p=None, top_k=None, temperature=1.0, implemen
     if isinstance(top_k, numbers.Real) and top_k < 1:
         raise ValueError(f"top_k: expected None or an integer of at least 1, got {top_k}")
     checks.not_negative("temperature", temperature)
+    temperature = checks.per_row("temperature", temperature, b, length)
     operands = dict(
         logits=logits,
-        inverse_temperature=inverse(jnp, checks.per_row("temperature", temperature, b, length)),
+        inverse_temperature=inverse(checks.library(temperature), temperature),
         top_p=None if top_p is None else checks.per_row("top_p", top_p, b, length),
         top_k=None if top_k is None else checks.per_row("top_k", top_k, b, length, jnp.int32),
     )
@@ -64,7 +66,8 @@ def truncate_logits(logits, *, top_p=None, top_k=None, temperature=1.0, implemen
 
 def inverse(xp, temperature):
     """What the logits are multiplied by: 1 where the temperature is not above 0, and a normal number even for the least and for
-    infinity, for 0 times infinity would be NaN. xp: jax.numpy, or torch.
+    infinity, for 0 times infinity would be NaN. xp: jax.numpy, numpy or torch.
     """
     bounds = xp.finfo(xp.float32)
-    return xp.clip(1 / xp.where(temperature > 0, temperature, 1), bounds.tiny, bounds.max)
+    with np.errstate(over="ignore"):
+        return xp.clip(1 / xp.where(temperature > 0, temperature, 1), bounds.tiny, bounds.max)

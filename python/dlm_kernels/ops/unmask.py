@@ -193,7 +193,7 @@ def sampling_operands(b, length, v, confidence, *, temperature=0.0, key=None, no
     if isinstance(temperature, numbers.Real) and temperature == 0:
         return operands
     temperature = checks.per_row("temperature", temperature, b, length)
-    operands["temperature"] = bounded(jnp if isinstance(temperature, jax.Array) else np, temperature)
+    operands["temperature"] = bounded(checks.library(temperature), temperature)
     if noise is not None:
         operands["noise"] = noise.astype(jnp.float32)
     elif of_key is not None:
