@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "pack.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace dlm::DLM_ISA {
 namespace {
@@ -15,6 +16,11 @@ constexpr int64_t kGroup = 96;     // pairs of one expert that share a read of i
 constexpr int64_t kColumns = 512;  // of a weight in one tile
 // Rows of a weight that are read at a time: lines a page apart share a set of the first-level cache, and 8 fit into it.
 constexpr int64_t kDepth = 8;
+// Pairs that are worth laying a panel of a weight out, as many of its rows at a time as the LM head does: fewer multiply it where it
+// lies, which reads and writes their sums every kDepth rows.
+template <typename T>
+constexpr int64_t kMany = sizeof(T) == 4 ? 24 : 16;
+constexpr int64_t kLaidOut = tiles::kHeadDepth;
 static_assert(kGroup % kRowTile == 0 && kColumns % kPanel == 0);
 
 // Pairs [first, first + count) of the sorted ones, all of one expert.
@@ -51,22 +57,36 @@ inline F activated(MixtureArgs::Activation activation, F x) {
   return 0.5f * x * (1.0f + tanh(0.797884561f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
 }
 
-// C [count, n] = A [count, depth] B [depth, n], where B are columns of a weight with `b_row` values a row. In C, of which a panel
-// is a whole one, a panel's columns are in the order of load_half.
+// rows x kPanel floats: n columns of a weight, or the whole panel that they begin, in the order of load_half; zeros behind n.
 template <typename T>
-void multiply_in_place(const float* a, int64_t a_row, int64_t count, const T* b, int64_t b_row, int64_t depth, int64_t n, float* c,
-                       int64_t c_row) {
-  for (int64_t p = 0; p < depth; p += kDepth, b += kDepth * b_row) {
-    const int64_t rows = std::min(kDepth, depth - p);
+inline void lay_out(const T* b, int64_t b_row, int64_t rows, int64_t n, float* panel) {
+  for (int64_t i = 0; i < rows; ++i, b += b_row, panel += kPanel) {
+    __builtin_prefetch(b + kAhead * b_row);
+    T last[kPanel] = {};
+    if (n < kPanel) std::copy_n(b, n, last);
+    const T* from = n < kPanel ? last : b;
+    store(panel, load_half<0>(from));
+    store(panel + kLanes, load_half<1>(from));
+  }
+}
+
+// C [count, n] = A [count, depth] B [depth, n], where B are columns of a weight with `b_row` values a row. In C, of which a panel
+// is a whole one, a panel's columns are in the order of load_half. A sum has one order, however many rows there are.
+// room: [kLaidOut][kPanel].
+template <typename T>
+void multiply_weight(const float* a, int64_t a_row, int64_t count, const T* b, int64_t b_row, int64_t depth, int64_t n, float* c,
+                     int64_t c_row, float* room) {
+  const int64_t step = count < kMany<T> ? kDepth : kLaidOut;
+  for (int64_t p = 0; p < depth; p += step, b += step * b_row) {
+    const int64_t rows = std::min(step, depth - p);
     for (int64_t j = 0; j < n; j += kPanel) {
-      // Those that are next, which may lie pages apart, where no hardware prefetcher follows.
-      for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(b + (kDepth + i) * b_row + j);
-      if (n - j >= kPanel) {
+      if (count < kMany<T> && n - j >= kPanel) {
+        // Those that are next, which may lie pages apart, where no hardware prefetcher follows.
+        for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(b + (kDepth + i) * b_row + j);
         multiply_panel<2>(a + p, a_row, 1, count, b + j, b_row, rows, c + j, c_row, p > 0);
       } else {
-        T last[kDepth * kPanel] = {};
-        for (int64_t i = 0; i < rows; ++i) std::copy_n(b + i * b_row + j, n - j, last + i * kPanel);
-        multiply_panel<2>(a + p, a_row, 1, count, last, kPanel, rows, c + j, c_row, p > 0);
+        lay_out(b + j, b_row, rows, n - j, room);
+        multiply_panel<2>(a + p, a_row, 1, count, room, kPanel, rows, c + j, c_row, p > 0);
       }
     }
   }
@@ -107,16 +127,17 @@ class Mixture {
   void hide(const Pairs& pairs, int64_t first_row, const Group& group, int64_t column) {
     const int64_t n = std::min(kColumns, args_.f - column), depth = args_.d, offset = group.expert * depth * args_.f + column;
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * group.count * (a_row(depth) + 2 * kColumns) + 3 * 64);
+    scratch.reset(4 * (group.count * (a_row(depth) + 2 * kColumns) + kLaidOut * kPanel) + 4 * 64);
     float* a = scratch.take<float>(group.count * a_row(depth));
     float *gate = scratch.take<float>(group.count * kColumns), *up = scratch.take<float>(group.count * kColumns);
+    float* room = scratch.take<float>(kLaidOut * kPanel);
     for (int64_t i = 0; i < group.count; ++i) {
       const int64_t row = first_row + pairs.sorted[group.first + i] / args_.k;
       copy_rows(static_cast<const T*>(args_.x) + row * depth, 0, 1, depth, nullptr, a + i * a_row(depth), 0);
     }
     const T *of_gate = static_cast<const T*>(args_.gate) + offset, *of_up = static_cast<const T*>(args_.up) + offset;
-    multiply_in_place(a, a_row(depth), group.count, of_gate, args_.f, depth, n, gate, kColumns);
-    multiply_in_place(a, a_row(depth), group.count, of_up, args_.f, depth, n, up, kColumns);
+    multiply_weight(a, a_row(depth), group.count, of_gate, args_.f, depth, n, gate, kColumns, room);
+    multiply_weight(a, a_row(depth), group.count, of_up, args_.f, depth, n, up, kColumns, room);
     for (int64_t i = 0; i < group.count; ++i)
       for (int64_t j = 0; j < n; j += kPanel) {
         const float *g = gate + i * kColumns + j, *u = up + i * kColumns + j;
@@ -131,10 +152,11 @@ class Mixture {
     const int64_t n = std::min(kColumns, args_.d - column), depth = args_.f;
     const T* down = static_cast<const T*>(args_.down) + group.expert * depth * args_.d + column;
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * group.count * a_row(depth) + 64);
-    float* a = scratch.take<float>(group.count * a_row(depth));
+    scratch.reset(4 * (group.count * a_row(depth) + kLaidOut * kPanel) + 2 * 64);
+    float *a = scratch.take<float>(group.count * a_row(depth)), *room = scratch.take<float>(kLaidOut * kPanel);
     copy_rows(hidden_ + group.first * depth, depth, group.count, depth, nullptr, a, a_row(depth));
-    multiply_in_place(a, a_row(depth), group.count, down, args_.d, depth, n, y_ + group.first * y_row_ + column, y_row_);
+    float* y = y_ + group.first * y_row_ + column;
+    multiply_weight(a, a_row(depth), group.count, down, args_.d, depth, n, y, y_row_, room);
   }
 
   // The output of row `first_row` + i. Its pairs are added in their order, whatever else there is.

@@ -3,13 +3,12 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import AddedToken, pre_tokenizers
 
 from dlm_kernels import cli
-from dlm_kernels.denoiser import chat, checkpoint, data, generate, half, model, sampler
+from dlm_kernels.denoiser import chat, checkpoint, data, generate, model, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 LLADA = ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -131,33 +130,6 @@ def test_a_rule_alone_is_rehearsed_in_one_pass(answering, monkeypatch):
     compiled = sampler._decode._cache_size()
     generate.generate(answering, ["def"] * 2, length=8, block=8, threshold=np.array([0.999, 0.999]))
     assert passes == [1, 8] * 4 and sampler._decode._cache_size() == compiled + 1
-
-
-def test_bfloat16_stays_so():
-    """A loop in which XLA widened all weights would hold them twice over; it has a copy of the embeddings, as they are."""
-    config = DenoiserConfig(layers=2, d_model=256, heads=4, kv_heads=4, head_size=64, ffn=1024, vocab=8192)
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.init(config, jax.random.key(0)))
-    tokens = jnp.full((1, 16), config.mask_id, jnp.int32)
-    compiled = jax.jit(lambda params: sampler.decode(config, params, tokens, block=16, steps=4)).lower(params).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * params["embed"].nbytes
-
-
-def test_the_gradient_of_embeddings_of_16_bits():
-    table = jax.random.normal(jax.random.key(0), (7, 5)).astype(jnp.bfloat16)
-    tokens, slope = jnp.array([[1, 3, 1], [0, 6, 1]]), jax.random.normal(jax.random.key(1), (2, 3, 5))
-    found, back = jax.vjp(lambda table: half.look_up(table, tokens).astype(jnp.float32), table)
-    expected, wide = jax.vjp(lambda table: table[tokens], table.astype(jnp.float32))
-    np.testing.assert_array_equal(found, expected)
-    # Sums of bfloat16 slopes, rounded once more.
-    (gradient,) = back(slope)
-    np.testing.assert_allclose(gradient.astype(jnp.float32), wide(slope)[0], rtol=2**-7, atol=2**-8)
-    # Of a table that devices share, within a shard_map that checks it, the same; and forward.
-    rows = jax.P("data")
-    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:2])
-    part = jax.shard_map(lambda *given: half.look_up(*given), mesh=mesh, in_specs=(jax.P(), rows), out_specs=rows)
-    (shared,) = jax.vjp(lambda table: part(table, tokens).astype(jnp.float32), table)[1](slope)
-    np.testing.assert_allclose(shared.astype(jnp.float32), gradient.astype(jnp.float32), rtol=2**-7, atol=2**-8)
-    np.testing.assert_array_equal(jax.jvp(lambda table: half.look_up(table, tokens), (table,), (table,))[1], expected)
 
 
 def test_the_command_answers(answering, tmp_path, capsys):

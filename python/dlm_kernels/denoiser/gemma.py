@@ -134,7 +134,8 @@ def canvas_states(config, params, tokens, soft, cache, at, *, start, end, implem
     begin, end, first = (jnp.broadcast_to(x[:, None], column.shape) for x in (start, end, at))
     seen = masks.KeyIntervals(begin, end)
     near = masks.KeyIntervals(jnp.maximum(begin, first - (config.window - 1)), end)
-    embedded = self_conditioned(config, params, _embedded(config, params, tokens), soft * _root(config, soft.dtype))
+    embedded, soft = _embedded(config, params, tokens), soft * _root(config, soft.dtype)
+    embedded = self_conditioned(config, params, embedded, soft, implementation)
     embedded = rms_norm(embedded, None, config.rms_norm_eps)
     return _states(config, params, embedded, cache, at, column - begin, seen, near, implementation)
 
@@ -164,7 +165,7 @@ def _states(config, params, x, cache, at, positions, seen, near, implementation)
         mixed = attention(query, *written[i], mask=mask, scale=1.0, implementation=implementation)
         out = half.product(mixed.reshape(b * length, -1), p["out"])
         x = x + rms_norm(out, p["attention_out_norm"], c.rms_norm_eps)
-        dense = rms_norm(geglu(p, x, c.rms_norm_eps), p["ffn_out_norm"], c.rms_norm_eps)
+        dense = rms_norm(geglu(p, x, c.rms_norm_eps, implementation), p["ffn_out_norm"], c.rms_norm_eps)
         routed = rms_norm(_mixture(c, p, x, implementation), p["experts_out_norm"], c.rms_norm_eps)
         x = (x + rms_norm(dense + routed, p["out_norm"], c.rms_norm_eps)) * p["scalar"]
     return rms_norm(x.reshape(b, length, -1), params["final_norm"], c.rms_norm_eps), written

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dlm_kernels import attention, masks, mix_experts
 from dlm_kernels.denoiser import experts
-from dlm_kernels.denoiser.half import look_up, product
+from dlm_kernels.denoiser.half import gated, look_up, product
 
 
 def check_masks(config):
@@ -92,13 +92,13 @@ def hidden_states(config, params, tokens, *, embedded=None, positions=None, mask
     return _states(config, params, tokens, positions, attend, embedded, implementation=implementation)
 
 
-def self_conditioned(config, params, embedded, soft):
+def self_conditioned(config, params, embedded, soft, implementation=None):
     """What the layers read where a pass came before: embedded + ffn(soft), [B, L, d_model]; zeros add nothing.
 
     soft [B, L, d_model]: the `soft_embedding` of that pass. As DiffusionGemma's, but without the norm after the sum.
     """
     p = {name: params[f"soft.{name}"] for name in ("ffn_norm", "gate", "up", "down")}
-    return embedded + geglu(p, soft, config.rms_norm_eps)
+    return embedded + geglu(p, soft, config.rms_norm_eps, implementation)
 
 
 def geglu_shapes(config):
@@ -106,10 +106,10 @@ def geglu_shapes(config):
     return {"ffn_norm": (config.d_model,)} | _swiglu_shapes(config)
 
 
-def geglu(p, x, eps):
+def geglu(p, x, eps, implementation=None):
     """A gated layer of p's ffn_norm, gate, up and down, with GELU by tanh."""
-    h = rms_norm(x, p["ffn_norm"], eps)
-    return product(jax.nn.gelu(product(h, p["gate"])) * product(h, p["up"]), p["down"])
+    matrices = (p[name] for name in ("gate", "up", "down"))
+    return gated(rms_norm(x, p["ffn_norm"], eps), *matrices, activation="gelu", implementation=implementation)
 
 
 def within(start, stop, length):
@@ -222,16 +222,16 @@ def _states(config, params, tokens, positions, attend, embedded=None, *, impleme
         mixed = attend(i, *_query_key_value(config, p, h, (b, length), rotation))
         x = x + product(mixed.reshape(b * length, -1), p["out"])
         h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
-        x = x + (_mixture(config.experts, p, h, block, implementation) if "router" in p else _swiglu(p, h))
+        ffn = _mixture(config.experts, p, h, block, implementation) if "router" in p else _swiglu(p, h, implementation)
+        x = x + ffn
     x = x.reshape(b, length, -1)
     if config.shifted:
         x = jnp.where(positions[..., None] == 0, x, jnp.concatenate([x[:, :1], x[:, :-1]], axis=1))
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 
-def _swiglu(p, h, prefix=""):
-    gate, up, down = (p[prefix + name] for name in ("gate", "up", "down"))
-    return product(jax.nn.silu(product(h, gate)) * product(h, up), down)
+def _swiglu(p, h, implementation, prefix=""):
+    return gated(h, *(p[prefix + name] for name in ("gate", "up", "down")), implementation=implementation)
 
 
 def _mixture(shape, p, h, block, implementation):
@@ -239,7 +239,7 @@ def _mixture(shape, p, h, block, implementation):
     expert, weight = experts.choose(shape, logits, p.get("router_bias"), block)
     matrices = (p[f"expert_{name}"] for name in ("gate", "up", "down"))
     mixed = mix_experts(h, *matrices, expert, weight, implementation=implementation)
-    return mixed + _swiglu(p, h, "shared_") if shape.shared_ffn else mixed
+    return mixed + _swiglu(p, h, implementation, "shared_") if shape.shared_ffn else mixed
 
 
 def _query_key_value(config, p, h, shape, rotation):
