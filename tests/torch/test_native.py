@@ -360,6 +360,35 @@ with torch.device({DEVICE!r}):
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_PLATFORMS": "nowhere", **known})
 
 
+def test_a_number_is_not_copied_to_a_gpu(native, monkeypatch):
+    """There torch would wait for all that came before; a device of no memory stands for the GPU."""
+    made, copy = [], torch.as_tensor
+    monkeypatch.setattr(torch, "as_tensor", lambda x, **options: made.append(options.get("device")) or copy(x, **options))
+    assert native.arguments.rows(0.5, (2, 3), "meta").shape == (6,)
+    assert native.arguments.rows(np.int64(3), (2,), "meta", torch.int32).dtype == torch.int32
+    tokens = torch.zeros(2, 5, dtype=torch.int32, device="meta")
+    native.arguments.allowed((0, 4), tokens), native.arguments.masked(tokens, 3)
+    assert made == ["cpu"] * 5
+    rows = [native.arguments.rows(x, (2, 1), DEVICE) for x in (0.9, 1e40, np.float64(-np.inf))]
+    assert torch.stack(rows).tolist() == [[np.float32(0.9)] * 2, [np.inf] * 2, [-np.inf] * 2]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs an NVIDIA GPU")
+def test_a_step_is_captured_by_a_cuda_graph(native):
+    """With the rules as numbers."""
+    logits, tokens = torch.tensor(draw(0, B, L, V)), torch.full((B, L), 39)
+    step = functools.partial(native.unmask_step, logits, tokens, mask_id=39, num_unmask=2, threshold=0.9, candidates=(0, 4))
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    logits.copy_(torch.tensor(draw(1, B, L, V)))
+    graph.replay()
+    for mine, other in zip(made, step()):
+        assert torch.equal(mine, other)
+
+
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_one_row_of_starts_for_all_stops(native, pairs):
     query, key = draw(0, B, L, 2, 16), draw(1, B, 9, 2, 16)

@@ -1,6 +1,8 @@
 """From torch's arguments to the kernels': checked by the JAX operation, and as the tensors that kernels read."""
 
 import functools
+import math
+import numbers
 
 import jax
 import numpy as np
@@ -68,10 +70,15 @@ def allowed(candidates, tokens):
 
 def rows(value, shape, device, dtype=torch.float32):
     """A scalar, [B] or [B, L] as one value per row, [B] or [B * L]."""
+    # A number is not copied to a GPU: torch would wait there for all that came before, and capture no CUDA graph.
+    is_number = isinstance(value, numbers.Number)
+    where = "cpu" if is_number else device
     if dtype == torch.int32:
-        value = ints(torch.as_tensor(value, device=device))
+        value = ints(torch.as_tensor(value, device=where))
     else:  # at once, or torch would round a number of Python to its default dtype first
-        value = torch.as_tensor(value, dtype=dtype, device=device)
+        value = torch.as_tensor(value, dtype=dtype, device=where)
+    if is_number:
+        return torch.full((math.prod(shape),), value.item(), dtype=dtype, device=device)
     value = value.reshape(value.shape + (1,) * (len(shape) - value.ndim if value.ndim else 0))
     return value.expand(tuple(shape)).reshape(-1).contiguous()
 
@@ -81,7 +88,8 @@ def ints(tensor):
 
 
 def masked(tokens, mask_id):
-    return tokens == ints(torch.as_tensor(mask_id))
+    where = "cpu" if isinstance(mask_id, numbers.Number) else tokens.device  # as in `rows`
+    return tokens == ints(torch.as_tensor(mask_id, device=where))
 
 
 def number(value):
