@@ -103,7 +103,9 @@ def _topk_kernel(
         above = is_eligible & (sure > tl.load(threshold + b))
         n = tl.maximum(n, tl.maximum(1, tl.sum(above.to(tl.int32), 0)))
     if HAS_FACTOR:
-        failed = is_eligible & (rank > 0) & ~(sure >= 1.0 - tl.load(factor + b) / (rank + 2).to(tl.float32))
+        # Rounded as on other platforms: a confidence may be the bound itself.
+        bound = 1.0 - tl.div_rn(tl.load(factor + b), (rank + 2).to(tl.float32))
+        failed = is_eligible & (rank > 0) & ~(sure >= bound)
         n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
     if HAS_ENTROPY_BUDGET:
         within = spent <= tl.load(entropy_budget + b)
