@@ -169,6 +169,7 @@ def _of_their_dtype(operation):
     """`operation`, whose tokens come back in the dtype of those given: torch's token ids are int64, the kernels' int32."""
     names = list(inspect.signature(operation).parameters)
 
+    @torch.compiler.disable  # out of a graph of torch 2.11 a named tuple that was made there comes empty
     @functools.wraps(operation)
     def call(*args, **kwargs):
         result = operation(*args, **kwargs)
@@ -188,6 +189,7 @@ def _of_their_dtype(operation):
 def _of_its_own(operation):
     """`operation`, whose result is never the memory that was given, as that of an array which nobody writes may be."""
 
+    @torch.compiler.disable
     @functools.wraps(operation)
     def call(logits, *, top_p=None, top_k=None, **options):
         out = operation(logits, top_p=top_p, top_k=top_k, **options)
@@ -199,6 +201,7 @@ def _of_its_own(operation):
 def _of_int64(operation):
     """`operation`, whose scores have tokens of int64, as what indexes and fills torch's canvases is."""
 
+    @torch.compiler.disable
     @functools.wraps(operation)
     def call(*args, **kwargs):
         scores = operation(*args, **kwargs)
