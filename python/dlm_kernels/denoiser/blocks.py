@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_kernels.denoiser import model
 
@@ -32,6 +33,13 @@ def row_columns(config, tokens, start, first, stop, **more):
         first = jnp.asarray(first) - (jnp.asarray(first) - jnp.asarray(start)) % config.block_size
     given = dict(start=start, first=first, stop=tokens.shape[1] if stop is None else stop, **more)
     return {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), tokens.shape[:1]) for name, x in given.items()}
+
+
+def whole_apart(config, begin, end):
+    """Whether known columns lie whole blocks of the model's apart, as all do without any. JAX's own arrays, not read here, pass."""
+    if config.block_size is None or any(isinstance(column, jax.Array) for column in (begin, end)):
+        return True
+    return not ((np.asarray(end) - np.asarray(begin)) % config.block_size).any()
 
 
 def holes(config, tokens, columns):

@@ -212,8 +212,7 @@ def generate(
     if guided:
         options |= _guidance(config, board, guidance, adaptive, away)
         # A cache holds whole blocks, from both streams' starts on: without one the text is the same.
-        apart = options.get("unconditional_start", board.start) - board.start
-        if config.block_size is not None and (apart % config.block_size).any():
+        if not blocks.whole_apart(config, board.start, options.get("unconditional_start", board.start)):
             options.pop("cache", None)
     elif adaptive is not None or negative_prompt is not None:
         raise ValueError("adaptive, negative_prompt: expected a guidance other than 1 with them, got 1")

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dlm_kernels.denoiser import blocks, commit, limits, model, streams
 from dlm_kernels.denoiser import remask as remasking
@@ -219,7 +218,7 @@ def _check(
         raise ValueError(f"block: expected a divisor or a multiple of the model's block_size {own}, got {block}")
     if config.experts is not None and config.experts.capacity is not None:
         end = tokens.shape[1] if stop is None else stop
-        if not any(isinstance(x, jax.Array) for x in (start, end)) and ((np.asarray(end) - np.asarray(start)) % own).any():
+        if not blocks.whole_apart(config, start, end):
             where = f"whole blocks of {own} between them, whose tokens choose experts together"
             raise ValueError(f"start, stop: expected {where}, got {start} and {end}")
     if refresh is not None and (not cache or own or attend == "blocks"):
@@ -265,11 +264,9 @@ def _check_guidance(
     b, length = tokens.shape
     if guidance_scale is not None and jnp.shape(guidance_scale) not in ((), (b,), tokens.shape):
         raise ValueError(f"guidance_scale: expected a scalar, [{b}] or {[b, length]}, got {list(jnp.shape(guidance_scale))}")
-    own = config.block_size
-    if cache and own and not any(isinstance(begin, jax.Array) for begin in (start, other_start)):
-        if ((np.asarray(other_start) - np.asarray(start)) % own).any():
-            where = f"a multiple of the block_size {own} from start {start}"
-            raise ValueError(f"unconditional_start: expected {where}, for a cache holds whole blocks, got {other_start}")
+    if cache and not blocks.whole_apart(config, start, other_start):
+        where = f"a multiple of the block_size {config.block_size} from start {start}"
+        raise ValueError(f"unconditional_start: expected {where}, for a cache holds whole blocks, got {other_start}")
 
 
 @functools.partial(jax.jit, static_argnums=0)
