@@ -10,7 +10,7 @@ import numpy as np
 
 from dlm_kernels import lm_head_scores, unmask_topk
 from dlm_kernels.denoiser import limits, model
-from dlm_kernels.denoiser.text import encode
+from dlm_kernels.denoiser.text import encoding
 
 KEEP = re.compile(r"<keep>(.*?)</keep>", re.DOTALL)
 
@@ -53,11 +53,11 @@ def correct_text(loaded, text, **options):
     """
     config, params, tokenizer = loaded
     text, kept = _unmarked(text)
-    ids = np.array(encode(config, tokenizer, "text", text), np.int32)
+    encoded = encoding(config, tokenizer, "text", text)
+    ids = np.array(encoded.ids, np.int32)
     if not ids.size:
         raise ValueError("text: expected at least one token, got none")
-    spans = tokenizer.encode(text, add_special_tokens=False).offsets
-    editable = np.array([not any(kept[begin:end]) for begin, end in spans])
+    editable = np.array([not any(kept[begin:end]) for begin, end in encoded.offsets])
     made = correct(config, params, ids[None], editable=editable[None], **options)
     new = np.asarray(made.tokens[0])
     changes = [(tokenizer.decode([a]), tokenizer.decode([b])) for a, b in zip(ids.tolist(), new.tolist()) if a != b]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_kernels.denoiser import blocks, chat, control, limits, renoise, sampler, speculative
-from dlm_kernels.denoiser.text import encode, opened
+from dlm_kernels.denoiser.text import encode, opened, opening
 
 HOLE = re.compile(r"<mask:(\d{1,18})(?:@(-?(?:\d+\.?\d*|\.\d+)))?>")  # how many tokens, and under which guidance scale
 ALL = {"threshold": 0.0, "factor": 1e6, "entropy_budget": 1e6}  # by which a rule commits all in one pass
@@ -77,12 +77,12 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
             raise ValueError(f"prompts: expected marks <mask:n> or <mask:n@scale>, got {piece[piece.index('<mask:') :][:40]!r}")
         return encode(config, tokenizer, "prompts", piece)
 
-    ahead = encode(config, tokenizer, "style", style)
+    ahead, own_opening = encode(config, tokenizer, "style", style), opening(tokenizer)
     rows, scales = [], []
     for prompt in prompts:
         piece, *marked = HOLE.split(prompt)
         given = read(piece)
-        row = opened(tokenizer, ahead + given)
+        row = opened(own_opening, ahead + given)
         behind = len(row) - len(given)
         own = [np.nan] * len(row)
         for holes, scale, piece in zip(marked[::3], marked[1::3], marked[2::3]):
@@ -192,7 +192,9 @@ def generate(
     if not marked and config.block_size is None and config.learnt_masks:
         block = min(block, length)
     steps, options = _with_defaults(config, block, steps, drafts, noise_budget, options)
-    away = None if negative_prompt is None else opened(tokenizer, encode(config, tokenizer, "negative_prompt", negative_prompt))
+    away = None
+    if negative_prompt is not None:
+        away = opened(opening(tokenizer), encode(config, tokenizer, "negative_prompt", negative_prompt))
     board = canvas(config, tokenizer, prompts, length, style or "", least=block, before=len(away or []))
     guided = guidance != 1 or options.get("guidance_final") is not None or not np.isnan(board.guidance).all()
     given = {

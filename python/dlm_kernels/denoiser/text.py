@@ -3,26 +3,35 @@
 import itertools
 
 
-def encode(config, tokenizer, name, text):
-    """The ids of `text`, which came as the argument `name`. Only special tokens that it spells itself are among them.
+def encoding(config, tokenizer, name, text):
+    """The tokenizer's Encoding of `text`, which came as the argument `name`. Only special tokens that it spells itself are in it.
 
     Raises ValueError for what is no text, and where it spells the mask or the pad, which would be a hole or nobody's.
     """
     try:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        made = tokenizer.encode(text, add_special_tokens=False)
     except TypeError:  # what the library raises for half a surrogate pair too, as which a shell's broken UTF-8 comes
         raise ValueError(f"{name}: expected a text of Unicode characters, got {text!r}") from None
-    spelled = set(ids) & ({config.mask_id, config.pad_id} - {config.eos_id})
+    spelled = set(made.ids) & ({config.mask_id, config.pad_id} - {config.eos_id})
     if spelled:
         raise ValueError(f"{name}: expected a text without {tokenizer.id_to_token(min(spelled))}, got one with it")
-    return ids
+    return made
 
 
-def opened(tokenizer, ids):
-    """`ids` behind those with which the tokenizer itself begins every text: Gemma's `<bos>`, which its models have always read."""
+def encode(config, tokenizer, name, text):
+    """The ids of `encoding`."""
+    return encoding(config, tokenizer, name, text).ids
+
+
+def opening(tokenizer):
+    """The ids with which the tokenizer itself begins every text: Gemma's `<bos>`, which its models have always read."""
     made = tokenizer.encode("a")
-    own = [token for token, special in itertools.takewhile(lambda pair: pair[1], zip(made.ids, made.special_tokens_mask))]
-    return ids if ids[: len(own)] == own else own + ids
+    return [token for token, special in itertools.takewhile(lambda pair: pair[1], zip(made.ids, made.special_tokens_mask))]
+
+
+def opened(opening, ids):
+    """`ids` behind those of the `opening`, unless they begin with them."""
+    return ids if ids[: len(opening)] == opening else opening + ids
 
 
 def words(tokenizer, ids):
