@@ -214,7 +214,7 @@ def run_distill(options):
     if texts is None:
         return
     loaded = checkpoint.load(teacher, dtype=jnp.float32)
-    first = checkpoint.load(initial or teacher, dtype=jnp.float32)[1]
+    first = checkpoint.load(initial, dtype=jnp.float32)[1] if initial else loaded[1]
     told = dict(length=options.length, implementation=options.implementation)
     before, after = distill.distance(loaded, (first, student), texts, **steps, **told)
     print(f"nats a token from the teacher, on held-out text: {before:.3f} before, {after:.3f} now")
