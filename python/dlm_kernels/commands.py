@@ -72,6 +72,15 @@ def _prompt(options):
     return prompt
 
 
+@contextlib.contextmanager
+def _of_options(argument, names):
+    """What is said of `argument` within is said of the options that it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(f"^{argument}: ", f"{names}: ", str(error))) from None
+
+
 def _told(options, model):
     """What of its options `generate` hands to denoiser.generate, by the names that they have there."""
     if options.html is not None and not model[0].learnt_masks:
@@ -82,7 +91,8 @@ def _told(options, model):
     if options.drafts is None and options.noise_budget is None and not checkpoint.published(checkpoint.find(options.model)):
         named.setdefault("temperature", 1.0)
     named["length"] = next(n for n in (options.length, options.block, 64) if n is not None)
-    named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
+    with _of_options("text", "--ban"):
+        named["banned"] = [token for text in options.ban for token in generate.tokens_with(model[2], text)]
     named["required"] = options.require
     if options.classifier is not None:
         scale = 10.0 if options.classifier_scale is None else options.classifier_scale
@@ -188,15 +198,6 @@ def _held_out(paths):
     return [text for _, text, held_out in data.files() if held_out]
 
 
-@contextlib.contextmanager
-def _of_options(names):
-    """What is said of `texts` within is said of the options that they come from."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(re.sub("^texts: ", f"{names}: ", str(error))) from None
-
-
 def run_distill(options):
     teacher = checkpoint.find(options.model)
     initial = options.initial and checkpoint.find(options.initial)
@@ -207,7 +208,7 @@ def run_distill(options):
     texts = None if options.texts and options.held_out is None else _held_out(options.held_out)
     if texts is not None:
         config, tokenizer = checkpoint.described(teacher)
-        with _of_options("--held-out"):  # before the run, after which it would be too late
+        with _of_options("texts", "--held-out"):  # before the run, after which it would be too late
             evaluate.stream_of((config, None, tokenizer), texts, options.length + 1)
     with progress.Bar(options.out) as shown:
         student = distill.run(settings, teacher, options.out, initial=initial, seed_texts=seed_texts, report=shown, **steps)
@@ -232,7 +233,7 @@ def run_evaluate(options):
             raise ValueError(f"{name}: expected --by-steps with it, got none")
     if options.markdown and not compared:
         raise ValueError("--markdown: expected --decoding, --by-steps or --control with it, whose rows it prints")
-    with _of_options("--held-out, --files"):
+    with _of_options("texts", "--held-out, --files"):
         _evaluate(options, _held_out(options.held_out)[: options.files], steps, compared)
 
 

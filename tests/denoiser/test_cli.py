@@ -399,7 +399,7 @@ sys.exit(cli.main(["generate", "x"]))
 def test_what_is_asked_for_and_never_done_is_refused(command, tmp_path):
     evaluate = ["evaluate", "--files", "1"]
     for arguments, expected in (
-        (["generate", "x", "--ban", "return None"], "banned: expected texts that a single token contains, got 'return None'"),
+        (["generate", "x", "--ban", "return None"], "--ban: expected one that a single token contains, got 'return None'"),
         (["generate", "x", "--html", ""], "--html: expected a file in a folder that is there, got "),
         (["generate", "x", "--drafts", "2", "--drafter", ""], "no checkpoint is there"),
         ([*evaluate, "--students", "student-8"], "--students: expected --by-steps with it"),

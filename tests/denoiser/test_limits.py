@@ -60,7 +60,7 @@ GENERATE = {
     "--temperature -1": "temperature: expected at least 0, got -1.0",
     "--seed -1": "seed: expected a number in [0, 4294967295], got -1",
     "--seed 99999999999999999999999": "seed: expected a number in [0, 4294967295], got 99999999999999999999999",
-    "--ban ''": "banned: expected texts of at least one character, got ''",
+    "--ban ''": "--ban: expected at least one character, got ''",
     "--ban return --require 'return a'": "required: expected texts without a banned token, got 'return a'",
     "--guidance nan": "guidance: expected a finite number, got nan",
     "--guidance 2 --guidance-final nan": "guidance_final: expected a finite number, got nan",

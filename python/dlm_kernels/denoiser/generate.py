@@ -397,8 +397,8 @@ def _guidance(config, board, guidance, adaptive, away):
 def tokens_with(tokenizer, text):
     """Ids of the tokens whose text contains `text`: banning them keeps it out, unless two tokens spell it together."""
     if not text:
-        raise ValueError("banned: expected texts of at least one character, got ''")
+        raise ValueError("text: expected at least one character, got ''")
     found = [i for i in sorted(tokenizer.get_vocab().values()) if text in tokenizer.decode([i])]
     if not found:
-        raise ValueError(f"banned: expected texts that a single token contains, got {text!r}, which only several spell together")
+        raise ValueError(f"text: expected one that a single token contains, got {text!r}, which only several spell together")
     return found
