@@ -65,6 +65,7 @@ def _parser():
 
     def command(name, summary):
         added = commands.add_parser(name, help=summary, description=summary)
+        added._negative_number_matcher = re.compile(r"-\.?\d")  # as from Python 3.14 on; before, -1e4 is taken for an option
         added.add_argument("--implementation", choices=("cpu", "triton", "pallas", "xla"), help="kernels to insist on")
         return added
 

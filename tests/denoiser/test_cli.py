@@ -280,6 +280,12 @@ def test_newlines_and_tabs_in_any_text():
     assert cli._parser().parse_args(["correct", r'print("\\n\d")']).text == r'print("\n\d")'
 
 
+def test_numbers_below_zero():
+    for value in ("-2", "-.5", "-3e38", "-1.5e-3"):
+        options = cli._parser().parse_args(["generate", "x", "--eos-bias", value, "--guidance-interval", value, "1"])
+        assert options.eos_bias == float(value) and options.guidance_interval == [float(value), 1.0]
+
+
 def test_train_and_distill(command, saved, texts, monkeypatch, tmp_path):
     """What they leave is a model that decodes, and a log; a student is told apart from its teacher."""
     monkeypatch.setattr(data, "files", lambda: texts)
