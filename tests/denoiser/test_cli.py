@@ -135,7 +135,10 @@ def test_html_shows_what_is_masked_anew(saved):
 def test_html_steers_both_columns(command, tmp_path):
     """Here to write nothing but end-of-text."""
     path = tmp_path / "out.html"
-    command("generate", "x", "--block", "6", "--steps", "1", "--temperature", "0", "--eos-bias", "1e4", "--html", str(path))
+    # Guided too, by a block that fills alone; one token alone is not.
+    guided = ("--negative-prompt", "y", "--guidance-final", "1")
+    options = ("--block", "6", "--steps", "1", "--temperature", "0", "--eos-bias", "1e4", *guided, "--html", str(path))
+    assert command("generate", "x", *options)[0] == 0
     runs = json.loads(path.read_text().split('id="data">')[1].split("</script>")[0])
     assert [run["tokens"] for run in runs] == [1, 1]
 

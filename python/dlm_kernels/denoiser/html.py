@@ -82,8 +82,9 @@ def write(path, model, prompt, result, frames, options):
     left column begins with.
     """
     kept = (
-        "length", "temperature", "top_p", "top_k", "seed", "banned", "required", "style", "exact", "guidance", "negative_prompt",
-        "adaptive", "classifier", "classifier_scale", "logit_bias", "eos_bias", "implementation",
+        "length", "temperature", "top_p", "top_k", "seed", "banned", "required", "style", "exact", "guidance",
+        "guidance_final", "negative_prompt", "adaptive", "classifier", "classifier_scale", "logit_bias", "eos_bias",
+        "implementation",
     )  # fmt: skip
     if options.get("noise_budget") is not None:
         options = dict(temperature=generate.HEAT) | options
