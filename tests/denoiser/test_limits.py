@@ -69,8 +69,10 @@ GENERATE = {
     "--guidance 2 --guidance-refresh 0": "guidance_refresh: expected at least 1, got 0",
     "--guidance 2 --adaptive -1": "adaptive: expected a number in [0, 1], got -1.0",
     "--guidance 2 --adaptive 0.5 --negative-prompt y": "adaptive, negative_prompt: expected one of them, got both",
-    "--negative-prompt y": "adaptive, negative_prompt: expected a guidance other than 1 with them, got 1",
-    "--adaptive 0.5": "adaptive, negative_prompt: expected a guidance other than 1 with them, got 1",
+    "--negative-prompt y": "negative_prompt: expected a guidance other than 1 with it, got 1",
+    "--adaptive 0.5": "adaptive: expected a guidance other than 1 with it, got 1",
+    "--guidance-refresh 2": "guidance_refresh: expected a guidance other than 1 with it, got 1",
+    "--guidance-interval 0 1": "guidance_interval: expected a guidance other than 1 with it, got 1",
     "--cache --refresh 0": "refresh: expected at least 1, got 0",
     "--refresh 4": "refresh: expected a cache of keys that grow old, cache=True with attend='all', got cache=False, attend='all'",
     "--cache --attend blocks --refresh 4": "refresh: expected a cache of keys that grow old, cache=True with attend='all', "

@@ -216,8 +216,11 @@ def generate(
         # A cache holds whole blocks, from both streams' starts on: without one the text is the same.
         if not blocks.whole_apart(config, board.start, options.get("unconditional_start", board.start)):
             options.pop("cache", None)
-    elif adaptive is not None or negative_prompt is not None:
-        raise ValueError("adaptive, negative_prompt: expected a guidance other than 1 with them, got 1")
+    else:
+        of_guidance = {name: options.get(name) for name in ("guidance_interval", "guidance_refresh")}
+        for name, option in (of_guidance | dict(adaptive=adaptive, negative_prompt=negative_prompt)).items():
+            if option is not None:
+                raise ValueError(f"{name}: expected a guidance other than 1 with it, got 1")
     options |= _bias(config, logit_bias, eos_bias, ends)
     options |= dict(block=block, start=board.start, first=board.first, stop_at=np.array(ends, np.int32))
     options |= dict(banned_tokens=np.array(banned, np.int32)) | its_own
