@@ -20,6 +20,7 @@ from dlm_kernels.denoiser import (
     model,
     plot,
     sampler,
+    train,
 )
 
 TEXT = "def mul(a, b):\n    return a * b\n\n"
@@ -71,6 +72,22 @@ def test_texts_that_are_too_short_are_refused_first(loaded, monkeypatch):
         evaluate.rows_of(np.arange(5), 1, 5, np.random.default_rng(0))
     with pytest.raises(ValueError, match="texts: expected a top-level function among them, got none"):
         evaluate.held_out_headers(["x = 1\n"], 5)
+
+
+def test_a_model_that_attends_by_blocks_is_refused_first(loaded, texts, tmp_path):
+    """A token sees the masks behind it in its block: no one pass says what it has learnt of blocks of another size."""
+    config, params, tokenizer = by_blocks = dataclasses.replace(loaded[0], block_size=4), *loaded[1:]
+    expected = "config: expected a model that attends to all, .* got one that attends by its own, of 4"
+    for measure in (evaluate.report, lambda model, texts: compare.decoding({"a": model}, texts)):
+        with pytest.raises(ValueError, match=expected):
+            measure(by_blocks, [TEXT * 300])
+    with pytest.raises(ValueError, match=expected):
+        compare.by_steps({"a": by_blocks}, [TEXT])
+    with pytest.raises(ValueError, match=expected):
+        losses.block_states(config, params, np.zeros((1, 8), np.int32), np.zeros((1, 8), np.int32), 4)
+    settings = train.TrainConfig(steps=1, rows=2, length=16, block_share=1e-9)
+    with pytest.raises(ValueError, match=expected):
+        train.run(config, settings, tmp_path / "out", seed_texts=texts)
 
 
 def test_a_plot_of_many_models_with_any_name():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dlm_kernels.denoiser import evaluate, generate
+from dlm_kernels.denoiser import evaluate, generate, losses
 
 IN_BLOCKS = dict(attend="blocks", cache=True)
 # Ways to write from left to right, with keys and values cached; the second is in blocks of 16, 4 passes each.
@@ -80,8 +80,10 @@ def decoding(models, texts, *, prompts=64, length=64, decoders=None, report=None
 
     models: {name: model}; the first decodes where no "model" is named. decoders: default those of DECODERS whose models are there;
     a drafter has the shape of whom it drafts for. passes and tokens_per_second: the mean over the headers, each at batch 1;
-    times_first: that speed over the first decoder's. The rest: see `judged`.
+    times_first: that speed over the first decoder's. The rest: see `judged`. Raises ValueError, before anything is decoded, for a
+    judge that attends by blocks.
     """
+    losses.check_blocks(next(iter(models.values()))[0])
     headers = evaluate.held_out_headers(texts, prompts)
     if decoders is None:
         decoders = {name: way for name, way in DECODERS.items() if _named(way) <= models.keys()}
@@ -120,8 +122,9 @@ def by_steps(models, texts, *, steps=(32, 8, 2), prompts=64, cases=256, length=6
 
     The first rows are the first model's, IN_ORDER: one token a pass, and block after block. hole_of_8 and hole_of_4: see
     `evaluate.infilling`, in as many passes as there are tokens at most. The rest: see `judged`. report(row) is called as they
-    come.
+    come. Raises ValueError as `decoding`.
     """
+    losses.check_blocks(next(iter(models.values()))[0])
     headers = evaluate.held_out_headers(texts, prompts)
     options = dict(implementation=implementation)
     first, bits, holes = next(iter(models)), {}, {}

@@ -157,8 +157,9 @@ def held_out_headers(texts, most):
 def report(model, texts, *, cases=256, steps=4, report=None, implementation=None):
     """Everything measured of the model itself, as a dict; holes of 1, 4 and 8 tokens are filled in at most `steps` passes.
 
-    report(name, number) is called as they come.
+    report(name, number) is called as they come. Raises ValueError for a model that attends by blocks, before anything is measured.
     """
+    losses.check_blocks(model[0])
     stream_of(model, texts, LEAST)
     numbers = {}
     for name, number in _measured(model, texts, cases, steps, dict(implementation=implementation)):

@@ -83,6 +83,13 @@ def loss(config, params, tokens, key, *, least_ratio=0.0, error_share=0.0, imple
     )
 
 
+def check_blocks(config):
+    """Raises ValueError for a model that `block_states` does not compute: of a block of its own it sees the masks behind, too."""
+    if config.block_size is not None:
+        got = f"one that attends by its own, of {config.block_size}"
+        raise ValueError(f"config: expected a model that attends to all, which blocks of any size can be asked of, got {got}")
+
+
 def block_loss(config, params, tokens, key, block_size, *, least_ratio=0.0, implementation=None):
     """`loss` where a block is denoised given the clean blocks before it and nothing after: block 1 is autoregression.
 
@@ -98,7 +105,11 @@ def block_loss(config, params, tokens, key, block_size, *, least_ratio=0.0, impl
 
 
 def block_states(config, params, noisy, clean, block_size, *, implementation=None):
-    """The states of every block of `noisy` [B, L], given the blocks of `clean` before its own: [B, L, d_model]."""
+    """The states of every block of `noisy` [B, L], given the blocks of `clean` before its own: [B, L, d_model].
+
+    Raises ValueError where the config has a block_size.
+    """
+    check_blocks(config)
     length = clean.shape[1]
     column = jnp.arange(length, dtype=jnp.int32)
     hidden = model.hidden_states(

@@ -256,6 +256,8 @@ def run(
     seed_texts = _texts(seed_texts)
     told = (told or {}) | {"texts": _contents(seed_texts)}
     config, params, tokenizer, learns = _start(config, train, out, initial, told)
+    if train.block_share:
+        losses.check_blocks(config)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(train.seed)) | (params or {})
     tokenizer, streams = prepare(config, seed_texts, tokenizer)
     if batches is None:
