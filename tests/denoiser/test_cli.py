@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 import re
@@ -270,6 +271,26 @@ def test_the_terminal_shows_each_pass(command, monkeypatch):
     shown = [(re.search(r"pass (\d)", frame)[1], frame.count("░░")) for frame in frames]
     assert list(dict.fromkeys(shown)) == [("1", 4), ("2", 2), ("3", 0)]
     assert "def add(" + last == piped and not frames[-1].endswith("class")
+
+
+def test_a_terminal_lower_than_the_text_shows_what_is_written(saved):
+    """And no more than the terminal can take back, from which what is above has gone."""
+    config, _, tokenizer = checkpoint.load(saved)
+    ids = tokenizer.encode("".join(f"x = {i}\n" for i in range(30))).ids
+    tokens = np.array([ids])
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=40, height=8)
+    shown = view.View(config, tokenizer, console)
+
+    def seen(last):
+        """The lines where a pass writes the token `last`, which others wrote before."""
+        revealed = np.where(np.arange(len(ids)) == last, 1, np.where(np.arange(len(ids)) > last, 0, -1))[None]
+        group = shown.render(tokens, revealed, np.ones(tokens.shape), np.int32(2))
+        lines = console.render_lines(shown.fitting(group), pad=False)
+        return ["".join(segment.text for segment in line) for line in lines if line]
+
+    begins = [i for i, word in enumerate(words(tokenizer, ids)) if word.startswith("x")]
+    assert seen(begins[20]) == [*(f"x = {i}" for i in range(15, 21)), "pass 2"]
+    assert seen(begins[2]) == [*(f"x = {i}" for i in range(6)), "pass 2"]
 
 
 def test_newlines_and_tabs_in_any_text():

@@ -8,6 +8,7 @@ import time
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
+from rich.segment import SegmentLines
 from rich.text import Text
 
 from dlm_kernels.denoiser.text import words
@@ -49,7 +50,7 @@ class View:
                     frame = self.frames.get(timeout=FRAME_SECONDS)
                 except queue.Empty:
                     continue
-                live.update(self.render(*frame), refresh=True)
+                live.update(self.fitting(self.render(*frame)), refresh=True)
                 time.sleep(FRAME_SECONDS)
             return running.result()
 
@@ -65,6 +66,17 @@ class View:
                     text.append(word, "default" if at < 0 else colour(sure) + (" reverse" if at == passes - 1 else ""))
             rows.append(text)
         return Group(*rows, Text(f"pass {int(passes)}", "bright_black"))
+
+    def fitting(self, group):
+        """Of what `render` gives the lines that the terminal has room for, down to the last that the pass wrote in, and the count.
+
+        Of more, Live would show the first ones, and could not take back at the end what has left the terminal.
+        """
+        *lines, passes = self.console.render_lines(group, pad=False)
+        room = max(self.console.height - 2, 1)
+        new = [i for i, line in enumerate(lines) if any(segment.style and segment.style.reverse for segment in line)]
+        end = max(new[-1] + 1, room) if new else len(lines)
+        return SegmentLines([*lines[max(end - room, 0) : end], passes], new_lines=True)
 
 
 def colour(confidence):
