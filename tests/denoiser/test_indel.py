@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_kernels.denoiser import experts, indel, sampler
+from dlm_kernels.denoiser import data, experts, generate, indel, sampler
 from dlm_kernels.denoiser.config import DenoiserConfig
 
 CONFIG = DenoiserConfig(vocab=12, delete_id=3, insert_id=4)
@@ -67,3 +67,6 @@ def test_what_does_not_fit_is_refused():
     config = DenoiserConfig(vocab=12, block_size=4, experts=experts.Experts(**shape))
     with pytest.raises(ValueError, match="start, stop: expected whole blocks of 4 between them, .* got 1 and 8"):
         sampler.decode(config, {}, np.full((1, 8), 2), block=4, steps=1, start=1)
+    tokenizer = data.train_tokenizer(["ab"], 0)
+    with pytest.raises(ValueError, match="prompts: expected text and holes of whole blocks of 4 tokens, .* got 5 tokens"):
+        generate.canvas(config, tokenizer, ["ab<mask:6>", "ab<mask:3>"], 1)

@@ -95,6 +95,9 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
         added = 0 if marked else length + fills
         if marked and config.mask_id not in row:
             raise ValueError(f"prompts: expected a hole of at least one token in each, got {prompt!r}")
+        if marked and config.experts is not None and config.experts.capacity is not None and len(row) % config.block_size:
+            whole = f"whole blocks of {config.block_size} tokens, which choose experts together"
+            raise ValueError(f"prompts: expected text and holes of {whole}, got {len(row)} tokens")
         rows.append(row + [config.mask_id] * added)
         scales.append(own + [np.nan] * added)
     least = max(least, *(before + len(row) - row.index(config.mask_id) for row in rows))
