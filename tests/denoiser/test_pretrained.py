@@ -386,6 +386,11 @@ def test_edits_go_on_when_a_block_is_full(published):
     for row in range(2):  # beside a row that is given
         alone = np.where(np.arange(2)[:, None] == row, tokens, expected)
         assert sampler.decode(config, params, alone, edit_passes=3, **options).passes == passes[row]
+    for end in (expected[0][12], 77):  # one that stays, and one that edits replace
+        hits = (np.array(expected) == end) & (tokens == 2)
+        ended = sampler.decode(config, params, tokens, edit_passes=3, stop_at=end, **options).tokens
+        np.testing.assert_array_equal(ended, np.where(np.cumsum(hits, 1) - hits > 0, config.pad_id, expected))
+        assert hits.any() == (end != 77)
     unedited = sampler.decode(config, params, tokens, **options).tokens
     np.testing.assert_array_equal(unedited, [looped(row, 0)[0] for row in range(2)])
 

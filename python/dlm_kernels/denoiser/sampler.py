@@ -128,7 +128,8 @@ def decode(
       logit_bias: [V], added to the logits, after guidance; finite, and rounded to the parameters' dtype.
       classifier, classifier_scale: guidance towards what a `classifier.Classifier` takes for wanted, whose log p counts
         classifier_scale times, a scalar or [B]; a forward and a backward pass more, over the whole canvas. For tied embeddings.
-      stop_at: a token that ends its row, or several [N]: once one and all before it are there, what follows becomes config.pad_id.
+      stop_at: a token that ends its row, or several [N]: once one and all before it are there, what follows becomes config.pad_id;
+        with edit_passes not before its block has had them.
       attend: "all": every position sees the whole canvas. "blocks": its own block and those before (a block-causal model);
         with block 1 that is an autoregressive decoder. A model with a block_size attends by its own blocks either way.
       cache: keep keys and values, and compute the block only. Exact for "blocks" and a model's own: the pass that commits a block
@@ -312,11 +313,11 @@ def _decode(static, params, tokens, columns, data):
             decoded = remasking.remask(config, static.remask_rule, data, decoded, inside, at, index, step)
         edits, ended = state.edits, blocks.end_rows(config, data["stop_at"], decoded.tokens, hole)
         if data["edit_passes"] is not None:
-            changed = ((decoded.tokens if static.moves else ended) != state.decoded.tokens).any(1)
+            changed = (decoded.tokens != state.decoded.tokens).any(1)
             edits = jnp.where(original.any(1), data["edit_passes"], (changed | begun) * (edits - 1))
-        if static.moves:
-            edits = jnp.where(last, 0, edits)
-            # What stands behind an end may still move, and come before it.
+            if static.moves:
+                edits = jnp.where(last, 0, edits)
+            # An end may still be edited, and what stands behind it move and come before it.
             ended = jnp.where((edits > 0)[:, None], decoded.tokens, ended)
         decoded = decoded._replace(tokens=ended)
         if static.on_pass is not None:
