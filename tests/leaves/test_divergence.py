@@ -118,3 +118,11 @@ def test_a_row_of_nan_is_its_own_affair(leaf):
         loss = leaf("divergence", "masked_divergence_forward")(*arrays)[0]
         assert np.isnan(loss[1])
         np.testing.assert_array_equal(loss[[0, 2]], clean[[0, 2]])
+
+
+def test_far_above_zero_the_divergence_is_as_precise(leaf):
+    """Of the target alone: what the logits have in common would multiply the rounding of its probabilities."""
+    model, target = np.random.default_rng(0).normal(size=(2, 4, 300)).astype(np.float32)
+    arrays = model, np.eye(300, dtype=np.float32), target + 500, np.eye(300, dtype=np.float32), np.ones(4, bool)
+    loss, expected = leaf("divergence", "masked_divergence_forward")(*arrays)[0], reference.masked_divergence_forward(*arrays)[0]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=4 * np.spacing(np.float32(500)))

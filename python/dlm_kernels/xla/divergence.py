@@ -12,12 +12,20 @@ def masked_divergence_forward(hidden, weight, target_hidden, target_weight, acti
 
     Returns loss, lse and target_lse, float32 [R]; 0 where inactive.
     """
-    logits, target = logits_of(hidden, weight), logits_of(target_hidden, target_weight)
+    (logits, top), (target, target_top) = _from_the_greatest(hidden, weight), _from_the_greatest(target_hidden, target_weight)
     lse, target_lse = jax.nn.logsumexp(logits, axis=-1), jax.nn.logsumexp(target, axis=-1)
     p = jnp.exp(target - target_lse[:, None])
     # What the target excludes counts for nothing, where the difference is infinite too.
     gap = jnp.sum(jnp.where(p == 0, 0, p * (target - logits)), axis=-1)
-    return tuple(jnp.where(active, x, 0) for x in (gap + lse - target_lse, lse, target_lse))
+    return tuple(jnp.where(active, x, 0) for x in (gap + lse - target_lse, lse + top, target_lse + target_top))
+
+
+def _from_the_greatest(hidden, weight):
+    """Logits less the greatest of their row, and that one: by as much as a row is above zero the rounding of p would count."""
+    logits = logits_of(hidden, weight)
+    top = logits.max(-1)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    return logits - top[:, None], top
 
 
 def masked_divergence_backward(hidden, weight, target_hidden, target_weight, active, lse, target_lse, dloss):
