@@ -248,6 +248,27 @@ def test_a_length_split_by_explicit_axes(name, batch):
         assert all(x.sharding.spec[:2] == (batch, "length") for x in jax.tree.leaves(results))
 
 
+@pytest.mark.parametrize("per_row, split", [(False, ("batch", "length")), (True, (None, "length"))])
+def test_a_random_confidence_is_split_as_the_scores_are(per_row, split):
+    """JAX draws it whole, or as the keys are split."""
+    logits, tokens, keys = normal(4, 4, 6, 301), jnp.full((4, 6), 300), jax.random.split(KEY, 4) if per_row else KEY
+    mesh = jax.make_mesh((2, 2), ("batch", "length"), devices=jax.devices("cpu")[:4])
+
+    def function(logits, tokens, keys):
+        options = dict(confidence="random", key=keys)
+        scores = dlm_kernels.score_tokens(logits, active=tokens == 300, **options)
+        return scores, dlm_kernels.unmask_step(logits, tokens, mask_id=300, num_unmask=2, **options)
+
+    specs = PartitionSpec(*split), PartitionSpec(*split), PartitionSpec("batch") if per_row else PartitionSpec()
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((logits, tokens, keys), specs)]
+    expected = function(logits, tokens, keys)
+    same(function(*placed[:2], keys), expected)
+    with jax.set_mesh(mesh):
+        got = jax.jit(function)(*placed)
+    same(got, expected)
+    assert got[0].confidence.sharding.spec == specs[0]
+
+
 TARGETS = jax.random.randint(KEY, (4, 6), 0, 300)
 SUMS = {
     "masked_cross_entropy": lambda x, head, weights: dlm_kernels.masked_cross_entropy(x, head, TARGETS, weights),

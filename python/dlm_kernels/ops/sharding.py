@@ -139,10 +139,16 @@ def typed_as(inputs, gradients):
     def typed(x, gradient):
         over = tuple(varying(gradient) - varying(x))
         gradient = jax.lax.psum(gradient, over) if over else gradient
-        here, there = jax.typeof(gradient).sharding, jax.typeof(x).sharding
-        return gradient if here.spec == there.spec else jax.sharding.reshard(gradient, there)
+        return split_as(x, gradient)
 
     return tuple(map(typed, inputs, gradients))
+
+
+def split_as(other, array):
+    """`array`, split as explicit axes split the other."""
+    here, there = jax.typeof(array).sharding, jax.typeof(other).sharding
+    mesh = here.mesh if there.mesh.empty else there.mesh
+    return array if here.spec == there.spec else jax.sharding.reshard(array, NamedSharding(mesh, there.spec))
 
 
 def varying(array):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels.ops import checks, dispatch
+from dlm_kernels.ops import checks, dispatch, sharding
 
 # What every kernel that scores takes beside its logits; `sampling_operands` makes it.
 SAMPLING = (
@@ -238,9 +238,14 @@ def _key_data(key):
 def token_scores(results, confidence, key, active):
     token, sure, entropy, logsumexp = results
     if confidence == "random":
-        sure = random_or_nan(jnp, random_confidence(key, *token.shape), sure)
-        sure = sure if active is None else jnp.where(active, sure, -jnp.inf)
+        sure = _random_in_place(sure, key, active)
     return TokenScores(token, sure, entropy, logsumexp)
+
+
+@jax.jit  # in a program alone an array of no mesh can be split
+def _random_in_place(sure, key, active=None):
+    random = random_or_nan(jnp, sharding.split_as(sure, random_confidence(key, *sure.shape)), sure)
+    return random if active is None else jnp.where(sharding.split_as(sure, active), random, -jnp.inf)
 
 
 def random_confidence(key, b, length):
@@ -394,15 +399,15 @@ def unmask_step(
         return _nothing_unmasked(tokens)
     operands |= of_scores
     if scoring.get("confidence") == "random":
-        operands["confidence"] = random_confidence(scoring["key"], *tokens.shape)
+        operands["random"] = scoring["key"]
         return UnmaskResult(*_score_and_unmask(implementation, operands, **static))
     return UnmaskResult(*dispatch.call_fused(STEP, _score_and_unmask, implementation, operands, **static))
 
 
 def _score_and_unmask(implementation, operands, **static):
-    """A step of two kernels. operands: STEP's, and a random confidence where it is not that of the scores."""
+    """A step of two kernels. operands: STEP's, and the key of a random confidence where it is not that of the scores."""
     token, sure, entropy, _ = dispatch.call(SCORE, implementation, {name: operands[name] for name, _ in SCORE.operands}, **static)
-    if "confidence" in operands:
-        sure = random_or_nan(jnp, operands["confidence"], sure)
+    if "random" in operands:
+        sure = _random_in_place(sure, operands["random"])
     scores = dict(confidence=sure, proposal=token, entropy=None if operands["entropy_budget"] is None else entropy)
     return dispatch.call(TOPK, implementation, {name: (operands | scores)[name] for name, _ in TOPK.operands})
