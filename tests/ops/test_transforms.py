@@ -175,6 +175,13 @@ def test_sharded_batch(name):
     assert "not pallas: within shard_map it takes check_vma=False" in str(dlm_kernels.explain(checked, *arrays))
 
 
+def test_a_sharded_batch_where_all_query_heads_share_one_kv_head():
+    function, arrays = jax.grad(loss_of_attention, (0, 1, 2)), (normal(1, 4, 24, 4, 32), *normal(2, 2, 4, 24, 1, 32))
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
+    split = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+    same(jax.jit(function)(*split), function(*arrays))
+
+
 @pytest.mark.parametrize("name", ["score_tokens", "gradient of attention"])
 def test_a_shard_map_over_which_no_array_is_split(name):
     """It checks what varies, which no array of the call does."""

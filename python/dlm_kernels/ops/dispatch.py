@@ -200,8 +200,8 @@ def _run(leaf, implementation, operands, static):
     present = tuple(name for name, array in operands.items() if array is not None)
     arrays = [operands[name] for name in present]
     axes = sharding.axis_names([dict(leaf.operands)[name] for name in present], [array.shape for array in arrays])
-    groups = sharding.groups(leaf, operands)
-    return _function(leaf, implementation, choice.implementations, present, axes, groups, static)(*arrays)
+    heads = sharding.head_factors(leaf, operands)
+    return _function(leaf, implementation, choice.implementations, present, axes, heads, static)(*arrays)
 
 
 def differentiable(function, static, *arrays):
@@ -266,7 +266,7 @@ def _module(implementation, module):
     return importlib.import_module(f"dlm_kernels.{PACKAGES[implementation]}.{module}")
 
 
-def _function(leaf, implementation, implementations, present, axes, groups, static):
+def _function(leaf, implementation, implementations, present, axes, heads, static):
     """The batchable, partitionable function of the `present` operands."""
     kernels = {platform: _kernel(leaf, name, present, static) for platform, name in implementations.items()}
     default = kernels.pop("default")
@@ -277,7 +277,7 @@ def _function(leaf, implementation, implementations, present, axes, groups, stat
     def run(*arrays):
         return jax.lax.platform_dependent(*arrays, **kernels, default=default) if kernels else default(*arrays)
 
-    partitioned = run if leaf.sharded is None else sharding.partitioned(leaf, run, axes, groups)
+    partitioned = run if leaf.sharded is None else sharding.partitioned(leaf, run, axes, heads)
 
     def anywhere(*arrays):
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=partitioned)

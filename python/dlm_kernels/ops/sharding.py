@@ -24,15 +24,20 @@ def axis_names(axes, shapes):
     )
 
 
-def groups(leaf, operands):
-    """Query heads per kv head, where the leaf has both; 1 elsewhere."""
+def head_factors(leaf, operands):
+    """Of what factors Shardy's rule takes query heads to be, where the leaf has some, and the size of those that it cannot know:
+    kv heads k times g, of which it allows none of size 1 beside another.
+    """
     axes = dict(leaf.operands)
     if "n" not in axes.get("query", "") or "k" not in axes.get("key", ""):
-        return 1
-    return operands["query"].shape[axes["query"].index("n")] // operands["key"].shape[axes["key"].index("k")]
+        return "k", {}
+    heads, kv_heads = (operands[name].shape[axes[name].index(letter)] for name, letter in (("query", "n"), ("key", "k")))
+    if heads == kv_heads:
+        return "k", {}
+    return ("g", {}) if kv_heads == 1 else ("(k g)", {"g": heads // kv_heads})
 
 
-def partitioned(leaf, run, axes, groups):
+def partitioned(leaf, run, axes, heads):
     """`run` as a function that the compiler may split over devices, along the axes that the leaf allows."""
     function = custom_partitioning(run)
 
@@ -56,16 +61,16 @@ def partitioned(leaf, run, axes, groups):
     function.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=_sharding_rule(leaf, axes, groups),
-        **({"g": groups} if groups > 1 else {}),
+        sharding_rule=_sharding_rule(leaf, axes, heads[0]),
+        **heads[1],
     )
     return function
 
 
-def _sharding_rule(leaf, axes, groups):
-    """Shardy's einsum-like rule; query heads n are kv heads k times g, and each broadcast axis gets a factor of its own."""
+def _sharding_rule(leaf, axes, heads):
+    """Shardy's einsum-like rule; query heads n are as `head_factors` has them, and each broadcast axis gets a factor of its own."""
     unique = (f"u{i}" for i in itertools.count())
-    own = {"n": "(k g)" if groups > 1 else "k"}
+    own = {"n": heads}
 
     def term(names):
         return " ".join(next(unique) if letter == "1" else own.get(letter, letter) for letter in names)
