@@ -302,6 +302,16 @@ def test_gradients_where_explicit_axes_split_batch_and_length(name):
     assert [x.sharding.spec[0] for x in got[1]] == ["batch", "length", "batch"]
 
 
+def test_a_gradient_of_guidance_whose_streams_are_split_differently():
+    mesh = jax.make_mesh((2, 2), ("batch", "length"), devices=jax.devices("cpu")[:4])
+    arrays = normal(1, 4, 6, 9), normal(2, 4, 6, 9), normal(3, 4, 6)
+    specs = (None, "length"), ("batch",), ()
+    function = jax.grad(lambda *x: jnp.sum(dlm_kernels.mix_guidance(*x) ** 2), (0, 1, 2))
+    with jax.set_mesh(mesh):
+        got = jax.jit(function)(*(jax.device_put(x, PartitionSpec(*spec)) for x, spec in zip(arrays, specs)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, function(*arrays))
+
+
 @every_operation
 @pytest.mark.parametrize("split", [(None, "data"), ("data", None), ("data", "other")])
 def test_vmap_over_arrays_of_explicit_axes(name, split):

@@ -85,7 +85,9 @@ def _mix_fwd(implementation, conditional, unconditional, scale):
 def _mix_bwd(implementation, residuals, cotangent):
     conditional, unconditional, scale = residuals
     weights = jnp.stack([scale, 1 - scale])
-    cotangent, (c, u) = _changing(jnp.stack([conditional, unconditional]), weights, cotangent)
+    # Stacked they are split alike, as explicit axes may not have them.
+    streams = jnp.stack([sharding.split_as(cotangent, x) for x in (conditional, unconditional)])
+    cotangent, (c, u) = _changing(streams, weights, cotangent)
     streams = (cotangent * weights[..., None]).astype(conditional.dtype)
     # Of the difference: of the streams' own sums, where they are much alike, little would be left.
     return sharding.typed_as(residuals, (*streams, (cotangent * (c - u)).sum(-1)))
