@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import cummax
 
-from dlm_kernels.ops import checks
+from dlm_kernels.ops import checks, sharding
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["start", "stop", "start2", "stop2"], meta_fields=[])
@@ -68,13 +68,15 @@ class KeyIntervals:
 def bounds(mask, key_length):
     """`mask` as the kernels want it: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order, empty ones as stop == start."""
     ends = (mask.start, mask.stop, mask.start2, mask.stop2)
-    return _bounds(key_length, *(checks.ints("mask", end, "BT") for end in ends if end is not None))
+    return _stacked(*(checks.ints("mask", end, "BT").clip(0, key_length) for end in ends if end is not None))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _bounds(key_length, *ends):
-    ends = jnp.broadcast_arrays(*(end.clip(0, key_length) for end in ends))
-    return jnp.stack(in_order(jnp, *ends), axis=-1)
+@jax.jit  # in a program alone an array of no mesh can be split
+def _stacked(*ends):
+    ends = jnp.broadcast_arrays(*ends)
+    # Ends of the caller's may be split by explicit axes where others, that are the same for all rows, are not.
+    split = next((end for end in ends if any(jax.typeof(end).sharding.spec)), ends[0])
+    return jnp.stack(in_order(jnp, *(sharding.split_as(split, end) for end in ends)), axis=-1)
 
 
 def in_order(xp, start, stop, start2=None, stop2=None):
@@ -114,7 +116,7 @@ def packed(segment_ids):
 
     segment_ids int [B, L], each document one run of equal ids; a negative id is padding, which sees and shows nothing.
     """
-    segment_ids = checks.ints("segment_ids", segment_ids, "BL")
+    segment_ids = _segment_ids(segment_ids)
     start, stop = _runs(segment_ids)
     return KeyIntervals(start, jnp.where(segment_ids < 0, start, stop))
 
@@ -131,7 +133,7 @@ def block_causal(query_length, block_size, *, key_length=None, offset=0, segment
     block_size, query_length = _block_size(block_size), checks.size("query_length", query_length)
     position = jnp.arange(query_length, dtype=jnp.int32)[None, :]
     if segment_ids is not None:
-        segment_ids = checks.ints("segment_ids", segment_ids, "BL")
+        segment_ids = _segment_ids(segment_ids)
         checks.shaped("segment_ids", segment_ids, (segment_ids.shape[0], query_length), "batch, query_length")
         for name, value, absent in (("offset", offset, 0), ("key_length", key_length, None)):
             if not (value is absent or isinstance(value, (int, np.integer)) and value == absent):
@@ -218,6 +220,11 @@ def _per_row(name, value):
     return value.reshape(-1, 1)
 
 
+def _segment_ids(value):
+    """int [B, L], of which explicit axes split no row: a run does not end where a device's part does."""
+    return sharding.whole(checks.ints("segment_ids", value, "BL"), 1)
+
+
 def _runs(segment_ids):
     """For each position the first (inclusive) and last (exclusive) position of its run of equal ids; int32 [B, L] both."""
     return _firsts(segment_ids), segment_ids.shape[1] - _firsts(segment_ids[:, ::-1])[:, ::-1]
@@ -225,6 +232,6 @@ def _runs(segment_ids):
 
 def _firsts(segment_ids):
     position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    edge = jnp.ones((segment_ids.shape[0], 1), bool)
+    edge = jnp.ones_like(segment_ids[:, :1], bool)  # split as they are
     starts = jnp.concatenate([edge, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
     return cummax(jnp.where(starts, position, 0), axis=1)

@@ -276,6 +276,32 @@ def test_a_random_confidence_is_split_as_the_scores_are(per_row, split):
     assert got[0].confidence.sharding.spec == specs[0]
 
 
+MASKS = {
+    "packed": lambda lengths, ids: masks.packed(ids),
+    "block_causal": lambda lengths, ids: masks.block_causal(12, 4, segment_ids=ids),
+    "cache": lambda lengths, ids: masks.cache(12, lengths),
+    "two runs": lambda lengths, ids: masks.cache(12, lengths, block_start=8, block_stop=12) & masks.sliding_window(12, 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_what_explicit_axes_split(name):
+    """Beside ends that are the same for all rows, which are not split."""
+    lengths, ids = jnp.array([3, 12, 0, 7]), jnp.arange(48).reshape(4, 12) // 5
+    mesh = jax.make_mesh((2, 2), ("batch", "length"), devices=jax.devices("cpu")[:4])
+    split = jax.device_put((lengths, ids), tuple(NamedSharding(mesh, PartitionSpec(*x)) for x in (["batch"], ["batch", "length"])))
+
+    def bounds(lengths, ids):
+        return masks.bounds(MASKS[name](lengths, ids), 12)
+
+    expected = bounds(lengths, ids)
+    same(bounds(*split), expected)
+    with jax.set_mesh(mesh):
+        got = jax.jit(bounds)(*split)
+    same(got, expected)
+    assert got.sharding.spec[0] == "batch"
+
+
 TARGETS = jax.random.randint(KEY, (4, 6), 0, 300)
 SUMS = {
     "masked_cross_entropy": lambda x, head, weights: dlm_kernels.masked_cross_entropy(x, head, TARGETS, weights),
