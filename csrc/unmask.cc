@@ -120,7 +120,8 @@ int64_t count_to_unmask(const UnmaskArgs& args, int64_t b, const int32_t* order,
   }
   if (args.factor != nullptr) {
     int64_t leading = 1;
-    while (leading < eligible && confidence[order[leading]] >= 1 - args.factor[b] / (float)(leading + 2)) ++leading;
+    const auto sure = [&](int64_t k) { return confidence[order[k]] == confidence[order[k]] ? confidence[order[k]] : -kInfinity; };
+    while (leading < eligible && sure(leading) >= 1 - args.factor[b] / (float)(leading + 2)) ++leading;
     n = std::max(n, leading);
   }
   if (args.entropy_budget != nullptr) {

@@ -232,6 +232,13 @@ def test_a_rule_that_is_nan_commits_one(leaf, rule):
     np.testing.assert_array_equal(leaf("unmask", "unmask_topk")(*arrays)[1], [[False, True, False]])
 
 
+def test_an_infinite_factor_commits_all(leaf):
+    """Those whose confidence is NaN too, which counts as -inf."""
+    sure, ones = jnp.array([[0.2, jnp.nan, -jnp.inf]]), jnp.ones((1, 3), jnp.int32)
+    arrays = 0 * ones, ones, sure, None, ones != 0, None, None, None, jnp.array([jnp.inf]), None, None
+    np.testing.assert_array_equal(leaf("unmask", "unmask_topk")(*arrays)[1], [[True, True, True]])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("v", [1, 33, 5003])
 def test_guidance(leaf, v, dtype):
