@@ -135,6 +135,15 @@ def test_far_from_zero_the_confidence_is_as_precise(leaf):
     np.testing.assert_allclose(sure, 1 / expected.sum(-1), rtol=2e-6)
 
 
+@pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
+def test_equal_tokens_share_a_probability_however_great_their_logits(leaf, confidence):
+    logits = np.full((1, 37), -3e38, np.float32)
+    logits[0, 5:9] = 3e38
+    _, sure, entropy, _ = check(leaf, jnp.asarray(logits), PLAIN | dict(confidence=confidence))
+    expected = dict(probability=0.25, margin=0, neg_entropy=-np.log(4))[confidence]
+    np.testing.assert_allclose([sure[0], entropy[0]], [expected, np.log(4)], rtol=1e-6)
+
+
 def test_ties_take_the_lowest_token(leaf):
     logits = np.zeros((3, 5000), np.float32)
     logits[1, [70, 71, 4999]] = 2

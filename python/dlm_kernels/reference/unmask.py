@@ -50,8 +50,9 @@ def score_tokens(
             sampled = line / temperature[row] + noise[row]
             line = line / temperature[row] if tempered_confidence else line
         token[row] = np.argmax(sampled)
-        logsumexp[row] = line.max() + np.log(np.exp(line - line.max()).sum())
-        p = np.exp(line - logsumexp[row])
+        weights = np.exp(line - line.max())
+        logsumexp[row] = line.max() + np.log(weights.sum())
+        p = weights / weights.sum()  # of the greatest numbers logsumexp is no more than the greatest
         entropy[row] = -sum(x * math.log(x) for x in p if x > 0)
         best = np.sort(p)[::-1]
         sure[row] = {
