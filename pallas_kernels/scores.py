@@ -18,7 +18,7 @@ ROWS = 16  # of a bfloat16 tile; tiles of logits have a multiple of it
 GROUP = 32  # rows at most whose statistics are in registers at once
 # Chunks of a group that are laid out one after the other, so that the latency of one hides behind the others.
 UNROLLED = 32
-LEAST = -200.0  # of any distance below it the weight is 0
+LEAST = -200.0  # of any distance below it the weight is 0; to the least number, by which some ban tokens, it may be -inf
 
 
 class State(NamedTuple):
@@ -113,7 +113,7 @@ def accumulate(
             return total + weight, moment + jnp.maximum(distance, LEAST) * weight
 
         total, moment = state.total[rows, :], state.moment[rows, :]
-        shift = jnp.where(old_top == -jnp.inf, 0.0, old_top - base)
+        shift = jnp.where(old_top == -jnp.inf, 0.0, jnp.maximum(old_top - base, LEAST))
         shrink = jnp.exp(shift)
         moment = (moment + shift * total) * shrink
         total, moment = jax.lax.fori_loop(0, chunks, sums, (total * shrink, moment), unroll=unrolled)
@@ -170,7 +170,7 @@ def finish(
     top = jnp.max(lane_top, axis=1, keepdims=True)
     base = jnp.where(top == -jnp.inf, 0.0, top)
     # A lane of nothing but -inf has total 0.
-    shift = jnp.where(lane_top == -jnp.inf, 0.0, lane_top - base)
+    shift = jnp.where(lane_top == -jnp.inf, 0.0, jnp.maximum(lane_top - base, LEAST))
     shrink = jnp.exp(shift)
     total = jnp.sum(state.total[...] * shrink, axis=1, keepdims=True)
     moment = jnp.sum((state.moment[...] + shift * state.total[...]) * shrink, axis=1, keepdims=True)

@@ -135,6 +135,11 @@ def test_far_from_zero_the_confidence_is_as_precise(leaf):
     np.testing.assert_allclose(sure, 1 / expected.sum(-1), rtol=2e-6)
 
 
+def test_tokens_banned_by_the_least_number(leaf):
+    logits = normal(3, 1, 700).at[0, :600].set(jnp.finfo(jnp.float32).min)
+    check(leaf, logits, PLAIN | dict(confidence="neg_entropy"))
+
+
 @pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
 def test_equal_tokens_share_a_probability_however_great_their_logits(leaf, confidence):
     logits = np.full((1, 37), -3e38, np.float32)
