@@ -68,12 +68,12 @@ class KeyIntervals:
 def bounds(mask, key_length):
     """`mask` as the kernels want it: int32 [B or 1, T, 2 or 4], clipped, disjoint, in order, empty ones as stop == start."""
     ends = (mask.start, mask.stop, mask.start2, mask.stop2)
-    return _stacked(*(checks.ints("mask", end, "BT").clip(0, key_length) for end in ends if end is not None))
+    return _bounds(key_length, *(checks.ints("mask", end, "BT") for end in ends if end is not None))
 
 
-@jax.jit  # in a program alone an array of no mesh can be split
-def _stacked(*ends):
-    ends = jnp.broadcast_arrays(*ends)
+@functools.partial(jax.jit, static_argnums=0)  # in a program alone an array of no mesh can be split
+def _bounds(key_length, *ends):
+    ends = jnp.broadcast_arrays(*(end.clip(0, key_length) for end in ends))
     # Ends of the caller's may be split by explicit axes where others, that are the same for all rows, are not.
     split = next((end for end in ends if any(jax.typeof(end).sharding.spec)), ends[0])
     return jnp.stack(in_order(jnp, *(sharding.split_as(split, end) for end in ends)), axis=-1)

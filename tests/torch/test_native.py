@@ -177,8 +177,9 @@ def test_the_head_with_guidance_and_random_confidence(native):
     expected = dlm_kernels.lm_head_scores(
         jnp.asarray(hidden), jnp.asarray(weight), unconditional_hidden=jnp.asarray(other), **options, implementation="xla"
     )
-    assert 0 <= got.token[1, 2] < V  # which of them a row of NaN gets differs on a GPU
-    got.token[1, 2] = int(expected.token[1, 2])
+    if DEVICE == "cuda":  # where a row of NaN may have another token
+        assert 0 <= got.token[1, 2] < V
+        got.token[1, 2] = int(expected.token[1, 2])
     same(got, expected)
 
 
