@@ -217,7 +217,6 @@ def compiled(call, dtypes, known_sizes):
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "instructions": len(re.findall(r"^ +/\*[0-9a-f]+\*/ +(?!NOP)\S", usage, re.MULTILINE)),
-        "rough_quotients": ptx.count("div.full"),  # which may be off by two units in the last place
         "shared": kernel.metadata.shared,
         # jax-triton passes no scratch memory and launches the warps it is told.
         "scratch": getattr(kernel.metadata, "global_scratch_size", 0),

@@ -31,8 +31,6 @@ def test_compiles(arch):
         assert row["shared"] <= SHARED[arch], row
         assert row["warps"] and not row["scratch"], row
         assert not row["stack"], row
-    ranks = [row for row in rows if row["case"].startswith("topk")]
-    assert ranks and not any(row["rough_quotients"] for row in ranks), ranks
     # What the scores of logits are bound by: 85% of an H200's bandwidth leaves 14 instructions for a bfloat16, and a thread has 64.
     (score,) = [row for row in rows if row["case"] == "score bfloat16" and row["kernel"] == "_score_kernel"]
     assert 0 < score["instructions"] <= 14 * 64, score

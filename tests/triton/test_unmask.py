@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from triton.runtime import interpreter
 
 from dlm_kernels import score_tokens
 from dlm_kernels.reference import threefry
@@ -131,6 +132,26 @@ def test_every_operand_is_read_by_its_own_strides():
     got = scored(kernels, np.asfortranarray(logits), unconditional=wide, noise=noise[:, ::-1].copy()[:, ::-1], **options)
     for mine, other in zip(got, scored(kernels, logits, unconditional=unconditional, noise=noise, **options)):
         np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("ulps", [-2, -1, 0, 1, 2])
+def test_a_confidence_on_the_bound_of_a_factor_where_quotients_are_rough(monkeypatch, ulps):
+    """As a GPU's are. In each row one confidence is on its rank's bound, or is the number below; those before it are 1."""
+    exact = interpreter.InterpreterBuilder.create_fdiv
+
+    def rough(self, a, b):
+        made = exact(self, a, b)
+        made.data = made.data + (ulps * np.spacing(made.data)).astype(made.data.dtype)
+        return made
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", rough)
+    factor = np.random.default_rng(0).uniform(0.2, 0.9, 40).astype(np.float32)
+    rank, position = np.arange(40)[:, None] % 8 + 1, np.arange(10)
+    bound, ones = 1 - factor[:, None] / (rank + 2).astype(np.float32), np.ones((40, 10), np.int32)
+    for sure, most in ((bound, rank), (np.nextafter(bound, np.float32(0)), rank - 1)):
+        confidence = np.where(position < rank, 1, np.where(position == rank, sure, 0)).astype(np.float32)
+        made = kernels.unmask_topk(0 * ones, ones, confidence, None, ones != 0, None, None, None, factor, None, None)
+        np.testing.assert_array_equal(made[0], position <= most)
 
 
 @pytest.mark.parametrize("rule", ["num_unmask", "threshold", "factor", "entropy_budget"])

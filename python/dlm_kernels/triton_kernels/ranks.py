@@ -14,6 +14,18 @@ _MOST_MERGED = 2 * _MERGED  # of a row, a power of two of positions and of spans
 
 
 @triton.jit
+def _quotient(a, n):
+    """a / n of a whole n below 2^14, rounded as on other platforms: a confidence may be the bound that it makes. A GPU's own
+    quotient is off by up to two units in the last place, and tl.div_rn is a call, for which some kernels keep registers on a stack.
+    """
+    rough = a / n
+    # Exact in float64. What it comes to is too small for the rounding of 1 / n to count.
+    rest = a.to(tl.float64) - rough.to(tl.float64) * n.to(tl.float64)
+    exact = rough.to(tl.float64) + rest * (1.0 / n).to(tl.float64)
+    return tl.where(tl.abs(rough) < float("inf"), exact.to(tl.float32), rough)
+
+
+@triton.jit
 def _topk_kernel(
     top, total, moment, second,  # float32 [B * L, SPANS] | None
     token,  # int32 [B * L, SPANS] | None
@@ -103,8 +115,7 @@ def _topk_kernel(
         above = is_eligible & (sure > tl.load(threshold + b))
         n = tl.maximum(n, tl.maximum(1, tl.sum(above.to(tl.int32), 0)))
     if HAS_FACTOR:
-        # Rounded as on other platforms: a confidence may be the bound itself.
-        bound = 1.0 - tl.div_rn(tl.load(factor + b), (rank + 2).to(tl.float32))
+        bound = 1.0 - _quotient(tl.load(factor + b), (rank + 2).to(tl.float32))
         failed = is_eligible & (rank > 0) & ~(sure >= bound)
         n = tl.maximum(n, tl.min(tl.where(failed, rank, BLOCK), 0))
     if HAS_ENTROPY_BUDGET:
