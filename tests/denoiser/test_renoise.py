@@ -15,6 +15,7 @@ import pytest
 from dlm_kernels import cli, masks
 from dlm_kernels.denoiser import checkpoint, generate, losses, model, renoise, train
 from dlm_kernels.denoiser.config import DenoiserConfig
+from dlm_kernels.ops import dispatch
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,16 @@ def test_the_loss_is_that_of_the_naive_code(conditioned, random):
     expected, slope = jax.value_and_grad(naive)(params)
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_allclose(gradient["embed"], slope["embed"], rtol=1e-3, atol=1e-4 * np.abs(slope["embed"]).max())
+
+
+def test_an_implementation_asked_for_is_that_of_every_operation(conditioned, board):
+    """Of 16 bits, for which the gated layer of the soft embedding is a kernel's on a CPU unless one is asked for."""
+    config, params = conditioned[0], jax.tree.map(lambda x: x.astype(jnp.bfloat16), conditioned[1])
+    with dispatch.recording() as choices:
+        renoise.decode(config, params, **board, block=6, steps=2, implementation="xla")
+        losses.uniform_loss(config, params, jnp.asarray(board["tokens"]), jax.random.key(0), implementation="xla")
+    assert {choice.kernel for choice in choices} >= {"attention_forward", "lm_head_scores", "unmask_topk"}
+    assert all(choice.implementations == {"default": "xla"} for choice in choices)
 
 
 def test_the_command(saved, capsys):

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from dlm_kernels.denoiser import limits
-from dlm_kernels.denoiser.experts import Experts
+from dlm_kernels.denoiser.experts import Experts, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DenoiserConfig:
             raise ValueError(f"delete_id, insert_id: expected both or neither, got {self.delete_id}, {self.insert_id}")
         if self.delete_id is not None:
             limits.ids(self.vocab, delete_id=[self.delete_id], insert_id=[self.insert_id])
-        if self.experts is not None and self.experts.capacity is not None and self.block_size is None:
+        if together(self.experts) and self.block_size is None:
             raise ValueError("experts.capacity: expected a block_size, whose tokens choose experts together, got None")
         if self.mask_id in (self.pad_id, self.eos_id):
             raise ValueError(f"mask_id: expected another id than pad_id and eos_id, got {self.mask_id}")

@@ -48,6 +48,11 @@ class Experts:
                 raise ValueError(f"experts.capacity: expected {expected}, got {self.capacity} and {self.groups} groups")
 
 
+def together(experts):
+    """Whether the tokens of a block choose their experts together; experts may be None."""
+    return experts is not None and experts.capacity is not None
+
+
 def parameter_shapes(experts, d_model):
     """Name -> shape of a layer's parameters; matrices are [in, out], those of all experts behind one another."""
     e, width, shared = experts.count, experts.ffn, experts.shared_ffn

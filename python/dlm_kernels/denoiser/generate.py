@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_kernels.denoiser import blocks, chat, control, limits, renoise, sampler, speculative
+from dlm_kernels.denoiser import blocks, chat, control, experts, limits, renoise, sampler, speculative
 from dlm_kernels.denoiser.text import encode, opened, opening
 
 HOLE = re.compile(r"<mask:(\d{1,18})(?:@(-?(?:\d+\.?\d*|\.\d+)))?>")  # how many tokens, and under which guidance scale
@@ -95,7 +95,7 @@ def canvas(config, tokenizer, prompts, length, style="", *, least=1, before=0):
         added = 0 if marked else length + fills
         if marked and config.mask_id not in row:
             raise ValueError(f"prompts: expected a hole of at least one token in each, got {prompt!r}")
-        if marked and config.experts is not None and config.experts.capacity is not None and len(row) % config.block_size:
+        if marked and experts.together(config.experts) and len(row) % config.block_size:
             whole = f"whole blocks of {config.block_size} tokens, which choose experts together"
             raise ValueError(f"prompts: expected text and holes of {whole}, got {len(row)} tokens")
         rows.append(row + [config.mask_id] * added)

@@ -45,7 +45,10 @@ function show(at) {
       const span = document.createElement("span");
       span.textContent = word;
       span.className = style;
-      if (sure !== undefined) { span.style.color = `hsl(${Math.round(120 * sure)} 70% 60%)`; span.title = sure.toFixed(3); }
+      if (sure !== undefined) {
+        span.style.color = `hsl(${Math.round(120 * Math.max(sure, 0))} 70% 60%)`;  // neg_entropy is below 0
+        span.title = sure.toFixed(3);
+      }
       return span;
     }));
     head.textContent = `${run.name}: pass ${pass} of ${run.passes.length}`;

@@ -150,7 +150,7 @@ def uniform_loss(config, params, tokens, key, *, implementation=None):
     # Neighbouring ratios take turns, whichever rows begin.
     turn = (jnp.arange(b) + jax.random.randint(for_rows, (), 0, 2)) % 2 == 0
     soft = jnp.where(turn[:, None, None], jax.lax.stop_gradient(soft), 0)
-    embedded = model.self_conditioned(config, params, embedded, soft)
+    embedded = model.self_conditioned(config, params, embedded, soft, implementation)
     hidden = model.hidden_states(config, params, noisy, embedded=embedded, **options)
     weights = jnp.full(tokens.shape, 1 / tokens.size)
     return masked_cross_entropy(hidden, head, tokens, weights, implementation=implementation)

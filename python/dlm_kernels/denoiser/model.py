@@ -209,7 +209,7 @@ def _states(config, params, tokens, positions, attend, embedded=None, *, impleme
     b, length = tokens.shape
     rotation = rope(positions, config.rotary_size or config.head_size, config.rope_theta)
     block = None
-    if config.experts is not None and config.experts.capacity is not None:
+    if experts.together(config.experts):
         # Each row's blocks are numbered on from those before; a row of `length` tokens has no more than so many.
         number = positions // config.block_size - positions[:, :1] // config.block_size
         block = (number + jnp.arange(b)[:, None] * length).reshape(-1)

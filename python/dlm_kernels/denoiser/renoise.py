@@ -129,7 +129,8 @@ def _decode(static, params, tokens, columns, data):
             )  # fmt: skip
         embedded = half.look_up(params["embed"], state.decoded.tokens)
         if config.self_conditioning:
-            window = model.self_conditioned(config, params, model.read_window(embedded, state.at, block), state.soft)
+            window = model.read_window(embedded, state.at, block)
+            window = model.self_conditioned(config, params, window, state.soft, implementation)
             embedded = model.write_window(embedded, window, state.at)
         hidden = model.hidden_states(
             config, params, state.decoded.tokens, embedded=embedded, **model.within(columns["start"], end, length),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels.denoiser import blocks, commit, limits, model, streams
+from dlm_kernels.denoiser import blocks, commit, experts, limits, model, streams
 from dlm_kernels.denoiser import remask as remasking
 
 NEVER = 1_000_000  # more passes than a block takes, and more blocks than a canvas has
@@ -217,7 +217,7 @@ def _check(
     own = config.block_size
     if own is not None and own % block and block % own:
         raise ValueError(f"block: expected a divisor or a multiple of the model's block_size {own}, got {block}")
-    if config.experts is not None and config.experts.capacity is not None:
+    if experts.together(config.experts):
         end = tokens.shape[1] if stop is None else stop
         if not blocks.whole_apart(config, start, end):
             where = f"whole blocks of {own} between them, whose tokens choose experts together"

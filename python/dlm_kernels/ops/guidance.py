@@ -66,7 +66,7 @@ def combine_guidance(logits, weights, *, implementation=None):
     weights = checks.numbers("weights", weights)
     if weights.ndim < 1 or weights.shape != lead[: weights.ndim]:
         raise ValueError(f"weights: expected shape [C], [C, B] or [C, B, L] of {list(lead)}, got {list(weights.shape)}")
-    weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(lead) - weights.ndim)), lead)
+    weights = checks.broadcast(weights.reshape(weights.shape + (1,) * (len(lead) - weights.ndim)), lead)
     if logits.size == 0:
         return jnp.zeros(logits.shape[1:], logits.dtype)
     return dispatch.differentiable(_combine, implementation, logits, weights)
