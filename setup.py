@@ -14,7 +14,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = ["attention", "attention_backward", "guidance", "truncation", "unmask", "lm_head", "cross_entropy", "divergence"]
-KERNELS += ["experts", "table"]
+KERNELS += ["experts", "matmul", "table"]
 COMMON = ["dispatch", "handlers", "module"]
 # Rounding may differ between instruction sets (a fused multiply-add rounds once), never between calls.
 # -g0: Python's own flags, which come first, may ask for debugging symbols, which make the module eight times as large.

@@ -9,7 +9,6 @@ import numpy as np
 import dlm_kernels
 from bench import harness, peers
 from bench.harness import Case, Contender
-from dlm_kernels.denoiser import half
 from dlm_kernels.reference import experts as reference
 from dlm_kernels.xla import experts as xla
 
@@ -31,8 +30,6 @@ def case(name, rows, d, f, experts, chosen, dtype, **options):
     contenders["jnp, all experts"] = Contender(jax.jit(functools.partial(xla.mix_by_all, activation="silu")))
     contenders["jax.lax.ragged_dot"] = Contender(jax.jit(_by_ragged_dot))
     contenders |= peers.of_torch(_torch_loop, compiled=False)
-    if experts == 1:
-        contenders["jnp, dense"] = Contender(jax.jit(_dense))
     size = jnp.dtype(dtype).itemsize
     return Case(
         "experts",
@@ -73,11 +70,6 @@ def _torch_loop(x, gate, up, down, expert, weight):
     return out
 
 
-def _dense(x, gate, up, down, expert, weight):
-    """The layer of a single expert, as the denoiser has it where XLA computes it."""
-    return half.gated(x, gate[0], up[0], down[0], implementation="xla")
-
-
 def _oracle(x, gate, up, down, expert, weight):
     """One expert at a time: all of them in float64 would be eight bytes a weight."""
     x, expert, weight = map(np.asarray, (x, expert, weight))
@@ -90,15 +82,11 @@ def _oracle(x, gate, up, down, expert, weight):
 
 
 def cases():
-    """Of LLaDA2-mini's 256 experts a slice, of which a block of 32 tokens chooses all, as it does most of the 256. And of a single
-    expert, as which the denoiser computes the dense layers of checkpoints of 16 bits on a CPU.
-    """
+    """Of LLaDA2-mini's 256 experts a slice, of which a block of 32 tokens chooses all, as it does most of the 256."""
     return [
         case("LLaDA2-mini slice", 32, 2048, 512, 64, 8, "bfloat16", quick=True, headline=True),
         case("LLaDA2-mini slice", 32, 2048, 512, 64, 8, "float32", headline=True),
         case("LLaDA2-mini slice", 256, 2048, 512, 64, 8, "bfloat16"),
-        case("SDAR-4B, dense", 1, 2560, 9728, 1, 1, "bfloat16"),
-        case("SDAR-4B, dense", 32, 2560, 9728, 1, 1, "bfloat16", headline=True),
     ]
 
 

@@ -21,13 +21,14 @@ from bench import (
     harness,
     lm_head,
     machine,
+    matmul,
     report,
     scale,
     truncation,
     unmask,
 )
 
-OPERATIONS = (attention, unmask, lm_head, experts, guidance, truncation, cross_entropy, divergence, scale, end_to_end)
+OPERATIONS = (attention, unmask, lm_head, matmul, experts, guidance, truncation, cross_entropy, divergence, scale, end_to_end)
 # Measurements of the ceilings in every run, however few its cases: of one alone, somebody else's burst would be the ceiling.
 LOOKS = 4
 # To aim for. None is the device's usual run: a CPU leaves out what is too large for it, the others leave out nothing.

@@ -4,24 +4,13 @@
 #include <vector>
 
 #include "kernels.h"
-#include "pack.h"
 #include "scratch.h"
-#include "tiles.h"
+#include "weight.h"
 
 namespace dlm::DLM_ISA {
 namespace {
 
-constexpr int64_t kSlice = 1024;   // rows whose pairs are kept at one time
-constexpr int64_t kGroup = 96;     // pairs of one expert that share a read of its weights
-constexpr int64_t kColumns = 512;  // of a weight in one tile
-// Rows of a weight that are read at a time: lines a page apart share a set of the first-level cache, and 8 fit into it.
-constexpr int64_t kDepth = 8;
-// Pairs that are worth laying a panel of a weight out, as many of its rows at a time as the LM head does: fewer multiply it where it
-// lies, which reads and writes their sums every kDepth rows.
-template <typename T>
-constexpr int64_t kMany = sizeof(T) == 4 ? 24 : 16;
-constexpr int64_t kLaidOut = tiles::kHeadDepth;
-static_assert(kGroup % kRowTile == 0 && kColumns % kPanel == 0);
+constexpr int64_t kSlice = 1024;  // rows whose pairs are kept at one time
 
 // Pairs [first, first + count) of the sorted ones, all of one expert.
 struct Group {
@@ -37,8 +26,8 @@ struct Pairs {
     for (int64_t pair = 0; pair < rows * args.k; ++pair)
       if (known(pair)) ++end[expert[pair] + 1];
     for (int64_t e = 0; e < args.e; ++e) {
-      for (int64_t at = 0; at < end[e + 1]; at += kGroup)
-        groups.push_back({e, end[e] + at, std::min(kGroup, end[e + 1] - at)});
+      for (int64_t at = 0; at < end[e + 1]; at += kWeightRows)
+        groups.push_back({e, end[e] + at, std::min(kWeightRows, end[e + 1] - at)});
       end[e + 1] += end[e];
     }
     sorted.resize(end[args.e]);
@@ -57,52 +46,10 @@ inline F activated(MixtureArgs::Activation activation, F x) {
   return 0.5f * x * (1.0f + tanh(0.797884561f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
 }
 
-// rows x kPanel floats: n columns of a weight, or the whole panel that they begin, in the order of load_half; zeros behind n.
-template <typename T>
-inline void lay_out(const T* b, int64_t b_row, int64_t rows, int64_t n, float* panel) {
-  for (int64_t i = 0; i < rows; ++i, b += b_row, panel += kPanel) {
-    __builtin_prefetch(b + kAhead * b_row);
-    T last[kPanel] = {};
-    if (n < kPanel) std::copy_n(b, n, last);
-    const T* from = n < kPanel ? last : b;
-    store(panel, load_half<0>(from));
-    store(panel + kLanes, load_half<1>(from));
-  }
-}
-
-// C [count, n] = A [count, depth] B [depth, n], where B are columns of a weight with `b_row` values a row. In C, of which a panel
-// is a whole one, a panel's columns are in the order of load_half. A sum has one order, however many rows there are.
-// room: [kLaidOut][kPanel].
-template <typename T>
-void multiply_weight(const float* a, int64_t a_row, int64_t count, const T* b, int64_t b_row, int64_t depth, int64_t n, float* c,
-                     int64_t c_row, float* room) {
-  const int64_t step = count < kMany<T> ? kDepth : kLaidOut;
-  for (int64_t p = 0; p < depth; p += step, b += step * b_row) {
-    const int64_t rows = std::min(step, depth - p);
-    for (int64_t j = 0; j < n; j += kPanel) {
-      if (count < kMany<T> && n - j >= kPanel) {
-        // Those that are next, which may lie pages apart, where no hardware prefetcher follows.
-        for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(b + (kDepth + i) * b_row + j);
-        multiply_panel<2>(a + p, a_row, 1, count, b + j, b_row, rows, c + j, c_row, p > 0);
-      } else {
-        lay_out(b + j, b_row, rows, n - j, room);
-        multiply_panel<2>(a + p, a_row, 1, count, room, kPanel, rows, c + j, c_row, p > 0);
-      }
-    }
-  }
-}
-
-// The first n values, or a whole panel's if there are more, from its halves.
-template <typename T>
-inline void store_panel(T* out, int64_t n, F first, F second) {
-  if (n >= kPanel) return store_halves(out, first, second);
-  T panel[kPanel];
-  store_halves(panel, first, second);
-  std::copy_n(panel, n, out);
-}
-
 template <typename T>
 class Mixture {
+  using E = Element<T>;
+
  public:
   explicit Mixture(const MixtureArgs& args) : args_(args), y_row_(round_up(args.d, kPanel)) {}
 
@@ -112,35 +59,33 @@ class Mixture {
     memory_.reset(count * (args_.f * (int64_t)sizeof(T) + y_row_ * 4) + 128);
     hidden_ = memory_.take<T>(count * args_.f), y_ = memory_.take<float>(count * y_row_);
     const int64_t inside = tiles(args_.f), outside = tiles(args_.d), work = count * args_.d * args_.f;
-    parallel(groups * inside, [&](int64_t i) { hide(pairs, row, pairs.groups[i / inside], i % inside * kColumns); }, 2 * work);
-    parallel(groups * outside, [&](int64_t i) { unhide(pairs.groups[i / outside], i % outside * kColumns); }, work);
+    const auto column = [](int64_t tile) { return tile * kWeightColumns; };
+    parallel(groups * inside, [&](int64_t i) { hide(pairs, row, pairs.groups[i / inside], column(i % inside)); }, 2 * work);
+    parallel(groups * outside, [&](int64_t i) { unhide(pairs.groups[i / outside], column(i % outside)); }, work);
     parallel(rows, [&](int64_t i) { sum(pairs, row, i); }, rows * args_.k * args_.d);
   }
 
  private:
-  static int64_t tiles(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+  static int64_t tiles(int64_t columns) { return (columns + kWeightColumns - 1) / kWeightColumns; }
 
-  // Between rows of A: a line more than a row takes, that those of a tile lie in several sets of the first-level cache.
-  static int64_t a_row(int64_t depth) { return round_up(depth, kLanes) + 16; }
-
-  // hidden_ of a group's pairs, columns [column, column + kColumns) of them.
+  // hidden_ of a group's pairs, columns [column, column + kWeightColumns) of them.
   void hide(const Pairs& pairs, int64_t first_row, const Group& group, int64_t column) {
-    const int64_t n = std::min(kColumns, args_.f - column), depth = args_.d, offset = group.expert * depth * args_.f + column;
+    const int64_t n = std::min(kWeightColumns, args_.f - column), depth = args_.d, offset = group.expert * depth * args_.f + column;
+    const int64_t a_row = weight_a_row<T>(depth), tile = group.count * kWeightColumns;
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * (group.count * (a_row(depth) + 2 * kColumns) + kLaidOut * kPanel) + 4 * 64);
-    float* a = scratch.take<float>(group.count * a_row(depth));
-    float *gate = scratch.take<float>(group.count * kColumns), *up = scratch.take<float>(group.count * kColumns);
-    float* room = scratch.take<float>(kLaidOut * kPanel);
+    scratch.reset(sizeof(E) * (group.count * a_row + kWeightRoom<T>) + 4 * 2 * tile + 4 * 64);
+    E *a = scratch.take<E>(group.count * a_row), *room = scratch.take<E>(kWeightRoom<T>);
+    float *gate = scratch.take<float>(tile), *up = scratch.take<float>(tile);
     for (int64_t i = 0; i < group.count; ++i) {
       const int64_t row = first_row + pairs.sorted[group.first + i] / args_.k;
-      copy_rows(static_cast<const T*>(args_.x) + row * depth, 0, 1, depth, nullptr, a + i * a_row(depth), 0);
+      copy_rows(static_cast<const T*>(args_.x) + row * depth, 0, 1, depth, nullptr, a + i * a_row, 0);
     }
     const T *of_gate = static_cast<const T*>(args_.gate) + offset, *of_up = static_cast<const T*>(args_.up) + offset;
-    multiply_weight(a, a_row(depth), group.count, of_gate, args_.f, depth, n, gate, kColumns, room);
-    multiply_weight(a, a_row(depth), group.count, of_up, args_.f, depth, n, up, kColumns, room);
+    multiply_weight(a, a_row, group.count, of_gate, args_.f, depth, n, gate, kWeightColumns, room);
+    multiply_weight(a, a_row, group.count, of_up, args_.f, depth, n, up, kWeightColumns, room);
     for (int64_t i = 0; i < group.count; ++i)
       for (int64_t j = 0; j < n; j += kPanel) {
-        const float *g = gate + i * kColumns + j, *u = up + i * kColumns + j;
+        const float *g = gate + i * kWeightColumns + j, *u = up + i * kWeightColumns + j;
         const F first = activated(args_.activation, load(g)) * load(u);
         const F second = activated(args_.activation, load(g + kLanes)) * load(u + kLanes);
         store_panel(hidden_ + (group.first + i) * args_.f + column + j, n - j, first, second);
@@ -149,14 +94,14 @@ class Mixture {
 
   // y_ of a group's pairs, likewise.
   void unhide(const Group& group, int64_t column) {
-    const int64_t n = std::min(kColumns, args_.d - column), depth = args_.f;
+    const int64_t n = std::min(kWeightColumns, args_.d - column), depth = args_.f, a_row = weight_a_row<T>(depth);
     const T* down = static_cast<const T*>(args_.down) + group.expert * depth * args_.d + column;
     Scratch& scratch = thread_scratch();
-    scratch.reset(4 * (group.count * a_row(depth) + kLaidOut * kPanel) + 2 * 64);
-    float *a = scratch.take<float>(group.count * a_row(depth)), *room = scratch.take<float>(kLaidOut * kPanel);
-    copy_rows(hidden_ + group.first * depth, depth, group.count, depth, nullptr, a, a_row(depth));
+    scratch.reset(sizeof(E) * (group.count * a_row + kWeightRoom<T>) + 2 * 64);
+    E *a = scratch.take<E>(group.count * a_row), *room = scratch.take<E>(kWeightRoom<T>);
+    copy_rows(hidden_ + group.first * depth, depth, group.count, depth, nullptr, a, a_row);
     float* y = y_ + group.first * y_row_ + column;
-    multiply_weight(a, a_row(depth), group.count, down, args_.d, depth, n, y, y_row_, room);
+    multiply_weight(a, a_row, group.count, down, args_.d, depth, n, y, y_row_, room);
   }
 
   // The output of row `first_row` + i. Its pairs are added in their order, whatever else there is.

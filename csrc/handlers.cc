@@ -276,6 +276,17 @@ ffi::Error mix_experts(ffi::ThreadPool pool, Operand x, Operand gate, Operand up
   });
 }
 
+ffi::Error matmul(ffi::ThreadPool pool, Operand x, Operand weight, Output out) {
+  return guarded([&] {
+    MatmulArgs args{};
+    args.dtype = dtype(x);
+    args.r = x.dimensions()[0], args.d = weight.dimensions()[0], args.f = weight.dimensions()[1];
+    args.x = x.untyped_data(), args.weight = weight.untyped_data();
+    args.out = data<void>(out);
+    kernels().matmul(args, XlaParallel(pool));
+  });
+}
+
 // Appends Count results, or operands, to a binding. A binding cannot be moved, only extended, hence no base case that returns it.
 template <bool Results, int Count, typename Binding>
 auto append(Binding&& binding) {
@@ -310,6 +321,7 @@ DLM_HANDLER(masked_cross_entropy_backward, bind<6, 2>().Attr<float>("soft_cap"))
 DLM_HANDLER(masked_divergence_forward, bind<5, 3>());
 DLM_HANDLER(masked_divergence_backward, bind<8, 2>());
 DLM_HANDLER(mix_experts, bind<6, 1>().Attr<std::string_view>("activation"));
+DLM_HANDLER(matmul, bind<2, 1>());
 
 }  // namespace
 

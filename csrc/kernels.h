@@ -2,7 +2,7 @@
 //
 // Letters as in the Python API: B batch, T queries, S keys, N query heads, K kv heads (N = K * G), H head size, L sequence,
 // R rows, V vocabulary, D width, E a target's width, C streams of logits, M banned ids.
-// In a mixture: E experts, F the width inside one, K experts of each row.
+// In a mixture: E experts, F the width inside one, K experts of each row. Of a product: F columns.
 // Arrays are dense and row-major; sizes and offsets are int64.
 #pragma once
 
@@ -142,6 +142,14 @@ struct MixtureArgs {
   void* out;                           // [R,D]
 };
 
+struct MatmulArgs {
+  DType dtype;                         // of x, weight and out
+  int64_t r, d, f;
+  const void* x;                       // [R,D]
+  const void* weight;                  // [D,F]
+  void* out;                           // [R,F]
+};
+
 // Each kernel, void name(const Args&, const Parallel&): the one list of them, from which the tables and the handlers are made.
 #define DLM_KERNELS(EACH)                                \
   EACH(attention_forward, AttentionArgs)                 \
@@ -156,7 +164,8 @@ struct MixtureArgs {
   EACH(masked_cross_entropy_backward, CrossEntropyArgs)  \
   EACH(masked_divergence_forward, DivergenceArgs)        \
   EACH(masked_divergence_backward, DivergenceArgs)       \
-  EACH(mix_experts, MixtureArgs)
+  EACH(mix_experts, MixtureArgs)                         \
+  EACH(matmul, MatmulArgs)
 
 struct Kernels {
   const char* isa;

@@ -13,6 +13,7 @@ from dlm_kernels.ops.explain import explain
 from dlm_kernels.ops.export import export_checks
 from dlm_kernels.ops.guidance import combine_guidance, mix_guidance
 from dlm_kernels.ops.lm_head import PackedHead, lm_head_scores, pack_lm_head
+from dlm_kernels.ops.matmul import matmul
 from dlm_kernels.ops.soft_embedding import soft_embedding
 from dlm_kernels.ops.truncation import truncate_logits
 from dlm_kernels.ops.unmask import TokenScores, UnmaskResult, score_tokens, unmask_step, unmask_topk
@@ -33,6 +34,7 @@ __all__ = [
     "masked_cross_entropy",
     "masked_divergence",
     "masks",
+    "matmul",
     "mix_experts",
     "mix_guidance",
     "pack_lm_head",

@@ -63,6 +63,7 @@ def test_guidance_truncation_loss_and_soft_embedding(implementation, b, length):
         expert, matrices = jnp.zeros((b, length, chosen), jnp.int32), (jnp.ones((3, *shape)) for shape in ((7, 5), (7, 5), (5, 7)))
         return dlm.mix_experts(x, *matrices, expert, expert, implementation=implementation)
 
+    assert dlm.matmul(logits, weight.T, implementation=implementation).shape == (b, length, 9)
     assert mixed(logits).shape == jax.grad(lambda x: mixed(x).sum())(logits).shape == logits.shape
 
     def loss(hidden, weight, reduction="sum"):
@@ -78,6 +79,13 @@ def test_guidance_truncation_loss_and_soft_embedding(implementation, b, length):
 
     assert divergence(logits, weight) == 0 and divergence(logits, weight, "none").shape == (b, length)
     assert (jax.grad(divergence, 1)(logits, weight) == 0).all()
+
+
+@implementations
+def test_a_product_over_nothing(implementation):
+    for x, weight in ((jnp.ones((3, 0)), jnp.ones((0, 5))), (jnp.ones((3, 5)), jnp.ones((5, 0)))):
+        out = dlm.matmul(x, weight, implementation=implementation)
+        np.testing.assert_array_equal(out, np.zeros((3, weight.shape[1])))
 
 
 @implementations
@@ -153,6 +161,7 @@ def test_an_unknown_implementation_is_refused():
         lambda name: dlm.masked_cross_entropy(hidden, weight, tokens, jnp.ones((2, 0)), implementation=name),
         lambda name: dlm.masked_divergence(hidden, weight, hidden, weight, jnp.ones((2, 0)), implementation=name),
         lambda name: dlm.soft_embedding(hidden, weight, implementation=name),
+        lambda name: dlm.matmul(hidden, weight.T, implementation=name),
         lambda name: dlm.mix_experts(hidden, *(weight[None, :, :7],) * 3, *(tokens[..., None],) * 2, implementation=name),
     ):
         with pytest.raises(ValueError, match="implementation: expected one of"):

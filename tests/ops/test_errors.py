@@ -405,6 +405,18 @@ CASES = {
         lambda: masks.sliding_window(3, 1, 1, offset=tokens),
         r"offset: expected a scalar or shape \[B\], got \[2, 3\]",
     ),
+    "product of one axis": (lambda: dlm.matmul(rows[0], weight.T), r"x: expected shape \[N, D\] or \[B, L, D\], got \[8\]"),
+    "product of integers": (lambda: dlm.matmul(pairs, weight), r"x: expected dtype float32, bfloat16 or float16, got int"),
+    "a weight that is not turned round": (lambda: dlm.matmul(rows, weight), r"weight: expected shape \[8, F\], got \[7, 8\]"),
+    "a weight of three axes": (lambda: dlm.matmul(rows, matrices), r"weight: expected shape \[D, F\], got \[4, 8, 6\]"),
+    "a weight of another dtype": (
+        lambda: dlm.matmul(rows, weight.T.astype(jnp.bfloat16)),
+        r"weight: expected x's dtype float32, got bfloat16",
+    ),
+    "a product by a kernel that is not there": (
+        lambda: dlm.matmul(rows, weight.T, implementation="triton"),
+        r"implementation='triton' cannot run matmul: triton_kernels has no matmul",
+    ),
     "mixture of one axis": (lambda: mix(x=rows[0]), r"x: expected shape \[N, D\] or \[B, L, D\], got \[8\]"),
     "mixture of integers": (lambda: mix(x=rows.astype(int)), r"x: expected dtype float32, bfloat16 or float16"),
     "experts of another width": (lambda: mix(gate=matrices[:, :5]), r"gate: expected shape \[E, 8, F\].*got \[4, 5, 6\]"),

@@ -27,6 +27,7 @@ def loss_of_attention(query, key, value):
 KEY = jax.random.key(7)
 EXPERT = jax.random.randint(KEY, (4, 6, 2), 0, 5)
 EXPERTS = normal(8, 5, 40, 24), normal(9, 5, 40, 24), normal(10, 5, 24, 40)
+WEIGHT = normal(8, 40, 24)
 # Each takes arrays with the batch first; [4, ...] so that it splits over the 4 devices of conftest.py.
 OPERATIONS = {
     "attention": (
@@ -85,6 +86,7 @@ OPERATIONS = {
         ),
         (normal(7, 4, 6, 40), normal(10, 4, 6, 24)),
     ),
+    "matmul": (lambda x: dlm_kernels.matmul(x, WEIGHT), (normal(7, 4, 6, 40),)),
     "mix_experts": (
         lambda x, expert, weight: dlm_kernels.mix_experts(x, *EXPERTS, expert, weight),
         (normal(7, 4, 6, 40), EXPERT, normal(11, 4, 6, 2)),

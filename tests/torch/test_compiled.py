@@ -22,6 +22,7 @@ torch_masks = importlib.import_module("dlm_kernels.torch.masks")
 B, L, V, D = 2, 5, 40, 16
 CASES = {
     "attention": "attention",
+    "a product": "matmul",
     "a mixture of experts": "mix_experts",
     "the loss": "masked_cross_entropy",
     "the divergence": "masked_divergence",
@@ -37,6 +38,7 @@ def arguments(case, length=L):
     soft = dict(hidden=hidden, weight=weight, logits_soft_cap=3.0)
     given = {
         "attention": dict(query=hidden[:, :, None], key=hidden[:, :, None] + 1, value=torch.randn(B, length, 1, D), scale=0.3),
+        "a product": dict(x=hidden, weight=weight.T),
         "a mixture of experts": dict(
             x=hidden.mT.contiguous().mT, gate=torch.randn(4, D, 24) / 4, up=torch.randn(4, D, 24) / 4, down=torch.randn(4, 24, D),
             expert=torch.randint(4, (B, length, 3)), weight=torch.rand(B, length, 3), activation="gelu",

@@ -160,10 +160,10 @@ def _states(config, params, x, cache, at, positions, seen, near, implementation)
         p = {name: params[f"layers.{i}.{name}"] for name in _layer_shapes(c, i)}
         mask, turns = (seen, rotation) if i in c.global_layers else (near, near_rotation)
         h = rms_norm(x, p["attention_norm"], c.rms_norm_eps)
-        query, *own = _query_key_value(c, p, h, (b, length), turns)
+        query, *own = _query_key_value(c, p, h, (b, length), turns, implementation)
         written[i] = tuple(write_window(old, new, at) for old, new in zip(cache[i], own))
         mixed = attention(query, *written[i], mask=mask, scale=1.0, implementation=implementation)
-        out = half.product(mixed.reshape(b * length, -1), p["out"])
+        out = half.product(mixed.reshape(b * length, -1), p["out"], implementation)
         x = x + rms_norm(out, p["attention_out_norm"], c.rms_norm_eps)
         dense = rms_norm(geglu(p, x, c.rms_norm_eps, implementation), p["ffn_out_norm"], c.rms_norm_eps)
         routed = rms_norm(_mixture(c, p, x, implementation), p["experts_out_norm"], c.rms_norm_eps)
@@ -171,10 +171,14 @@ def _states(config, params, x, cache, at, positions, seen, near, implementation)
     return rms_norm(x.reshape(b, length, -1), params["final_norm"], c.rms_norm_eps), written
 
 
-def _query_key_value(config, p, h, shape, rotation):
+def _query_key_value(config, p, h, shape, rotation, implementation):
     eps, size = config.rms_norm_eps, p["query_norm"].shape[0]
-    query, key = (half.product(h, p[name]).reshape(*shape, -1, size) for name in ("query", "key"))
-    value = half.product(h, p["value"]).reshape(*shape, -1, size) if "value" in p else key
+
+    def heads(name):
+        return half.product(h, p[name], implementation).reshape(*shape, -1, size)
+
+    query, key = heads("query"), heads("key")
+    value = heads("value") if "value" in p else key
     query, key = (rotate(rms_norm(x, p[name], eps), rotation) for x, name in ((query, "query_norm"), (key, "key_norm")))
     return query, key, rms_norm(value, None, eps)
 

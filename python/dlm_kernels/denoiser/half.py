@@ -1,42 +1,26 @@
 """Weights of 16 bits, which XLA on a CPU would widen, all of them at once and in front of a loop, where it is not kept from it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from dlm_kernels import mix_experts
+from dlm_kernels import matmul
 
 
-def product(x, weight):
-    """x @ weight. Of 16 bits on a CPU the sum is float32 by name: else XLA there widens all weights, and keeps them for a loop."""
+def product(x, weight, implementation=None):
+    """x @ weight, of 16 bits on a CPU by `matmul`; implementation: by name as there, another platform's is XLA."""
     if x.dtype == jnp.float32:
         return x @ weight
-
-    def on_a_cpu(x, weight):
-        rows = x.shape[-2]
-        # Of a single row XLA widens all weights once more, of two it does not.
-        x = jnp.concatenate([x, x], axis=-2) if rows == 1 else x
-        return jnp.matmul(x, weight, preferred_element_type=jnp.float32)[..., :rows, :].astype(x.dtype)
-
+    on_a_cpu = functools.partial(matmul, implementation=implementation if implementation in (None, "cpu") else "xla")
     return jax.lax.platform_dependent(x, weight, cpu=on_a_cpu, default=jnp.matmul)
 
 
 def gated(x, gate, up, down, *, activation="silu", implementation=None):
-    """(act(x @ gate) * (x @ up)) @ down, by name as in `mix_experts`. Of 16 bits on a CPU a mixture of one expert, whose kernel
-    reads the weights as they are.
-    """
-
-    def dense(x, gate, up, down):
-        act = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[activation]
-        return product(act(product(x, gate)) * product(x, up), down)
-
-    def mixture(x, *weights):
-        one = jnp.zeros((*x.shape[:-1], 1), jnp.int32)
-        matrices = (weight[None] for weight in weights)
-        return mix_experts(x, *matrices, one, one + 1, activation=activation, implementation=implementation)
-
-    if x.dtype == jnp.float32 or implementation not in (None, "cpu"):
-        return dense(x, gate, up, down)
-    return jax.lax.platform_dependent(x, gate, up, down, cpu=mixture, default=dense)
+    """(act(x @ gate) * (x @ up)) @ down; activation by name as in `mix_experts`, implementation as in `product`."""
+    act = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[activation]
+    times = functools.partial(product, implementation=implementation)
+    return times(act(times(x, gate)) * times(x, up), down)
 
 
 def look_up(table, tokens):

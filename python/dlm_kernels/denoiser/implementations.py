@@ -63,6 +63,7 @@ def taken(config, params):
     divergence = dlm_kernels.masked_divergence, (hidden, weight, hidden, weight, positions), {}
     calls |= {
         "mix_experts": (dlm_kernels.mix_experts, (shaped(block, config.d_model), *matrices, expert, share), {}),
+        "matmul": (dlm_kernels.matmul, (hidden, shaped(config.d_model, config.ffn)), {}),
         "gradient of attention": (jax.grad(lambda *x, mask: attention[0](*x, mask=mask).sum(), (0, 1, 2)), *attention[1:]),
         "combine_guidance": (dlm_kernels.combine_guidance, (shaped(2, *logits.shape), shaped(2)), {}),
         "truncate_logits": (dlm_kernels.truncate_logits, (logits,), dict(top_p=0.9)),

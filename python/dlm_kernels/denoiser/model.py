@@ -219,8 +219,8 @@ def _states(config, params, tokens, positions, attend, embedded=None, *, impleme
     for i in range(config.layers):
         p = {name: params[f"layers.{i}.{name}"] for name in _layer_shapes(config, i)}
         h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
-        mixed = attend(i, *_query_key_value(config, p, h, (b, length), rotation))
-        x = x + product(mixed.reshape(b * length, -1), p["out"])
+        mixed = attend(i, *_query_key_value(config, p, h, (b, length), rotation, implementation))
+        x = x + product(mixed.reshape(b * length, -1), p["out"], implementation)
         h = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
         ffn = _mixture(config.experts, p, h, block, implementation) if "router" in p else _swiglu(p, h, implementation)
         x = x + ffn
@@ -242,10 +242,10 @@ def _mixture(shape, p, h, block, implementation):
     return mixed + _swiglu(p, h, implementation, "shared_") if shape.shared_ffn else mixed
 
 
-def _query_key_value(config, p, h, shape, rotation):
+def _query_key_value(config, p, h, shape, rotation, implementation):
     heads = {}
     for name in ("query", "key", "value"):
-        x = product(h, p[name])
+        x = product(h, p[name], implementation)
         if config.qkv_bias:
             x = x + p[f"{name}_bias"]
         heads[name] = x.reshape(*shape, -1, config.head_size)

@@ -310,7 +310,7 @@ def _without_derivative(leaf, function):
         if any(jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in results):
             raise ValueError(
                 f"{operation(leaf.name)} has no derivative: put jax.lax.stop_gradient around its arguments; attention, the losses, "
-                "soft_embedding and mix_experts have a first gradient, in reverse mode alone"
+                "soft_embedding, mix_experts and matmul have a first gradient, in reverse mode alone"
             )
         return results, tuple(np.zeros(x.shape, jax.dtypes.float0) for x in results)
 

@@ -60,7 +60,7 @@ def mix_experts(x, gate, up, down, expert, weight, *, activation="silu", impleme
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mix(static, *arrays):
     activation, implementation = static
-    return dispatch.call(MIX, implementation, _operands(MIX, arrays), activation=activation)[0]
+    return dispatch.call(MIX, implementation, sharding.varying_by_name(MIX, arrays), activation=activation)[0]
 
 
 def _mix_fwd(static, *arrays):
@@ -69,17 +69,9 @@ def _mix_fwd(static, *arrays):
 
 def _mix_bwd(static, arrays, dout):
     activation, _ = static
-    gradients = dispatch.call(BACKWARD, "xla", _operands(BACKWARD, (*arrays, dout)), activation=activation)
+    gradients = dispatch.call(BACKWARD, "xla", sharding.varying_by_name(BACKWARD, (*arrays, dout)), activation=activation)
     *of_arrays, of_weight = sharding.typed_as((*arrays[:4], arrays[5]), gradients)
     return *of_arrays, None, of_weight
 
 
 _mix.defvjp(_mix_fwd, _mix_bwd)
-
-
-def _operands(leaf, arrays):
-    """By name. Within a shard_map that checks they vary alike: else the derivative in the kernel would be a sum over devices, and
-    be summed over them again.
-    """
-    alike = sharding.varying_as(arrays, arrays)
-    return {name: array for (name, _), array in zip(leaf.operands, alike, strict=True)}

@@ -168,6 +168,14 @@ def checked():
     return known is not None and bool(known.varying)
 
 
+def varying_by_name(leaf, arrays):
+    """{name: array} of a leaf's operands. Within a shard_map that checks they vary alike: else the derivative in the kernel would
+    be a sum over devices, and be summed over them again.
+    """
+    alike = varying_as(arrays, arrays)
+    return {name: array for (name, _), array in zip(leaf.operands, alike, strict=True)}
+
+
 def varying_as(arrays, results):
     """The results, known to vary over the axes over which the arrays do."""
     over = frozenset().union(*map(varying, arrays))

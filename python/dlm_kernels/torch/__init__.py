@@ -4,8 +4,8 @@
     out = attention(query, key, value, mask=mask)
 
 Tensors on a GPU go to the Triton kernels without JAX in between (`native.py`). Tensors on the CPU are handed to JAX and back
-through DLPack, without a copy where they are contiguous. On both attention, the losses, the soft embedding and the mixture of
-experts have gradients; the others refuse a tensor that requires one rather than detach it silently, and all refuse forward mode.
+through DLPack, without a copy where they are contiguous. On both attention, the losses, the soft embedding, the mixture of experts
+and matmul have gradients; the others refuse a tensor that requires one rather than detach it silently, and all refuse forward mode.
 Keys are JAX's (`jax.random.key(0)`). Where JAX has the GPU too, a key starts it there, and it takes three quarters of the memory
 unless XLA_PYTHON_CLIENT_PREALLOCATE=false is set. So do the masks of `dlm_kernels.masks`, which are JAX's too; those of
 `dlm_kernels.torch.masks` are tensors. Beside CUDA tensors nothing else starts it.
@@ -44,6 +44,7 @@ __all__ = [
     "masked_cross_entropy",
     "masked_divergence",
     "masks",
+    "matmul",
     "mix_experts",
     "mix_guidance",
     "pack_lm_head",
@@ -248,6 +249,7 @@ combine_guidance = _on_tensors(dlm_kernels.combine_guidance)
 lm_head_scores = _of_int64(_on_tensors(dlm_kernels.lm_head_scores))
 masked_cross_entropy = _with_gradients(dlm_kernels.masked_cross_entropy, compiled.masked_cross_entropy)
 masked_divergence = _with_gradients(dlm_kernels.masked_divergence, compiled.masked_divergence)
+matmul = _with_gradients(dlm_kernels.matmul, compiled.matmul)
 mix_experts = _with_gradients(dlm_kernels.mix_experts, compiled.mix_experts)
 mix_guidance = _on_tensors(dlm_kernels.mix_guidance)
 pack_lm_head = _on_tensors(dlm_kernels.pack_lm_head)

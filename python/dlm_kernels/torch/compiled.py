@@ -37,6 +37,13 @@ def _mask(start, stop, *second):
     return start if stop is None else masks.KeyIntervals(start, stop, *second)
 
 
+def matmul(eager):
+    def results(x, weight, **options):
+        return x.new_empty((*x.shape[:-1], weight.shape[-1]))
+
+    return _node(eager.__name__, "Tensor x, Tensor weight", "str? implementation=None", eager, results)
+
+
 def mix_experts(eager):
     arrays = "Tensor x, Tensor gate, Tensor up, Tensor down, Tensor expert, Tensor weight"
     options = 'str activation="silu", str? implementation=None'

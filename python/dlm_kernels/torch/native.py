@@ -187,6 +187,15 @@ def _soft_by_chunks(hidden, weight, embedding, temperature, cap):
     return mean / total
 
 
+_multiply = _operation(torch.matmul)
+
+
+def matmul(x, weight, *, implementation=None):
+    if implementation is not None:
+        raise ValueError(f"implementation: expected None for tensors on a GPU, which torch multiplies, got {implementation!r}")
+    return _multiply(x, weight)
+
+
 @_operation
 def mix_experts(x, gate, up, down, expert, weight, *, activation="silu"):
     if x.numel() == 0 or expert.numel() == 0:

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dlm_kernels.xla.matmul import product
+
 # jax.nn.gelu is the approximation by tanh.
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
@@ -20,7 +22,7 @@ def mix_by_all(x, gate, up, down, expert, weight, *, activation):
     known, own, share = _of_all(len(gate), expert, weight)
     g, u = _inside(x, gate, up, own)
     weighed = (ACTIVATIONS[activation](g) * u).astype(x.dtype).astype(jnp.float32) * share
-    out = _product("erf,efd->rd", weighed.astype(x.dtype), down).astype(x.dtype)
+    out = product("erf,efd->rd", weighed.astype(x.dtype), down).astype(x.dtype)
     return jnp.where(known.all(-1, keepdims=True), out, jnp.nan)
 
 
@@ -45,8 +47,8 @@ def mix_by_tiles(x, gate, up, down, expert, weight, *, activation):
         token = own // chosen
         h = x[token]
         own_gate, own_up, own_down = (_at(weights, this) for weights in (gate, up, down))
-        g, u = _product("rd,df->rf", h, own_gate), _product("rd,df->rf", h, own_up)
-        y = _product("rf,fd->rd", (ACTIVATIONS[activation](g) * u).astype(x.dtype), own_down)
+        g, u = product("rd,df->rf", h, own_gate), product("rd,df->rf", h, own_up)
+        y = product("rf,fd->rd", (ACTIVATIONS[activation](g) * u).astype(x.dtype), own_down)
         share = weight.reshape(-1)[own, None]
         # Not a share of 0: what this expert makes of another's token may be infinite.
         added = jnp.where(counts[:, None], y * share, 0)
@@ -68,12 +70,12 @@ def mix_experts_backward(x, gate, up, down, expert, weight, dout, *, activation)
     known, own, share = _of_all(len(gate), expert, weight)
     hidden, pull = jax.vjp(lambda g, u: ACTIVATIONS[activation](g) * u, *_inside(x, gate, up, own))
     hidden = hidden.astype(x.dtype)
-    dhidden = jnp.where(own, _product("rd,efd->erf", dout, down), 0)
+    dhidden = jnp.where(own, product("rd,efd->erf", dout, down), 0)
     # 16 bits again: a product of two dtypes would be one of float32.
     dg, du = (gradient.astype(x.dtype) for gradient in pull(dhidden * share))
-    dx = _product("erf,edf->rd", dg, gate) + _product("erf,edf->rd", du, up)
-    dgate, dup = (_product("rd,erf->edf", x, gradient) for gradient in (dg, du))
-    ddown = _product("erf,rd->efd", (hidden.astype(jnp.float32) * share).astype(x.dtype), dout)
+    dx = product("erf,edf->rd", dg, gate) + product("erf,edf->rd", du, up)
+    dgate, dup = (product("rd,erf->edf", x, gradient) for gradient in (dg, du))
+    ddown = product("erf,rd->efd", (hidden.astype(jnp.float32) * share).astype(x.dtype), dout)
     dshare = (hidden.astype(jnp.float32) * dhidden).sum(-1)
     dweight = jnp.where(known, dshare[jnp.where(known, expert, 0), jnp.arange(x.shape[0])[:, None]], 0)
     return *(gradient.astype(x.dtype) for gradient in (dx, dgate, dup, ddown)), dweight
@@ -91,20 +93,12 @@ def _of_all(experts, expert, weight):
 def _inside(x, gate, up, own):
     """Of every expert and row, float32 [E,R,F] each: x times the expert's matrices, which is float32 until past the activation."""
     # Not a share of 0: what an expert makes of another's token may be infinite.
-    return [jnp.where(own, _product("rd,edf->erf", x, matrix), 0) for matrix in (gate, up)]
+    return [jnp.where(own, product("rd,edf->erf", x, matrix), 0) for matrix in (gate, up)]
 
 
 def _tile(n, chosen, experts):
     """As long as a mean expert's list, so that most are one tile; n may be symbolic."""
     return min(max(8, 1 << (n * chosen // experts).bit_length()), 256, n) if isinstance(n, int) else 64
-
-
-def _product(formula, a, b):
-    """The einsum, summed in float32 by name: else XLA on a CPU widens all weights of 16 bits, and keeps them for the loop; and of
-    float32 factors a TPU and a GPU would take some of the bits.
-    """
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _at(weights, index):
