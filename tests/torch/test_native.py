@@ -122,6 +122,15 @@ def test_a_soft_embedding_at_the_ends_of_temperatures(native, options):
     same([native.soft_embedding(torch.tensor(hidden), torch.tensor(weight), **options)], [expected])
 
 
+def test_a_product_is_torchs_own(native):
+    x, weight = draw(0, B, L, D), draw(1, D, V)
+    same([native.matmul(torch.tensor(x), torch.tensor(weight))], [jnp.asarray(x) @ weight])
+    with pytest.raises(ValueError, match="implementation: expected None .* got 'triton'"):
+        native.matmul(torch.tensor(x), torch.tensor(weight), implementation="triton")
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        native.matmul(torch.tensor(x), torch.tensor(weight.T))
+
+
 def test_the_mixture_of_experts_and_its_gradients(native):
     """Nobody chose one expert, one comes twice, and one is unknown, whose row, of NaN, has no gradient; views of every array."""
     arrays = [draw(0, B, L, D), *(draw(1 + i, 4, D, 24) / 8 for i in range(2)), draw(3, 4, 24, D) / 8, draw(4, B, L, 3)]
